@@ -1,0 +1,13 @@
+"""Exact EAGLE speculative decoding on stock Hugging Face models.
+
+    from eagle_fast import EaModel
+    model = EaModel.from_pretrained(base_model_path="...", ea_model_path="...", device_map="auto")
+    output_ids = model.eagenerate(input_ids, temperature=0.0, max_new_tokens=512)
+"""
+
+from eagle_fast.config import SamplingParams, TreeConfig
+from eagle_fast.generation import Generation, NaNLogitsError, Statistics
+from eagle_fast.model import EaModel
+from eagle_fast.target import UnsupportedModel
+
+__all__ = ["EaModel", "Generation", "NaNLogitsError", "SamplingParams", "Statistics", "TreeConfig", "UnsupportedModel"]

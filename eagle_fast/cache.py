@@ -1,0 +1,98 @@
+"""Keys and values of one target or head: one slab a device, written in place, compacted in place.
+
+B sequences, L rows allocated for each, A most nodes on a path. Row n < lengths[b] holds token n of sequence b; the tree
+of the running round lies in the rows after. Accepted nodes are moved to the end of the prefix: keys carry their
+absolute rotary position already, so a move is exact.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from eagle_fast_kernels.compact_kv import compact_kv
+from transformers.cache_utils import Cache
+
+from eagle_fast.attention import AttentionContext, PrefillStep, TreeStep
+
+
+class LayerShape(NamedTuple):
+    """What a layer stores per token."""
+
+    num_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class KVSlab:
+    """K and V of some layers: layers of one shape and device share a slab [2 * layers, B, Hkv, L, D]."""
+
+    def __init__(self, layers: list[LayerShape], batch: int, capacity: int):
+        self.capacity = capacity
+        indices: dict[LayerShape, list[int]] = {}
+        for index, shape in enumerate(layers):
+            indices.setdefault(shape, []).append(index)
+        self.slabs: list[torch.Tensor] = []
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
+        for shape, members in indices.items():
+            size = (2 * len(members), batch, shape.num_heads, capacity, shape.head_dim)
+            slab = torch.zeros(size, dtype=shape.dtype, device=shape.device)
+            self.slabs.append(slab)
+            for place, index in enumerate(members):
+                self.keys[index], self.values[index] = slab[2 * place], slab[2 * place + 1]
+
+    def compact(self, path: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Move tree rows path[b, r], r < counts[b], to rows lengths[b] + r, in every layer."""
+        for slab in self.slabs:
+            compact_kv(slab, path, counts, lengths)
+
+
+class SlabCache(Cache):
+    """The slab as transformers sees it. Only `update` does work; the other answers keep stock code from asking more."""
+
+    def __init__(self, slab: KVSlab, context: AttentionContext):
+        self.slab, self.context = slab, context
+        self.layers: list = []
+        self.layer_class_to_replicate = None
+        self.offloading = False
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """Write k, v [B, Hkv, T, D] of this forward; return the layer's whole slab views [B, Hkv, L, D]."""
+        keys, values = self.slab.keys[layer_idx], self.slab.values[layer_idx]
+        step = self.context.step
+        if isinstance(step, PrefillStep):
+            rows = slice(step.start, step.start + step.count)
+            keys[:, :, rows], values[:, :, rows] = key_states, value_states
+        else:
+            assert isinstance(step, TreeStep)
+            rows = step.slots[:, None, :, None].expand_as(key_states)
+            keys.scatter_(2, rows, key_states)
+            values.scatter_(2, rows, value_states)
+        return keys, values
+
+    def get_seq_length(self, *args, **kwargs) -> int:
+        return 0  # positions are always passed
+
+    def get_query_offset(self, *args, **kwargs) -> int:
+        return 0
+
+    def get_mask_sizes(self, *args, **kwargs) -> tuple[int, int]:
+        return self.slab.capacity, 0
+
+    def get_max_length(self, *args, **kwargs) -> int:
+        return self.slab.capacity
+
+    get_max_cache_shape = get_max_length
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * len(self.slab.keys)
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def __len__(self) -> int:
+        return len(self.slab.keys)

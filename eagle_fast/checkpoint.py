@@ -1,0 +1,186 @@
+"""Draft-head checkpoints: `read_head` takes every public format, `write_head` writes SafeAILab's.
+
+What a tensor's presence or shape says, it decides; a config that says otherwise is overruled with a warning. What only
+the config can say (feature layers, which residual, which state is fed back, RoPE) has an argument that overrides it. A
+key that is missing or unknown is an error: loaders that skip it run a partly random head, which nobody notices because
+the text stays right and only the speed is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from eagle_fast.head_config import HeadConfig, tensor_shapes
+from eagle_fast.head_files import find_folder, read_config, read_tensors
+from eagle_fast.head_inference import Overrides, Target, infer_config, infer_kind
+from eagle_fast.head_names import canonical_tensors, flatten_settings, listed
+from eagle_fast.head_vocabulary import check_vocabulary, read_token_ids
+
+_MAPS = ("d2t", "t2d", "token_map")
+
+
+class HeadCheckpoint(NamedTuple):
+    """A complete head: the tensors that `tensor_shapes(config)` names, and no other."""
+
+    config: HeadConfig
+    tensors: dict[str, Tensor]
+    token_ids: Tensor | None = None  # [Vd] target id of each draft id; None where they are the same
+
+
+def read_head(
+    path_or_repo: str | Path,
+    *,
+    target_hidden_size: int,
+    target_vocab_size: int,
+    num_target_layers: int,
+    use_eagle3: bool | None = None,
+    feature_layers: Sequence[int] | None = None,
+    norm_before_residual: bool | None = None,
+    norm_output: bool | None = None,
+    rope_theta: float | None = None,
+    rope_interleaved: bool | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> HeadCheckpoint:
+    """Read a draft head for a target, from a local folder (no network) or the Hugging Face hub.
+
+    use_eagle3: what the caller expects; a checkpoint of the other kind is an error. None: whatever it is.
+    feature_layers: boundaries that the head reads, lowest first (boundary k = input of the target's layer k).
+    norm_before_residual, norm_output, rope_theta, rope_interleaved: go before config.json.
+
+    Raises ValueError if the checkpoint is incomplete, of a kind that is not supported, or for another target.
+    """
+    folder = find_folder(
+        path_or_repo, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+    )
+    target = Target(target_hidden_size, target_vocab_size, num_target_layers)
+    given = Overrides(use_eagle3, feature_layers, norm_before_residual, norm_output, rope_theta, rope_interleaved)
+    try:
+        settings = flatten_settings(read_config(folder))
+        return _interpret(canonical_tensors(read_tensors(folder), settings), settings, target, given)
+    except ValueError as error:
+        raise ValueError(f"draft head {path_or_repo}: {error}") from error
+
+
+def _interpret(
+    tensors: dict[str, Tensor], settings: dict[str, Any], target: Target, given: Overrides
+) -> HeadCheckpoint:
+    kind = infer_kind(tensors, given.use_eagle3)
+    if kind == "eagle":
+        _drop_dummy_norms(tensors, settings)
+    check_vocabulary(tensors, settings, target.vocab_size)
+    _fit_embedding(tensors, settings, kind, target.vocab_size)
+    token_ids = read_token_ids(tensors, target.vocab_size)
+    conflicts: list[str] = []
+    config = infer_config(kind, tensors, settings, target, given, conflicts)
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in _MAPS}
+    _check_tensors(tensors, config)
+    if conflicts:
+        warnings.warn(f"config.json and the weights disagree, the weights win: {'; '.join(conflicts)}", stacklevel=3)
+    return HeadCheckpoint(config, tensors, token_ids)
+
+
+def _drop_dummy_norms(tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
+    """vLLM's converted EAGLE-1 carries norms that vLLM loads and does not apply, unless told to."""
+    for flag, name in (("skip_prenorm", "layers.0.input_layernorm.weight"), ("skip_output_norm", "norm.weight")):
+        if settings["from_vllm"] and settings.get(flag, True):
+            tensors.pop(name, None)
+
+
+def _fit_embedding(tensors: dict[str, Tensor], settings: dict[str, Any], kind: str, vocab_size: int) -> None:
+    """Keep the head's embedding if it has a row for every token, else the target's is used; tie lm_head if asked to."""
+    own = tensors.pop("embed_tokens.weight", None)
+    if own is None or len(own) < vocab_size:
+        return
+    tensors["embed_tokens.weight"] = own[:vocab_size]
+    if kind == "eagle3" and settings.get("tie_word_embeddings"):
+        tensors.setdefault("lm_head.weight", own[:vocab_size])
+
+
+def _check_tensors(tensors: dict[str, Tensor], config: HeadConfig) -> None:
+    expected = tensor_shapes(config)
+    problems = []
+    if missing := set(expected) - set(tensors):
+        problems.append(f"missing {listed(missing)}")
+    if unknown := set(tensors) - set(expected):
+        problems.append(f"unknown {listed(unknown)}")
+    for name in sorted(set(expected) & set(tensors)):
+        if tuple(tensors[name].shape) != expected[name]:
+            problems.append(f"{name} is {list(tensors[name].shape)}, expected {list(expected[name])}")
+    if problems:
+        raise ValueError(f"not a complete {config.kind} head: {'; '.join(problems)}")
+
+
+def write_head(folder: str | Path, checkpoint: HeadCheckpoint) -> None:
+    """Write config.json and model.safetensors in SafeAILab's layout, which SpecForge, SGLang and vLLM read too."""
+    config, tensors, token_ids = checkpoint
+    first = "midlayer." if config.kind == "eagle3" else "layers.0."
+    stored = {}
+    for name, tensor in tensors.items():  # copied: safetensors wants no two tensors in one storage
+        name = first + name.removeprefix("layers.0.") if name.startswith("layers.0.") else name
+        stored[name] = tensor.detach().to("cpu", copy=True).contiguous()
+    if token_ids is not None:
+        ids = token_ids.cpu()
+        stored["d2t"] = ids - torch.arange(len(ids))
+        stored["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill_(0, ids, True)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(_settings(config, dtype), indent=2) + "\n", encoding="utf-8")
+
+
+def _settings(config: HeadConfig, dtype: str) -> dict[str, Any]:
+    eagle3 = config.kind == "eagle3"
+    rope = dict(config.rope)
+    theta = rope.pop("rope_theta")
+    settings: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLMEagle3" if eagle3 else "LlamaForCausalLM"],
+        "model_type": "qwen3" if config.qk_norm else "llama",
+        "hidden_act": "silu",
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "num_hidden_layers": config.num_layers,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": theta,
+        "rope_scaling": None if rope == {"rope_type": "default"} else rope,
+        "vocab_size": config.vocab_size,
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+        "attention_bias": config.qkv_bias,
+        "mlp_bias": config.mlp_bias,
+    }
+    if config.rope_interleaved:
+        settings["rope_interleaved"] = True
+    if any(config.sliding_windows):
+        kinds = ["sliding_attention" if window else "full_attention" for window in config.sliding_windows]
+        settings |= {"layer_types": kinds, "sliding_window": max(config.sliding_windows), "use_sliding_window": True}
+    if not eagle3:
+        return settings | {"bias": config.fc_bias, "qkv_bias": config.qkv_bias, "norm_output": config.norm_output}
+    if config.target_hidden_size != config.hidden_size:
+        settings["target_hidden_size"] = config.target_hidden_size
+    flags = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+    settings |= {flag: True for flag in flags if getattr(config, flag)}
+    eagle: dict[str, Any] = {
+        "use_aux_hidden_state": not config.uses_final_hidden,
+        "use_input_layernorm_in_first_layer": config.input_norm,
+        "use_last_layernorm": config.final_norm,
+    }
+    if config.feature_layers:  # readers take the first key for boundaries unless it begins with 1, the second always is
+        eagle["eagle_aux_hidden_state_layer_ids"] = list(config.feature_layers)
+        eagle["feature_layers"] = list(config.feature_layers)
+    return settings | {"draft_vocab_size": config.draft_vocab_size, "eagle_config": eagle}

@@ -1,0 +1,95 @@
+"""What a user can set: the shape of the draft tree and how tokens are sampled. Frozen, checked once at construction."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MAX_TREE_NODES = 256
+MAX_TOP_K = 16
+MAX_DEPTH = 16
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class TreeConfig:
+    """The dynamic draft tree of EAGLE-2/3 (Li et al. 2024, section 4), with the meaning of SafeAILab/EAGLE.
+
+    total_token  nodes that the target verifies, the root (the newest token) included; -1 picks from measured times
+    depth        beam steps after the first, so the deepest drafted token is depth + 1 below the root
+    top_k        width of the beam, and children that each beam row proposes
+    """
+
+    total_token: int = 60
+    depth: int = 7
+    top_k: int = 10
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("top_k", 1, MAX_TOP_K), ("depth", 0, MAX_DEPTH)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise ValueError(f"{name}={value!r}: use an integer from {low} to {high}")
+        total = self.total_token
+        if isinstance(total, bool) or not isinstance(total, int) or (total != -1 and not 2 <= total <= MAX_TREE_NODES):
+            raise ValueError(f"total_token={total!r}: use 2 to {MAX_TREE_NODES} nodes, or -1 to pick from measured times")
+        if total > 1 + self.num_candidates:
+            raise ValueError(
+                f"total_token={total} is more than the {1 + self.num_candidates} nodes that depth={self.depth} and "
+                f"top_k={self.top_k} can propose: lower total_token or raise depth or top_k"
+            )
+
+    @property
+    def num_candidates(self) -> int:
+        """Drafted tokens to choose from: top_k under the root, then top_k for each of top_k rows a beam step."""
+        return self.top_k + self.depth * self.top_k**2
+
+    @property
+    def max_path(self) -> int:
+        """Most nodes on a path from the root, the root included: also the most tokens a round can emit."""
+        return min(self.depth + 2, self.total_token)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen. temperature 0 is greedy; the warpers are those of transformers, in its order.
+
+    top_k 0, top_p 0 or 1 and min_p 0 switch a warper off (SafeAILab/EAGLE passes 0.0 for off). seed: an integer, or
+    one per sequence; None draws from torch's default generator, so torch.manual_seed governs.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 0.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "top_k", "min_p"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(f"{name}={value!r}: use a finite number")
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature}: use 0 for greedy decoding or a positive number")
+        if 0 < self.temperature < 1e-4:
+            raise ValueError(f"temperature={self.temperature}: too small to divide by; use 0 for greedy decoding")
+        for name in ("top_p", "min_p"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: use a probability from 0 to 1")
+        if self.top_k < 0 or self.top_k != int(self.top_k):
+            raise ValueError(f"top_k={self.top_k}: use a whole number of tokens, 0 for no limit")
+        object.__setattr__(self, "top_k", int(self.top_k))
+        self._check_seed()
+        if self.temperature == 0 and (self.top_k or 0 < self.top_p < 1 or self.min_p):
+            warnings.warn("top_k, top_p and min_p change nothing at temperature=0 (greedy decoding)", stacklevel=3)
+
+    def _check_seed(self) -> None:
+        if self.seed is None:
+            return
+        seeds = self.seed if isinstance(self.seed, Sequence) else (self.seed,)
+        for seed in seeds:
+            if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+                raise ValueError(f"seed={seed!r}: use an integer from 0 to 2**63 - 1, or one for each sequence")
+        if isinstance(self.seed, Sequence):
+            object.__setattr__(self, "seed", tuple(self.seed))

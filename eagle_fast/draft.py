@@ -1,0 +1,152 @@
+"""The draft: grow a tree from the newest token, then absorb what the target accepted.
+
+B sequences, k = top_k rows a level, T tree nodes, A most nodes on a path, F feature width, H hidden size of the head.
+
+A row of the head pairs the target's features of token i with the embedding of token i + 1 and has position i, so the
+head's cache always holds as many rows as the target's. Growing feeds the head its own hidden states instead (EAGLE,
+Li et al. 2024; EAGLE-2 for the beam and the reranking, section 4).
+"""
+
+from __future__ import annotations
+
+import torch
+from eagle_fast_kernels.draft_head import rope_append
+from eagle_fast_kernels.grow import finish_tree, grow
+from eagle_fast_kernels.lm_head_topk import lm_head_topk
+from eagle_fast_kernels.tree_attention import tree_attention
+
+from eagle_fast.attention import PrefillStep, prefill_attention
+from eagle_fast.cache import KVSlab, LayerShape
+from eagle_fast.config import TreeConfig
+from eagle_fast.head import DraftHead
+from eagle_fast.sampling import SamplingTensors
+from eagle_fast.tree import Tree, chain_masks, own_bits
+
+
+class Drafter:
+    """One head drafting for B sequences, with its own keys and values and the state that the next tree grows from."""
+
+    def __init__(self, head: DraftHead, tree: TreeConfig, batch: int, capacity: int):
+        self.head, self.tree = head, tree
+        device, config = head.device, head.config
+        shape = LayerShape(config.num_kv_heads, config.head_dim, head.dtype, device)
+        self.slab = KVSlab([shape] * config.num_layers, batch, capacity)
+        self.cos, self.sin = head.rope_table(capacity)
+        self.hidden = torch.zeros(batch, config.hidden_size, dtype=head.dtype, device=device)
+        self.states = torch.zeros_like(self.hidden)
+        path, k = tree.max_path, tree.top_k
+        self.path_rows = torch.arange(path, device=device)
+        self.path_masks = chain_masks(path, device).expand(batch, -1, -1)
+        self.level_slots = torch.arange(max(tree.depth, 1) * k, device=device)
+        self.first_masks = own_bits(k, self.level_slots.numel(), device).expand(batch, -1, -1)
+
+    # -- grow ------------------------------------------------------------------------------------------------------
+
+    def grow(self, roots: torch.Tensor, lengths: torch.Tensor, sampling: SamplingTensors) -> Tree:
+        """The tree of T nodes under roots [B], whose position is lengths [B]."""
+        k, batch = self.tree.top_k, roots.numel()
+        candidates = self._candidate_buffers(batch)
+        scores, tokens = self._propose(self.states[:, None], lengths, sampling)
+        scores, tokens = scores[:, 0], tokens[:, 0]
+        candidates[0][:, :k], candidates[1][:, :k] = scores, tokens
+        hidden = self.hidden[:, None].expand(-1, k, -1)
+        beam = self.level_slots[:k].expand(batch, -1)
+        masks = self.first_masks
+        for level in range(1, self.tree.depth + 1):
+            hidden, states = self._level(level, tokens, hidden, lengths, masks)
+            child_scores, child_tokens = self._propose(states, lengths + level, sampling)
+            tokens, scores, beam, rows, masks = grow(
+                child_scores, child_tokens, scores, beam, masks, level, *candidates
+            )
+            hidden = hidden.gather(1, rows[..., None].expand_as(hidden))
+        return Tree(*finish_tree(*candidates, roots, self.tree.total_token))
+
+    def _candidate_buffers(self, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        size, device = (batch, self.tree.num_candidates), self.hidden.device
+        scores = torch.empty(size, device=device)
+        return scores, torch.empty(size, dtype=torch.long, device=device), torch.full(size, -1, device=device)
+
+    def _propose(self, states, positions, sampling):
+        """Best k next tokens after rows [B, R, H] whose tokens stand at positions [B]: (scores, tokens) [B, R, k]."""
+        batch, rows, _ = states.shape
+        scores, tokens = lm_head_topk(
+            states.reshape(batch * rows, -1),
+            self.head.lm_head_weight,
+            self.tree.top_k,
+            bias=self.head.lm_head_bias,
+            token_ids=self.head.token_ids,
+            temperature=sampling.draft_temperature.repeat_interleave(rows),
+            positions=positions.repeat_interleave(rows),
+            seeds=sampling.seeds.repeat_interleave(rows),
+            sequences=sampling.sequences.repeat_interleave(rows),
+        )
+        return scores.view(batch, rows, -1), tokens.view(batch, rows, -1)
+
+    def _level(self, level, tokens, hidden, lengths, masks):
+        """Run the head over the k rows of a level, which see the prefix and their ancestors among earlier levels."""
+        k = self.tree.top_k
+        first = (level - 1) * k
+        positions = (lengths + level - 1)[:, None].expand_as(tokens)
+        depths = self.level_slots.div(k, rounding_mode="floor")
+        return self.head(tokens, hidden, positions, self._tree_attend(lengths, masks, depths, first))
+
+    def _tree_attend(self, lengths, masks, depths, first):
+        scale = self.head.config.head_dim**-0.5
+        depths = depths.expand(lengths.numel(), -1)
+
+        def attend(index, layer, qkv, positions):
+            query = self._append(index, layer, qkv, positions, lengths + first)
+            keys, values = self.slab.keys[index], self.slab.values[index]
+            local = {"window": layer.window, "depths": depths} if layer.window else {}
+            return tree_attention(query, keys, values, lengths, masks, scale=scale, first=first, **local).flatten(2)
+
+        return attend
+
+    def _append(self, index, layer, qkv, positions, slots):
+        """Rotate the queries and keys of new rows and write K and V from row slots [B] on."""
+        config = self.head.config
+        return rope_append(
+            qkv, positions, self.cos, self.sin, self.slab.keys[index], self.slab.values[index], slots,
+            config.num_heads, config.num_kv_heads, q_norm=layer.q_norm, k_norm=layer.k_norm,
+            eps=config.rms_norm_eps, interleaved=config.rope_interleaved,
+        )  # fmt: skip
+
+    # -- absorb ----------------------------------------------------------------------------------------------------
+
+    def absorb(self, features, tokens, counts, lengths) -> None:
+        """Take in accepted rows: features [B, A, F] of the path's nodes, tokens [B, A] after them, counts [B] of them.
+
+        Rows r >= counts[b] are computed too; what they write lies past the new length and is written over later.
+        """
+        positions = lengths[:, None] + self.path_rows
+        attend = self._tree_attend(lengths, self.path_masks, self.path_rows, 0)
+        hidden, states = self.head(tokens, self.head.embed_features(features), positions, attend)
+        last = (counts - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1])
+        self.hidden.copy_(hidden.gather(1, last)[:, 0])
+        self.states.copy_(states.gather(1, last)[:, 0])
+
+    def absorb_prompt(self, features, tokens, start: int, lengths) -> None:
+        """Take in a prompt chunk: features [B, C, F] of positions start.., tokens [B, C] after each."""
+        count = tokens.shape[1]
+        step = PrefillStep(start, count)
+        positions = torch.arange(start, start + count, device=tokens.device).expand_as(tokens)
+        scale = self.head.config.head_dim**-0.5
+
+        def attend(index, layer, qkv, positions):
+            query = self._append(index, layer, qkv, positions, torch.full_like(lengths, start))
+            keys, values = self.slab.keys[index], self.slab.values[index]
+            return prefill_attention(query, keys, values, step, scale=scale, window=layer.window).flatten(2)
+
+        hidden, states = self.head(tokens, self.head.embed_features(features), positions, attend)
+        last = lengths - 1 - start
+        here = ((last >= 0) & (last < count))[:, None]
+        last = last.clamp(0, count - 1)[:, None, None].expand(-1, 1, hidden.shape[-1])
+        self.hidden.copy_(torch.where(here, hidden.gather(1, last)[:, 0], self.hidden))
+        self.states.copy_(torch.where(here, states.gather(1, last)[:, 0], self.states))
+
+    def start_without_prefix(self, roots: torch.Tensor) -> None:
+        """A sequence of one token has no features yet: draft its first tree from zeros. Costs acceptance, not text."""
+        batch, device = roots.numel(), roots.device
+        features = torch.zeros(batch, self.tree.max_path, self.head.feature_size, dtype=self.hidden.dtype, device=device)
+        nothing = torch.zeros_like(roots)
+        self.absorb(features, roots[:, None].repeat(1, self.tree.max_path), nothing + 1, nothing)

@@ -1,0 +1,266 @@
+"""The draft head: one module for EAGLE-1, -2 and -3.
+
+B sequences, T rows, H hidden size, Ht the target's, E embedding width, A features, D head size, Hq/Hkv query/key heads.
+
+    EAGLE-3                                            EAGLE-1 and -2
+    g = fc(features [A*Ht])                            g = the target's last hidden state
+    x = [input_norm(embed(token)), hidden_norm(g)]     r = fc([embed(token), g])
+    y = g + attention(x)                               y = r + attention(r)
+    y = y + mlp(post_norm(y))                          y = y + mlp(post_norm(y))
+    logits = lm_head(norm(y)), next g = y              logits = the target's lm_head(y), next g = y
+
+More layers are ordinary ones; what formats add (norms before fc, a normed residual, normed feedback, q/k-norm) is in
+`HeadConfig`. A row pairs the features of a token with the embedding of the next (Li et al., EAGLE 2024, EAGLE-3 2025).
+
+Attention is the caller's: drafting attends to its slab and tree, training to whatever it trains on. Where parameters
+require grad everything here is differentiable, because the ops then take their PyTorch twins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import torch
+from eagle_fast_kernels.draft_head import add_rms_norm, head_input, rms_norm_ref, silu_mul
+from torch import Tensor, nn
+
+from eagle_fast.checkpoint import HeadCheckpoint, write_head
+from eagle_fast.head_config import HeadConfig, tensor_shapes
+from eagle_fast.head_layer import DraftLayer, frozen, merged_linear, optional, split_linear, weight_and_bias
+from eagle_fast.head_rope import rope_table
+
+Attend = Callable[[int, DraftLayer, Tensor, Tensor], Tensor]
+
+
+class DraftHead(nn.Module):
+    """A draft head beside its target.
+
+    embedding [V, Ht], lm_head_weight [V, Ht], lm_head_bias [V]: the target's, used (and shared, where device and dtype
+    allow) for what the checkpoint does not have. dtype and device: the embedding's by default. Parameters start frozen.
+    """
+
+    embedding: Tensor  # [V, E]
+    lm_head_weight: Tensor  # [Vd, H]
+    lm_head_bias: Tensor | None  # [Vd]
+    token_ids: Tensor | None  # [Vd] target id of each draft id, None where they are the same
+
+    def __init__(
+        self,
+        checkpoint: HeadCheckpoint,
+        *,
+        embedding: Tensor | None = None,
+        lm_head_weight: Tensor | None = None,
+        lm_head_bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        config = self.config = checkpoint.config
+        like = checkpoint.tensors["layers.0.self_attn.q_proj.weight"] if embedding is None else embedding
+        dtype, device = dtype or like.dtype, torch.device(device or like.device)
+        tensors = {name: tensor.to(device, dtype) for name, tensor in checkpoint.tensors.items()}
+
+        num_norms = config.num_features if config.fc_norm else 0
+        self.feature_norm = optional(tensors, "input_norm.weight")  # over all features at once
+        self.feature_norms = nn.ParameterList(frozen(tensors[f"fc_norm.{i}.weight"]) for i in range(num_norms))
+        self.fc = merged_linear(weight_and_bias(tensors, "fc")) if config.has_fc else None
+        self.fc_embed_norm = optional(tensors, "enorm.weight")
+        self.fc_hidden_norm = optional(tensors, "hnorm.weight")
+        self.layers = nn.ModuleList(DraftLayer(config, index, tensors) for index in range(config.num_layers))
+        self.norm = optional(tensors, "norm.weight")
+        ids = checkpoint.token_ids
+        if (config.vocab_size if ids is None else len(ids)) != config.draft_vocab_size:
+            found = "none" if ids is None else len(ids)
+            raise ValueError(f"the draft vocabulary has {config.draft_vocab_size} tokens, token_ids: {found}")
+        self.register_buffer("token_ids", None if ids is None else ids.to(device))
+        self._add_embedding(tensors.get("embed_tokens.weight"), embedding, dtype, device)
+        if config.own_lm_head:
+            self.lm_head_weight = frozen(tensors["lm_head.weight"])
+            self.lm_head_bias = optional(tensors, "lm_head.bias")
+        else:
+            self._share_lm_head(lm_head_weight, lm_head_bias, dtype, device)
+
+    def _add_embedding(self, own: Tensor | None, targets: Tensor | None, dtype, device) -> None:
+        """EAGLE-1 files repeat the target's embedding: share it then."""
+        shape = (self.config.vocab_size, self.config.embedding_size)
+        if targets is not None and targets.shape == shape and targets.is_floating_point() and not targets.is_meta:
+            shared = targets.detach().to(device, dtype)
+            if own is None or torch.equal(own, shared):
+                own = shared
+        if own is None:
+            raise ValueError(
+                f"the head shares the target's embedding: pass it as {list(shape)} floats, got {_described(targets)}"
+            )
+        self.register_buffer("embedding", own, persistent=False)
+
+    def _share_lm_head(self, weight: Tensor | None, bias: Tensor | None, dtype, device) -> None:
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        if weight is None or weight.shape != shape or not weight.is_floating_point() or weight.is_meta:
+            raise ValueError(
+                f"the head shares the target's lm_head: pass it as {list(shape)} floats, got {_described(weight)}"
+            )
+        for name, tensor in (("lm_head_weight", weight), ("lm_head_bias", bias)):
+            if tensor is not None:
+                tensor = tensor.detach().to(device, dtype)
+                tensor = tensor if self.token_ids is None else tensor[self.token_ids]
+            self.register_buffer(name, tensor, persistent=False)
+
+    @classmethod
+    def random(
+        cls,
+        config: HeadConfig,
+        *,
+        embedding: Tensor | None = None,
+        lm_head_weight: Tensor | None = None,
+        lm_head_bias: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        seed: int = 0,
+        std: float = 0.02,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> DraftHead:
+        """A fresh head: normal weights, norms one, biases zero; what is not given of the target is random as well.
+
+        token_ids [Vd]: target id of each draft id, by default random ones in ascending order.
+        """
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device).normal_(std=std, generator=generator)
+
+        tensors = {}
+        for name, shape in tensor_shapes(config).items():
+            is_norm = "norm" in name.split(".")[-2] or name.startswith("fc_norm.")
+            fixed = torch.ones if is_norm else torch.zeros
+            is_matrix = len(shape) == 2
+            tensors[name] = normal(*shape) if is_matrix else fixed(shape, dtype=dtype, device=device)
+        if config.draft_vocab_size < config.vocab_size and token_ids is None:
+            order = torch.randperm(config.vocab_size, generator=generator, device=device)
+            token_ids = order[: config.draft_vocab_size].sort().values
+        if embedding is None and not config.own_embedding:
+            embedding = normal(config.vocab_size, config.embedding_size)
+        if lm_head_weight is None and not config.own_lm_head:
+            lm_head_weight = normal(config.vocab_size, config.hidden_size)
+        return cls(
+            HeadCheckpoint(config, tensors, token_ids),
+            embedding=embedding,
+            lm_head_weight=lm_head_weight,
+            lm_head_bias=lm_head_bias,
+            dtype=dtype,
+            device=device,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    @property
+    def feature_size(self) -> int:
+        """Width of what `embed_features` takes."""
+        return self.config.feature_size
+
+    def rope_table(self, num_positions: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [P, D] for positions 0..P-1, fp32 (narrower where only a part of each head is rotated)."""
+        return rope_table(
+            self.config.rope,
+            num_positions,
+            head_dim=self.config.head_dim,
+            max_position_embeddings=self.config.max_position_embeddings,
+            interleaved=self.config.rope_interleaved,
+            device=self.device,
+        )
+
+    def embed_features(self, features: Tensor) -> Tensor:
+        """The target's features [..., A*Ht] as the hidden state [..., H] that `forward` takes."""
+        features = features.to(self.dtype)
+        eps = self.config.rms_norm_eps
+        if self.config.kind == "eagle":
+            return features
+        if self.config.fc_norm:
+            parts = zip(features.chunk(len(self.feature_norms), -1), self.feature_norms, strict=True)
+            features = torch.cat([rms_norm_ref(part, weight, eps) for part, weight in parts], -1)
+        features = rms_norm_ref(features, self.feature_norm, eps)
+        return features if self.fc is None else self.fc(features)
+
+    def forward(self, tokens: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+        """One pass over rows of tokens [B, T] with hidden states [B, T, H] of the tokens before them.
+
+        attend(layer index, layer, qkv [B, T, (Hq + 2 Hkv) D], positions [B, T]) -> [B, T, Hq D] norms q and k, rotates
+        them, stores keys and values and attends.
+
+        Returns (next hidden [B, T, H], fed back when drafting goes on; states [B, T, H], what lm_head reads).
+        """
+        x, residual = self._first_input(tokens, hidden)
+        out = x
+        for index, layer in enumerate(self._layers()):
+            if index:
+                x, residual = self._add_norm(out, residual, layer.input_norm)
+            attended = attend(index, layer, layer.qkv(x), positions)
+            x, residual = self._add_norm(layer.o(attended), residual, layer.post_norm)
+            out = layer.down(self._silu_mul(layer.gate_up(x)))
+        if self.norm is None:
+            output = out + residual
+            return output, output
+        states, output = self._add_norm(out, residual, self.norm)
+        return (states if self.config.norm_output else output), states
+
+    def _first_input(self, tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What the first layer's attention reads, and the residual stream that it adds to."""
+        first, eps, width = self._layers()[0], self.config.rms_norm_eps, hidden.shape[-1]
+        eagle3 = self.config.kind == "eagle3"
+        norms = (first.input_norm, first.hidden_norm) if eagle3 else (self.fc_embed_norm, self.fc_hidden_norm)
+        flat = head_input(tokens.reshape(-1), hidden.reshape(-1, width), self.embedding, *norms, eps)
+        x = flat.view(*tokens.shape, -1)
+        if eagle3:
+            return x, x[..., -width:] if self.config.norm_before_residual else hidden
+        assert self.fc is not None
+        x = self.fc(x)
+        return rms_norm_ref(x, first.input_norm, eps), x
+
+    def _layers(self) -> list[DraftLayer]:
+        return cast("list[DraftLayer]", self.layers)
+
+    def _add_norm(self, x: Tensor, residual: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(RMSNorm(x + residual), x + residual), all [B, T, H]."""
+        assert weight is not None
+        flat = x.reshape(-1, x.shape[-1]), residual.reshape(-1, x.shape[-1])
+        normed, total = add_rms_norm(*flat, weight, self.config.rms_norm_eps)
+        return normed.view(x.shape), total.view(x.shape)
+
+    @staticmethod
+    def _silu_mul(gate_up: Tensor) -> Tensor:
+        return silu_mul(gate_up.reshape(-1, gate_up.shape[-1])).view(*gate_up.shape[:-1], -1)
+
+    def checkpoint(self) -> HeadCheckpoint:
+        """The head as `read_head` gives it; tensors are views where weights are merged. Needs 16- or 32-bit weights."""
+        named: dict[str, Tensor | None] = {
+            "input_norm.weight": self.feature_norm,
+            "enorm.weight": self.fc_embed_norm,
+            "hnorm.weight": self.fc_hidden_norm,
+            "norm.weight": self.norm,
+        }
+        named |= {f"fc_norm.{i}.weight": weight for i, weight in enumerate(self.feature_norms)}
+        if self.fc is not None:
+            named |= split_linear(self.fc, {"fc": self.config.hidden_size})
+        for index, layer in enumerate(self._layers()):
+            named |= layer.tensors(index)
+        if self.config.own_lm_head:
+            named |= {"lm_head.weight": self.lm_head_weight, "lm_head.bias": self.lm_head_bias}
+        if self.config.own_embedding:
+            named["embed_tokens.weight"] = self.embedding
+        tensors = {name: tensor.detach() for name, tensor in named.items() if tensor is not None}
+        return HeadCheckpoint(self.config, tensors, self.token_ids)
+
+    def export(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors in SafeAILab's layout."""
+        write_head(folder, self.checkpoint())
+
+
+def _described(tensor: Tensor | None) -> str:
+    return "none" if tensor is None else f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"

@@ -1,0 +1,132 @@
+"""The round of speculative decoding, and the state that it carries from one round to the next.
+
+B sequences, T tree nodes, A most nodes on a path (and most tokens a round emits).
+
+    draft     grow a tree under the newest token of each sequence
+    verify    one target forward over its nodes
+    accept    each node gets the token that the target puts after it; walk down while a child carries that token
+    compact   move the accepted nodes' keys and values to the end of the prefix
+    absorb    run the head over them; the last emitted token is the next root
+
+The newest token, the root, is never in the cache: the first root is the last token of the prompt. Plain decoding is the
+same round with a tree of just the root. Nothing here reads a value on the host.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from eagle_fast_kernels.accept import accept
+
+from eagle_fast.attention import TreeStep
+from eagle_fast.config import TreeConfig
+from eagle_fast.draft import Drafter
+from eagle_fast.head import DraftHead
+from eagle_fast.sampling import SamplingTensors
+from eagle_fast.target import Target
+from eagle_fast.tree import Tree, root_only
+
+PREFILL_CHUNK = 1024
+
+
+class Accepted(NamedTuple):
+    """Where the walk down each tree went, and the token that the target put after each node on the way."""
+
+    path: torch.Tensor  # [B, A] nodes, root first
+    counts: torch.Tensor  # [B] nodes on the path, 0 for a sequence that is done
+    emitted: torch.Tensor  # [B, A]
+
+
+class Round:
+    """Decoding state of B sequences of up to `max_length` tokens, and the step that advances it by one round.
+
+    Without a head it decodes plainly, one token a round.
+    """
+
+    def __init__(self, target: Target, head: DraftHead | None, tree: TreeConfig, batch: int, max_length: int):
+        self.target, self.batch, self.max_length = target, batch, max_length
+        self.num_nodes = tree.total_token if head else 1
+        self.max_path = tree.max_path if head else 1
+        level_rows = tree.depth * tree.top_k if head else 0
+        capacity = -(-(max_length + max(self.num_nodes, level_rows)) // 64) * 64
+        self.cache = target.new_cache(batch, capacity)
+        self.drafter = Drafter(head, tree, batch, capacity) if head else None
+        device = target.device
+        self.sampling = SamplingTensors(batch, device)
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)  # tokens in the cache
+        self.roots = torch.zeros_like(self.lengths)  # the newest token, not in the cache
+        self.ends = torch.zeros_like(self.lengths)  # length at which a sequence is done
+        self.long_rope = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.node_slots = torch.arange(self.num_nodes, device=device)
+        self.emitted = torch.zeros(batch, self.max_path, dtype=torch.long, device=device)
+        self.counts = torch.zeros_like(self.lengths)
+
+    # -- one round -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Advance every sequence; `emitted` [B, A] and `counts` [B] then hold the new tokens."""
+        tree, logits, features = self.propose()
+        self.commit(self.accept(tree, logits), features)
+
+    def propose(self) -> tuple[Tree, torch.Tensor, torch.Tensor]:
+        """Draft and verify: the tree, the target's logits [B, T, V] and the features [B, T, F] of its nodes."""
+        self.target.set_long_rope(self.long_rope)
+        if self.drafter:
+            tree = self.drafter.grow(self.roots, self.lengths, self.sampling)
+        else:
+            tree = root_only(self.roots)
+        slots = self.lengths[:, None] + self.node_slots
+        step = TreeStep(self.lengths, slots, tree.ancestors, tree.depths)
+        return tree, *self.target.verify(tree.tokens, step, self.cache)
+
+    def accept(self, tree: Tree, logits: torch.Tensor) -> Accepted:
+        chosen = self.sampling.choose(logits, self.lengths[:, None] + tree.depths)
+        active = self.ends > self.lengths
+        return Accepted(*accept(tree.tokens, tree.parents, chosen, active, self.max_path))
+
+    def commit(self, accepted: Accepted, features: torch.Tensor) -> None:
+        """Compact, absorb and move on, by no more tokens than each sequence may still get."""
+        path, emitted = accepted.path, accepted.emitted
+        counts = torch.minimum(accepted.counts, (self.ends - self.lengths).clamp(min=0))
+        self.cache.slab.compact(path, counts, self.lengths)
+        tokens = emitted.clamp(min=0)  # -1 marks NaN logits, which the host reports
+        if self.drafter:
+            taken = features.gather(1, path[..., None].expand(-1, -1, features.shape[-1]))
+            self.drafter.absorb(taken, tokens, counts, self.lengths)
+        newest = tokens.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]
+        self.roots.copy_(torch.where(counts > 0, newest, self.roots))
+        self.lengths.add_(counts)
+        self.emitted.copy_(emitted)
+        self.counts.copy_(counts)
+
+    # -- before the first round ------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def begin(self, tokens: torch.Tensor, prompt_lengths: torch.Tensor, ends: torch.Tensor) -> None:
+        """Prefill all but the last token of each prompt.
+
+        tokens [B, P] from position 0 on, padded behind with any valid id; prompt_lengths [B] >= 1; ends [B]: the
+        length, root not counted, at which a sequence is done. All on the CPU or the target's device.
+        """
+        device = self.target.device
+        tokens, prompt_lengths = tokens.to(device), prompt_lengths.to(device)
+        self.lengths.copy_(prompt_lengths - 1)
+        self.ends.copy_(ends)
+        self.roots.copy_(tokens.gather(1, self.lengths[:, None])[:, 0])
+        if self.target.rope_switch is not None:
+            self.long_rope.copy_(prompt_lengths > self.target.rope_switch)
+        self.target.set_long_rope(self.long_rope)
+        if self.drafter:
+            self.drafter.start_without_prefix(self.roots)
+        prefix = tokens.shape[1] - 1
+        for start in range(0, prefix, PREFILL_CHUNK):
+            end = min(start + PREFILL_CHUNK, prefix)
+            features = self.target.prefill(tokens[:, start:end], start, self.cache)
+            if self.drafter:
+                self.drafter.absorb_prompt(features, tokens[:, start + 1 : end + 1], start, self.lengths)
+
+    def finish(self, row: int) -> None:
+        """Emit nothing more for this sequence."""
+        self.ends[row] = 0

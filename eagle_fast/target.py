@@ -1,0 +1,232 @@
+"""The target: a stock causal LM, run over a prompt chunk or over a tree of nodes per sequence.
+
+B sequences, T tree nodes, C tokens of a prompt chunk, F feature width, V vocabulary.
+
+Nothing here knows a model family. A probe forward learns what each attention layer is; a model that cannot be run
+exactly is refused with the reason. The features that a draft head reads are taken by hooks on the twin's layers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from eagle_fast.attention import IMPLEMENTATION, AttentionContext, LayerBinding, PrefillStep, TreeStep
+from eagle_fast.cache import KVSlab, LayerShape, SlabCache
+from eagle_fast.rope import LongRope, freeze_longrope, rope_types
+from eagle_fast.twin import twin
+
+PROBE = "eagle_fast_probe"
+NO_SOFTCAP = (
+    "the model caps its attention scores, and its sdpa implementation leaves the cap out: decoding does the same, to give "
+    "the model's own text. Load it with attn_implementation='eager' for the cap"
+)
+LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+class UnsupportedModel(ValueError):
+    """The model cannot be decoded exactly with a tree; the message says why."""
+
+
+class AttentionCall(NamedTuple):
+    """One attention call of the probe forward."""
+
+    module: nn.Module
+    shape: LayerShape
+    mask: torch.Tensor | None
+    options: dict
+
+
+def _probe_attention(module, query, key, value, attention_mask, **options):
+    shape = LayerShape(key.shape[1], key.shape[-1], key.dtype, key.device)
+    if key.shape != value.shape:
+        raise UnsupportedModel("its keys and values differ in shape (multi-head latent attention)")
+    module.eagle_probe.append(AttentionCall(module, shape, attention_mask, options))
+    groups = query.shape[1] // key.shape[1]
+    return value.repeat_interleave(groups, 1)[:, :, : query.shape[2]].transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(PROBE, _probe_attention)
+
+
+class Target:
+    """A stock causal LM prepared for tree decoding; `model` itself is left as it is.
+
+    feature_layers: boundaries whose hidden states the draft head reads (k = input of decoder layer k, number of layers
+    = output of the last one); empty for the last hidden state after the final norm (EAGLE-1/2).
+    Raises UnsupportedModel.
+    """
+
+    def __init__(self, model: nn.Module, feature_layers: tuple[int, ...] = ()):
+        self.config = model.config.get_text_config(decoder=True)
+        self.context = AttentionContext()
+        self.capped = model.config._attn_implementation != "sdpa"  # SDPA has no softcap: such a model runs without it
+        self.model = twin(model)
+        self.rope_switch = self._check_rope()
+        calls = self._probe()
+        self.layer_shapes = [call.shape for call in calls]
+        self._bind(calls)
+        self.device = model.get_input_embeddings().weight.device
+        self.vocab_size = model.get_output_embeddings().weight.shape[0]
+        self.dtype = model.get_output_embeddings().weight.dtype
+        self.decoder = self.model.get_decoder()
+        self._taken: dict[int, torch.Tensor] = {}
+        self._order = feature_layers
+        self._take_features()
+        self.max_positions = self._max_positions()
+
+    # -- once, at load ---------------------------------------------------------------------------------------------
+
+    def _check_rope(self) -> int | None:
+        """The sequence length at which longrope models switch their frequencies; None for all others."""
+        types = rope_types(self.config)
+        if "dynamic" in types:
+            raise UnsupportedModel(
+                "its rotary embedding is dynamic NTK: keys depend on the length at which they were computed, so there "
+                "is no single exact output; load it with another rope_type"
+            )
+        return freeze_longrope(self.model, self.config) if "longrope" in types else None
+
+    def _probe(self) -> list[AttentionCall]:
+        """Run one token through the twin and record every attention call."""
+        calls: list[AttentionCall] = []
+        name = type(self.model).__name__
+        for module in self.model.modules():
+            module.eagle_probe = calls
+        self.model.config._attn_implementation = PROBE
+        device = self.model.get_input_embeddings().weight.device
+        token, position = torch.ones(1, 1, dtype=torch.long, device=device), torch.zeros(1, 1, dtype=torch.long, device=device)
+        try:
+            with torch.no_grad():
+                self.model(input_ids=token, position_ids=position, use_cache=False)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UnsupportedModel(f"{name} needs masks that it builds itself ({type(error).__name__}: {error})") from error
+        for module in self.model.modules():
+            del module.eagle_probe
+        num_layers = self.config.num_hidden_layers
+        if not calls:
+            raise UnsupportedModel(f"{name} does not route attention through AttentionInterface")
+        if len(calls) != num_layers:
+            raise UnsupportedModel(f"{len(calls)} attention calls for {num_layers} layers: some layers are not attention")
+        if any(call.mask is not None for call in calls):
+            raise UnsupportedModel("it builds an attention mask of its own")
+        order = [getattr(call.module, "layer_idx", None) for call in calls]
+        if order != list(range(num_layers)):
+            raise UnsupportedModel(f"its attention layers run in the order {order}")
+        if getattr(self.config, "num_kv_shared_layers", 0):
+            raise UnsupportedModel("some of its layers share the keys and values of others")
+        return calls
+
+    def _bind(self, calls: list[AttentionCall]) -> None:
+        window, chunk = getattr(self.config, "sliding_window", None), getattr(self.config, "attention_chunk_size", None)
+        for call, kind in zip(calls, self._layer_types(), strict=True):
+            expected = window if kind == "sliding_attention" else None
+            if "sliding_window" in call.options and call.options["sliding_window"] != expected:
+                raise UnsupportedModel(
+                    f"a {kind} layer was called with sliding_window={call.options['sliding_window']}, "
+                    f"its config says {expected}"
+                )
+            if call.options.get("softcap") and not self.capped:
+                warnings.warn(NO_SOFTCAP, stacklevel=4)
+            call.module.eagle_binding = LayerBinding(
+                self.context,
+                window=expected or 0,
+                chunk=(chunk or 0) if kind == "chunked_attention" else 0,
+                capped=self.capped,
+            )
+        self.model.config._attn_implementation = IMPLEMENTATION
+
+    def _layer_types(self) -> list[str]:
+        config = self.config
+        types = getattr(config, "layer_types", None)
+        if types is None:
+            kind = "full_attention"
+            if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
+                kind = "sliding_attention"
+            elif getattr(config, "attention_chunk_size", None) is not None:
+                kind = "chunked_attention"
+            types = [kind] * config.num_hidden_layers
+        unknown = sorted(set(types) - set(LAYER_TYPES))
+        if unknown:
+            raise UnsupportedModel(f"layers of type {unknown} keep a state that cannot branch into a tree")
+        return list(types)
+
+    def _decoder_layers(self) -> nn.ModuleList:
+        for name, module in self.decoder.named_modules():
+            is_list = isinstance(module, nn.ModuleList) and len(module) == self.config.num_hidden_layers
+            if is_list and name.rpartition(".")[2] in ("layers", "h", "blocks", "block"):
+                return module
+        raise UnsupportedModel("no list of decoder layers was found")
+
+    def _take_features(self) -> None:
+        """Keep, on each forward, the hidden states that the draft head reads."""
+        layers = self._decoder_layers()
+
+        def keep_input(boundary):
+            def hook(module, args, kwargs):
+                self._taken[boundary] = args[0] if args else kwargs["hidden_states"]
+
+            return hook
+
+        def keep_output(module, args, output):
+            self._taken[len(layers)] = output[0] if isinstance(output, tuple) else output
+
+        def keep_final(module, args, output):
+            self._taken[-1] = output[0]
+
+        for boundary in set(self._order):
+            if not 0 <= boundary <= len(layers):
+                raise ValueError(f"feature layer {boundary}: the target has boundaries 0 to {len(layers)}")
+            if boundary == len(layers):
+                layers[-1].register_forward_hook(keep_output)
+            else:
+                layers[boundary].register_forward_pre_hook(keep_input(boundary), with_kwargs=True)
+        if not self._order:
+            self.decoder.register_forward_hook(keep_final)
+
+    def _max_positions(self) -> int | None:
+        """Rows of a learned position table, which bounds the sequence; None for relative or rotary positions."""
+        for name, module in self.decoder.named_modules():
+            leaf = name.rpartition(".")[2]
+            if leaf in ("wpe", "embed_positions", "position_embeddings") and isinstance(module, nn.Embedding):
+                return module.num_embeddings - getattr(module, "offset", 0)
+        return None
+
+    # -- each call -------------------------------------------------------------------------------------------------
+
+    def new_cache(self, batch: int, capacity: int) -> SlabCache:
+        return SlabCache(KVSlab(self.layer_shapes, batch, capacity), self.context)
+
+    def set_long_rope(self, long: torch.Tensor | None) -> None:
+        """[B] bool: which sequences are past the longrope switch. Only for targets with a `rope_switch`."""
+        if self.rope_switch is not None:
+            for module in self.model.modules():
+                if isinstance(module, LongRope):
+                    module.long_rows = long
+
+    @torch.no_grad()
+    def prefill(self, tokens: torch.Tensor, start: int, cache: SlabCache) -> torch.Tensor:
+        """Run tokens [B, C] at positions start.. into the cache; returns features [B, C, F]. No logits are computed."""
+        batch, count = tokens.shape
+        self.context.step = PrefillStep(start, count)
+        positions = torch.arange(start, start + count, device=tokens.device).expand(batch, count)
+        self.decoder(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True)
+        return self._features()
+
+    @torch.no_grad()
+    def verify(self, tokens: torch.Tensor, step: TreeStep, cache: SlabCache) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run tree nodes [B, T], which write their K and V after the prefix; returns (logits [B, T, V], features)."""
+        self.context.step = step
+        positions = step.lengths[:, None] + step.depths
+        if self.max_positions is not None:
+            positions = positions.clamp(max=self.max_positions - 1)  # nodes past the end are never emitted
+        out = self.model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True)
+        return out.logits, self._features()
+
+    def _features(self) -> torch.Tensor:
+        taken, self._taken = self._taken, {}
+        return torch.cat([taken[k] for k in self._order], -1) if self._order else taken[-1]

@@ -1,0 +1,40 @@
+"""The draft tree as tensors: node 0 is the root, the newest token; parents come before their children.
+
+B sequences, T nodes, W = ceil(T / 64) words of an ancestor mask.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Tree(NamedTuple):
+    tokens: torch.Tensor  # [B, T]
+    parents: torch.Tensor  # [B, T], -1 for the root
+    depths: torch.Tensor  # [B, T], 0 for the root
+    ancestors: torch.Tensor  # [B, T, W]: bit j of node i is set where i is j or descends from it
+
+
+def root_only(roots: torch.Tensor) -> Tree:
+    """The tree of plain decoding: just the newest token of each sequence [B]."""
+    tokens = roots[:, None]
+    return Tree(tokens, torch.full_like(tokens, -1), torch.zeros_like(tokens), torch.ones_like(tokens)[..., None])
+
+
+def chain_masks(num_rows: int, device: torch.device) -> torch.Tensor:
+    """Ancestor masks [num_rows, W] of a chain: row r sees rows 0..r. Row 63's mask is the word with every bit set."""
+    return bit_masks([range(row + 1) for row in range(num_rows)], num_rows, device)
+
+
+def own_bits(num_rows: int, num_slots: int, device: torch.device) -> torch.Tensor:
+    """Masks [num_rows, W] of the first beam: row r sees the prefix and its own slot r."""
+    return bit_masks([(row,) for row in range(num_rows)], num_slots, device)
+
+
+def bit_masks(visible, num_slots: int, device: torch.device) -> torch.Tensor:
+    """Masks [rows, ceil(num_slots / 64)] int64 from the visible slots of each row."""
+    words = [[sum(1 << (j % 64) for j in row if j // 64 == w) for w in range(-(-num_slots // 64))] for row in visible]
+    signed = [[word - (1 << 64) if word >= 1 << 63 else word for word in row] for row in words]
+    return torch.tensor(signed, dtype=torch.long, device=device)

@@ -1,0 +1,369 @@
+"""Attention of tree nodes over prefix and tree: the kernel of the verify pass and of every draft level.
+
+    out[b, i, h] = sum_n p[n] v[b, h // G, n],   p = softmax over the visible n of  scale * q[b, h, i] . k[b, h // G, n]
+
+A cache row n < lengths[b] is prefix and visible to all; row lengths[b] + j holds tree slot j, visible to query i if bit
+j of `ancestors[b, i]` is set. Sliding windows and chunks compare logical positions: n in the prefix, lengths[b] +
+depths[b, j] in the tree. A softcap bends the scores before the mask; a sink is one more logit of the denominator,
+without a value.
+
+    B sequences   T queries   Hq, Hkv heads   G = Hq / Hkv   L cache rows   D head size   W mask words   N tree slots
+
+Bytes: K and V of the live rows, 2 Hkv (length + first + T) D a sequence, plus q and out, 2 T Hq D. Llama-3.1-8B with
+2,048 rows in bf16: 8.4 MB a layer, 2.7 us at 3.08 TB/s (88 us for 32 layers). The T * G rows that share a KV head are
+packed into matrix tiles; each tile reads K and V once, all but the first from L2. The live rows are cut into a number
+of splits that the grid fixes, so that a captured graph fits every length: shares grow with the length, splits without
+a share leave at once. Each split leaves fp32 partials (4 T Hq D bytes, within L2) that a second kernel combines.
+
+Left out: fp8 caches, different head sizes of K and V, TMA loads, combining inside the first kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from eagle_fast_kernels.launch import device_guard, upcast, use_triton
+from einops import rearrange
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+class Tile(NamedTuple):
+    """How a launch cuts its work: query rows and cache rows a step, warps, pipeline stages, splits of the cache."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    num_splits: int
+
+
+# (bytes an element, padded head size) -> (most query rows, cache rows), for Hopper. fp32 dots run on the CUDA cores
+# with operands in registers. Candidates for re-tuning: rows 16..128, cache rows 16..64 (dividing 64), stages 2..4.
+TILES = {
+    (2, 16): (128, 64), (2, 32): (128, 64), (2, 64): (128, 64), (2, 128): (128, 64), (2, 256): (64, 64),
+    (4, 16): (32, 32), (4, 32): (32, 32), (4, 64): (32, 32), (4, 128): (32, 16), (4, 256): (16, 16),
+}  # fmt: skip
+MAX_SPLITS = 64  # the combine kernel holds one partial of every split
+
+
+@functools.cache
+def _resources(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors, and bytes of shared memory that one program may use. Interpreted: few, for few programs."""
+    if device.type != "cuda":
+        return 8, 232448
+    properties = torch.cuda.get_device_properties(device)
+    shared_memory = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    return properties.multi_processor_count, shared_memory
+
+
+def _tile(q: Tensor, k: Tensor) -> Tile:
+    """As many splits as fill the GPU once, as many stages as fit; smaller GPUs also take fewer query rows."""
+    num_sms, shared_memory = _resources(q.device)
+    num_sequences, num_heads, num_queries, head_dim = q.shape
+    num_kv_heads, num_rows = k.shape[1], k.shape[2]
+    block_d, size = _padded(head_dim), q.element_size()
+    packed_rows = num_queries * num_heads // num_kv_heads
+    if (size, block_d) not in TILES:
+        raise ValueError(f"head size {head_dim} in {q.dtype}: fp32, fp16 or bf16 and at most 256 are supported")
+    most_rows, block_n = TILES[size, block_d]
+    most_rows = min(most_rows, 128 if shared_memory > 160_000 else 64)
+    block_m = min(most_rows, max(16, triton.next_power_of_2(packed_rows)))
+    num_stages = (shared_memory - 4096 - block_m * block_d * size) // (2 * block_n * block_d * size)
+    programs = triton.cdiv(packed_rows, block_m) * num_sequences * num_kv_heads
+    num_splits = min(max(1, num_sms // programs), triton.cdiv(num_rows, block_n), MAX_SPLITS)
+    num_warps = 8 if size == 4 or block_m == 128 else 4
+    return Tile(block_m, block_n, num_warps, min(3, max(1, num_stages)), num_splits)
+
+
+def _padded(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+@triton.jit
+def _plan(length, num_slots, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The first prefix row that any query sees, tiles of the prefix, tiles in all, tiles a split."""
+    begin = length * 0
+    if WINDOW > 0:
+        begin = tl.maximum(begin, length - WINDOW + 1)
+    if CHUNK > 0:
+        begin = tl.maximum(begin, length // CHUNK * CHUNK)
+    prefix_tiles = tl.cdiv(length - begin, BLOCK_N)
+    num_tiles = prefix_tiles + tl.cdiv(num_slots, BLOCK_N)
+    return begin, prefix_tiles, num_tiles, tl.cdiv(num_tiles, SPLITS)
+
+
+@triton.jit
+def _tanh(x):
+    """Accurate near 0, where softcapped scores live and the exponential form cancels."""
+    y = x * x
+    series = x * (1 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835)))))
+    return tl.where(tl.abs(x) < 0.25, series, 2 * tl.sigmoid(2 * x) - 1)
+
+
+@triton.jit
+def _in_reach(visible, query_positions, key_positions, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
+    if WINDOW > 0:
+        visible = visible & (query_positions[:, None] - key_positions < WINDOW)
+    if CHUNK > 0:
+        visible = visible & (query_positions[:, None] // CHUNK == key_positions // CHUNK)
+    return visible
+
+
+@triton.jit
+def _load(base, rows, stride, live, d_mask, UPCAST: tl.constexpr):
+    x = tl.load(base + rows.to(tl.int64)[:, None] * stride, mask=live[:, None] & d_mask, other=0.0)
+    if UPCAST:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def _absorb(q, k, v, visible, acc, peak, total, scale, SOFTCAP: tl.constexpr):
+    """One step of the running softmax, in base 2."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if SOFTCAP > 0:
+        scores = _tanh(scores * (scale / SOFTCAP)) * (SOFTCAP * LOG2E)
+    else:
+        scores = scores * (scale * LOG2E)
+    scores = tl.where(visible, scores, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # rows that have seen nothing yet
+    weights = tl.exp2(scores - shift[:, None])
+    decay = tl.exp2(peak - shift)
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    return acc, new_peak, total * decay + tl.sum(weights, 1)
+
+
+@triton.jit(do_not_specialize=["num_queries", "first"])
+def _attend_kernel(
+    q_ptr, k_ptr, v_ptr, lengths_ptr, ancestors_ptr, depths_ptr, sinks_ptr, out_ptr, acc_ptr, peak_ptr, total_ptr,
+    num_queries, num_kv_heads, first, scale,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
+    stride_ab, stride_at, stride_db,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+    SOFTCAP: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    split, group = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    sequence, kv_head = group // num_kv_heads, group % num_kv_heads
+    num_slots = first + num_queries
+    length = tl.load(lengths_ptr + sequence).to(tl.int32)
+    begin, prefix_tiles, num_tiles, share = _plan(length, num_slots, WINDOW, CHUNK, SPLITS, BLOCK_N)
+    low, high = split * share, tl.minimum((split + 1) * share, num_tiles)
+    if low >= high:
+        return
+
+    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    query, head = row // G, kv_head * G + row % G
+    d, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
+    row_mask, d_mask = query < num_queries, d < D
+    q_base = q_ptr + (sequence * stride_qb + head * stride_qh)[:, None] + d
+    q = _load(q_base, query, stride_qt, row_mask, d_mask, UPCAST)
+    k_base = k_ptr + sequence * stride_kb + kv_head * stride_kh + d
+    v_base = v_ptr + sequence * stride_vb + kv_head * stride_vh + d
+    depth_base, query_positions = depths_ptr, row
+    if WINDOW > 0 or CHUNK > 0:
+        depth_base += sequence * stride_db
+        query_positions = length + tl.load(depth_base + first + query, mask=row_mask, other=0).to(tl.int32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+
+    for tile in range(low, tl.minimum(high, prefix_tiles)):
+        rows = begin + tile * BLOCK_N + n
+        live = rows < length
+        k = _load(k_base, rows, stride_kl, live, d_mask, UPCAST)
+        v = _load(v_base, rows, stride_vl, live, d_mask, UPCAST)
+        visible = _in_reach(live[None, :], query_positions, rows[None, :], WINDOW, CHUNK)
+        acc, peak, total = _absorb(q, k, v, visible, acc, peak, total, scale, SOFTCAP)
+
+    words_base = ancestors_ptr + sequence * stride_ab + query.to(tl.int64) * stride_at
+    for tile in tl.range(tl.maximum(low, prefix_tiles), high, num_stages=1):
+        slots = (tile - prefix_tiles) * BLOCK_N + n
+        live = slots < num_slots
+        k = _load(k_base, length + slots, stride_kl, live, d_mask, UPCAST)
+        v = _load(v_base, length + slots, stride_vl, live, d_mask, UPCAST)
+        # A tile starts at a multiple of BLOCK_N, which divides 64: its bits lie in one word.
+        words = tl.load(words_base + (tile - prefix_tiles) * BLOCK_N // 64, mask=row_mask, other=0)
+        visible = (((words[:, None] >> (slots % 64)[None, :].to(tl.int64)) & 1) == 1) & live[None, :]
+        if WINDOW > 0 or CHUNK > 0:
+            positions = length + tl.load(depth_base + slots, mask=live, other=0).to(tl.int32)
+            visible = _in_reach(visible, query_positions, positions[None, :], WINDOW, CHUNK)
+        acc, peak, total = _absorb(q, k, v, visible, acc, peak, total, scale, SOFTCAP)
+
+    num_packed = num_queries * G
+    if SPLITS == 1:
+        if sinks_ptr is not None:
+            sink = tl.load(sinks_ptr + head, mask=row_mask, other=0.0).to(tl.float32) * LOG2E
+            shift = tl.maximum(peak, sink)
+            decay = tl.exp2(peak - shift)
+            acc, total = acc * decay[:, None], total * decay + tl.exp2(sink - shift)
+        out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        out_row = (sequence * num_queries + query) * num_kv_heads * G + head
+        out_ptrs = out_ptr + out_row[:, None] * D + d
+        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & d_mask)
+    else:
+        partial = (group * SPLITS + split) * num_packed + row
+        tl.store(peak_ptr + partial, peak, mask=row_mask)
+        tl.store(total_ptr + partial, total, mask=row_mask)
+        tl.store(acc_ptr + partial[:, None] * D + d, acc, mask=row_mask[:, None] & d_mask)
+
+
+@triton.jit(do_not_specialize=["num_queries", "first"])
+def _combine_kernel(
+    acc_ptr, peak_ptr, total_ptr, lengths_ptr, sinks_ptr, out_ptr, num_queries, num_kv_heads, first,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    row, group = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    sequence, head = group // num_kv_heads, group % num_kv_heads * G + row % G
+    length = tl.load(lengths_ptr + sequence).to(tl.int32)
+    _, _, num_tiles, share = _plan(length, first + num_queries, WINDOW, CHUNK, SPLITS, BLOCK_N)
+    split, d = tl.arange(0, BLOCK_SPLITS), tl.arange(0, BLOCK_D)
+    ran = split * share < num_tiles  # the others left without writing
+    partial = (group * SPLITS + split) * num_queries * G + row
+    peaks = tl.load(peak_ptr + partial, mask=ran, other=float("-inf"))
+    totals = tl.load(total_ptr + partial, mask=ran, other=0.0)
+    acc = tl.load(acc_ptr + partial[:, None] * D + d, mask=ran[:, None] & (d < D), other=0.0)
+    shift, sink = tl.max(peaks, 0), float("-inf")
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
+        shift = tl.maximum(shift, sink)
+    shift = tl.where(shift == float("-inf"), 0.0, shift)
+    weights = tl.exp2(peaks - shift)
+    total = tl.sum(totals * weights, 0)
+    if sinks_ptr is not None:
+        total += tl.exp2(sink - shift)
+    out = tl.sum(acc * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    out_row = (sequence * num_queries + row // G) * num_kv_heads * G + head
+    tl.store(out_ptr + out_row * D + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
+
+
+def tree_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, ancestors: Tensor, *, scale: float, depths: Tensor | None = None,
+    first: int = 0, window: int = 0, chunk: int = 0, softcap: float = 0.0, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention of T tree nodes over the prefix and the tree slots that they see.
+
+    q [B, Hq, T, D] of any strides, row i is tree slot first + i; k, v [B, Hkv, L, D], views of a slab (all three with a
+    contiguous last dimension); lengths [B] prefix rows; ancestors [B, T, W] int64 bits of the visible slots; depths
+    [B, N] of the slots, needed by `window` (keys less than so many positions back) and `chunk` (keys of one chunk);
+    window, chunk, softcap: 0 = off; sinks [Hq]. Rows from lengths[b] + first + T on are never read. Returns
+    [B, T, Hq, D], contiguous; a query that sees nothing gets zeros.
+    """
+    _check(q, k, v, lengths, ancestors, depths, first, window or chunk, sinks)
+    if not use_triton(q, k, v):
+        return tree_attention_ref(
+            q, k, v, lengths, ancestors, scale=scale, depths=depths, first=first, window=window, chunk=chunk,
+            softcap=softcap, sinks=sinks,
+        )  # fmt: skip
+    num_sequences, num_heads, num_queries, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    tile = _tile(q, k)
+    packed_rows = num_queries * num_heads // num_kv_heads
+    groups, splits = num_sequences * num_kv_heads, tile.num_splits
+    out = q.new_empty(num_sequences, num_queries, num_heads, head_dim)
+    acc = peak = total = None
+    if splits > 1:
+        acc = q.new_empty(groups, splits, packed_rows, head_dim, dtype=torch.float32)
+        peak, total = q.new_empty(2, groups, splits, packed_rows, dtype=torch.float32)
+    shared = dict(
+        G=num_heads // num_kv_heads, D=head_dim, BLOCK_D=_padded(head_dim),
+        WINDOW=window, CHUNK=chunk, SPLITS=splits, BLOCK_N=tile.block_n,
+    )  # fmt: skip
+    with device_guard(q):
+        _attend_kernel[(splits, triton.cdiv(packed_rows, tile.block_m), groups)](
+            q, k, v, lengths, ancestors, depths, sinks, out, acc, peak, total,
+            num_queries, num_kv_heads, first, scale,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            *ancestors.stride()[:2], 0 if depths is None else depths.stride(0),
+            **shared, SOFTCAP=softcap, BLOCK_M=tile.block_m, UPCAST=upcast(q.dtype),
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+        if splits > 1:
+            _combine_kernel[(packed_rows, groups)](
+                acc, peak, total, lengths, sinks, out, num_queries, num_kv_heads, first,
+                **shared, BLOCK_SPLITS=triton.next_power_of_2(splits), num_warps=2,
+            )  # fmt: skip
+    return out
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, ancestors: Tensor, depths: Tensor | None, first: int,
+    by_position: int, sinks: Tensor | None,
+) -> None:  # fmt: skip
+    num_sequences, num_heads, num_queries, head_dim = q.shape
+    assert k.shape == v.shape == (num_sequences, k.shape[1], k.shape[2], head_dim)
+    assert num_heads % k.shape[1] == 0
+    assert q.dtype == k.dtype == v.dtype
+    assert q.stride(3) == k.stride(3) == v.stride(3) == ancestors.stride(2) == 1
+    assert lengths.shape == (num_sequences,)
+    assert lengths.is_contiguous()
+    assert ancestors.shape[:2] == (num_sequences, num_queries)
+    assert first + num_queries <= 64 * ancestors.shape[2], "the masks have too few words"
+    assert sinks is None or (sinks.shape == (num_heads,) and sinks.is_contiguous())
+    if by_position and depths is None:
+        raise ValueError("window and chunk compare positions: pass the depths of the tree slots")
+    if depths is not None:
+        assert depths.shape[1] >= first + num_queries
+        assert depths.stride(1) == 1
+
+
+def tree_attention_ref(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, ancestors: Tensor, *, scale: float, depths: Tensor | None = None,
+    first: int = 0, window: int = 0, chunk: int = 0, softcap: float = 0.0, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`tree_attention` in plain PyTorch: fp32 inside, fp64 for fp64 inputs."""
+    num_queries, num_kv_heads, num_rows = q.shape[2], k.shape[1], k.shape[2]
+    compute = torch.promote_types(q.dtype, torch.float32)
+    slots = torch.arange(num_rows, device=q.device) - lengths[:, None]  # [B, L], negative in the prefix
+    visible = _visible(slots, lengths, ancestors, depths, first, num_queries, window, chunk)
+    visible = visible[:, None, :, None, :]  # [B, 1, T, 1, L]
+
+    query = rearrange(q, "b (h g) t d -> b h (t g) d", h=num_kv_heads).to(compute)
+    scores = query @ k.to(compute).transpose(-1, -2) * scale
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = rearrange(scores, "b h (t g) n -> b h t g n", t=num_queries).masked_fill(~visible, float("-inf"))
+    peak = scores.amax(-1, keepdim=True)
+    if sinks is not None:
+        sink = rearrange(sinks.to(compute), "(h g) -> h 1 g 1", h=num_kv_heads)
+        peak = torch.maximum(peak, sink)
+    peak = peak.masked_fill(peak == float("-inf"), 0.0)  # a row that sees nothing
+    weights = torch.exp(scores - peak)
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sink - peak)
+    weights = weights / total.masked_fill(total == 0, 1.0)
+
+    live = slots < first + num_queries  # rows past it may hold NaN
+    values = v.to(compute).masked_fill(~live[:, None, :, None], 0.0)
+    out = rearrange(weights, "b h t g n -> b h (t g) n") @ values
+    return rearrange(out, "b h (t g) d -> b t (h g) d", t=num_queries).to(q.dtype).contiguous()
+
+
+def _visible(
+    slots: Tensor, lengths: Tensor, ancestors: Tensor, depths: Tensor | None, first: int, num_queries: int, window: int,
+    chunk: int,
+) -> Tensor:  # fmt: skip
+    """Which cache rows each query sees: [B, T, L] bool."""
+    num_slots = first + num_queries
+    index = slots.clamp(0, num_slots - 1)
+    words = ancestors.gather(2, (index >> 6)[:, None].expand(-1, num_queries, -1))
+    bits = (words >> (index & 63)[:, None]) & 1
+    visible = (slots < 0)[:, None] | ((bits == 1) & (slots < num_slots)[:, None])
+    if window > 0 or chunk > 0:
+        assert depths is not None
+        start = lengths[:, None]
+        key_positions = torch.where(slots < 0, slots + start, start + depths.gather(1, index))[:, None]
+        query_positions = (start + depths[:, first:num_slots])[:, :, None]
+        if window > 0:
+            visible = visible & (query_positions - key_positions < window)
+        if chunk > 0:
+            visible = visible & (query_positions // chunk == key_positions // chunk)
+    return visible

@@ -1,0 +1,33 @@
+"""Fixtures for all tests. Without a GPU, Triton kernels run under its interpreter, which must be chosen before the import."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_collection_modifyitems(config, items):
+    gpus = torch.cuda.device_count()
+    for item in items:
+        needed = 2 if "multi_gpu" in item.keywords else 1 if "gpu" in item.keywords else 0
+        if gpus < needed:
+            item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPU{'s' if needed > 1 else ''}"))
+
+
+@pytest.fixture
+def device():
+    """The device that real code paths are tested on: a GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def triton_kernels(monkeypatch):
+    """Every op takes its Triton kernel, interpreted on the CPU: keep the shapes of such a test small."""
+    monkeypatch.setenv("EAGLE_FAST_KERNELS", "triton")
