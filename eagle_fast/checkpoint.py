@@ -179,6 +179,7 @@ def _settings(config: HeadConfig, dtype: str) -> dict[str, Any]:
         "use_aux_hidden_state": not config.uses_final_hidden,
         "use_input_layernorm_in_first_layer": config.input_norm,
         "use_last_layernorm": config.final_norm,
+        "return_hidden_post_norm": config.norm_output,
     }
     if config.feature_layers:  # readers take the first key for boundaries unless it begins with 1, the second always is
         eagle["eagle_aux_hidden_state_layer_ids"] = list(config.feature_layers)

@@ -36,9 +36,10 @@ class Drafter:
         self.states = torch.zeros_like(self.hidden)
         path, k = tree.max_path, tree.top_k
         self.path_rows = torch.arange(path, device=device)
-        self.path_masks = chain_masks(path, device).expand(batch, -1, -1)
+        self.path_masks = chain_masks(path, device).repeat(batch, 1, 1)
         self.level_slots = torch.arange(max(tree.depth, 1) * k, device=device)
-        self.first_masks = own_bits(k, self.level_slots.numel(), device).expand(batch, -1, -1)
+        self.first_beam = self.level_slots[:k].repeat(batch, 1)
+        self.first_masks = own_bits(k, self.level_slots.numel(), device).repeat(batch, 1, 1)
 
     # -- grow ------------------------------------------------------------------------------------------------------
 
@@ -50,8 +51,7 @@ class Drafter:
         scores, tokens = scores[:, 0], tokens[:, 0]
         candidates[0][:, :k], candidates[1][:, :k] = scores, tokens
         hidden = self.hidden[:, None].expand(-1, k, -1)
-        beam = self.level_slots[:k].expand(batch, -1)
-        masks = self.first_masks
+        beam, masks = self.first_beam, self.first_masks
         for level in range(1, self.tree.depth + 1):
             hidden, states = self._level(level, tokens, hidden, lengths, masks)
             child_scores, child_tokens = self._propose(states, lengths + level, sampling)

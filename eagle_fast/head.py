@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import TypeGuard, cast
 
 import torch
 from eagle_fast_kernels.draft_head import add_rms_norm, head_input, rms_norm_ref, silu_mul
@@ -77,27 +77,25 @@ class DraftHead(nn.Module):
         self.register_buffer("token_ids", None if ids is None else ids.to(device))
         self._add_embedding(tensors.get("embed_tokens.weight"), embedding, dtype, device)
         if config.own_lm_head:
-            self.lm_head_weight = frozen(tensors["lm_head.weight"])
+            own = tensors["lm_head.weight"]
+            own = _targets_if_same(own, lm_head_weight, dtype, device) if config.kind == "eagle" else own
+            self.lm_head_weight = frozen(own)
             self.lm_head_bias = optional(tensors, "lm_head.bias")
         else:
             self._share_lm_head(lm_head_weight, lm_head_bias, dtype, device)
 
     def _add_embedding(self, own: Tensor | None, targets: Tensor | None, dtype, device) -> None:
-        """EAGLE-1 files repeat the target's embedding: share it then."""
         shape = (self.config.vocab_size, self.config.embedding_size)
-        if targets is not None and targets.shape == shape and targets.is_floating_point() and not targets.is_meta:
-            shared = targets.detach().to(device, dtype)
-            if own is None or torch.equal(own, shared):
-                own = shared
-        if own is None:
+        if own is None and not _usable(targets, shape):
             raise ValueError(
                 f"the head shares the target's embedding: pass it as {list(shape)} floats, got {_described(targets)}"
             )
-        self.register_buffer("embedding", own, persistent=False)
+        embedding = _targets_if_same(own, targets, dtype, device)
+        self.register_buffer("embedding", embedding, persistent=False)
 
     def _share_lm_head(self, weight: Tensor | None, bias: Tensor | None, dtype, device) -> None:
         shape = (self.config.vocab_size, self.config.hidden_size)
-        if weight is None or weight.shape != shape or not weight.is_floating_point() or weight.is_meta:
+        if not _usable(weight, shape):
             raise ValueError(
                 f"the head shares the target's lm_head: pass it as {list(shape)} floats, got {_described(weight)}"
             )
@@ -215,7 +213,8 @@ class DraftHead(nn.Module):
         first, eps, width = self._layers()[0], self.config.rms_norm_eps, hidden.shape[-1]
         eagle3 = self.config.kind == "eagle3"
         norms = (first.input_norm, first.hidden_norm) if eagle3 else (self.fc_embed_norm, self.fc_hidden_norm)
-        flat = head_input(tokens.reshape(-1), hidden.reshape(-1, width), self.embedding, *norms, eps)
+        rows = tokens.reshape(-1).contiguous(), hidden.reshape(-1, width)
+        flat = head_input(*rows, self.embedding, *norms, eps)
         x = flat.view(*tokens.shape, -1)
         if eagle3:
             return x, x[..., -width:] if self.config.norm_before_residual else hidden
@@ -264,3 +263,17 @@ class DraftHead(nn.Module):
 
 def _described(tensor: Tensor | None) -> str:
     return "none" if tensor is None else f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"
+
+
+def _usable(tensor: Tensor | None, shape: tuple[int, int]) -> TypeGuard[Tensor]:
+    return tensor is not None and tensor.shape == shape and tensor.is_floating_point() and not tensor.is_meta
+
+
+def _targets_if_same(own: Tensor | None, targets: Tensor | None, dtype, device) -> Tensor:
+    """EAGLE-1 files often repeat the target's matrices: use the target's then, and save the memory."""
+    if own is None or _usable(targets, (own.shape[0], own.shape[1])):
+        assert targets is not None
+        shared = targets.detach().to(device, dtype)
+        if own is None or torch.equal(own, shared):
+            return shared
+    return own

@@ -146,7 +146,9 @@ def _feature_layers(
     What the config's list means differs by trainer. A first id of 1 can only be an "output of layer" list, one less
     than the boundaries; speculators always lists boundaries.
     """
-    count, rest, reads = 1, 0, "without fc.weight the head reads one feature"
+    count, rest, reads = 1, 0, "without fc.weight the head reads one feature of width"
+    if "fc.weight" not in tensors and given is None:
+        raise ValueError("missing fc.weight, which only a head with use_aux_hidden_state: false in config.json lacks")
     if "fc.weight" in tensors:
         columns = tensors["fc.weight"].shape[1]
         count, rest = divmod(columns, target.hidden_size)

@@ -77,4 +77,5 @@ def compact_kv_ref(slab: Tensor, path: Tensor, counts: Tensor, lengths: Tensor) 
     source, target = torch.where(moved, path, first) + start, torch.where(moved, step, 0) + start
     shape = (num_buffers, num_sequences, num_heads, path.shape[1], head_dim)
     source, target = (i.clamp(max=num_rows - 1)[None, :, None, :, None].expand(shape) for i in (source, target))
-    slab.scatter_(3, target, slab.gather(3, source))
+    bits = slab.view(BITS[slab.element_size()])
+    bits.scatter_(3, target, bits.gather(3, source))

@@ -232,11 +232,16 @@ def _given(*tensors: Tensor | None) -> list[Tensor]:
     return [t for t in tensors if t is not None]
 
 
+def _wide(x: Tensor) -> Tensor:
+    """fp32, or fp64 where x is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def rms_norm_ref(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """RMSNorm over the last dimension as LlamaRMSNorm rounds it; without a weight, x itself."""
     if weight is None:
         return x
-    wide = x.float()
+    wide = _wide(x)
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (weight * normed.to(x.dtype)).to(x.dtype)
 
@@ -244,14 +249,15 @@ def rms_norm_ref(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 def rope_ref(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Rotate queries or keys x [B, T, heads, D] to positions [B, T] by tables [P, R]; dimensions from R on pass."""
     rotary_dim = cos.shape[-1]
-    wide = x[..., :rotary_dim].float()
+    wide = _wide(x[..., :rotary_dim])
     if interleaved:
         even, odd = wide[..., 0::2], wide[..., 1::2]
         turned = torch.stack((-odd, even), -1).flatten(-2)
     else:
         low, high = wide.chunk(2, -1)
         turned = torch.cat((-high, low), -1)
-    rotated = wide * cos[positions].float().unsqueeze(-2) + turned * sin[positions].float().unsqueeze(-2)
+    cos, sin = _wide(cos)[positions].unsqueeze(-2), _wide(sin)[positions].unsqueeze(-2)
+    rotated = wide * cos + turned * sin
     return torch.cat((rotated.to(x.dtype), x[..., rotary_dim:]), -1)
 
 
@@ -290,5 +296,5 @@ def add_rms_norm_ref(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1
 
 def silu_mul_ref(gate_up: Tensor) -> Tensor:
     """`silu_mul` in plain PyTorch, differentiable."""
-    gate, up = gate_up.float().chunk(2, -1)
+    gate, up = _wide(gate_up).chunk(2, -1)
     return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)

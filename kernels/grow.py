@@ -7,9 +7,9 @@ counts as -inf.
 
     B sequences   k rows of the beam and children of each   C candidates   T nodes of the tree   W mask words
 
-Bytes: 20 C a sequence read and 32 T written (17 KB at C = 710, T = 60), so latency is all there is: each op is one launch
-with one program per sequence. `grow` ranks its k^2 <= 256 scores by counting; `finish_tree` finds the score of the last
-node taken by bisection, numbers the nodes by a prefix sum, and walks all paths up at once.
+Bytes: 20 C a sequence read and 32 T written (16 KB at C = 710, T = 60), so latency is all there is: each op is one
+launch with one program per sequence. `grow` ranks its k^2 <= 256 scores by counting; `finish_tree` finds the score of
+the last node taken by bisection, numbers the nodes by a prefix sum, and walks all paths up at once.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def grow(
     """Writes the k^2 candidates of `level` (>= 1) and returns the next beam, its best row first.
 
     topk_scores, topk_tokens [B, k, k]: the k best tokens after each beam row, log-probabilities and ids
-    beam_scores, beam_candidates [B, k], beam_ancestors [B, k, W]: the beam; its row i is candidate beam_candidates[:, i]
+    beam_scores, beam_candidates [B, k], beam_ancestors [B, k, W]: the beam; row i is candidate beam_candidates[:, i]
     out_scores, out_tokens, out_parents [B, C]: all candidates, written in place
     -> tokens, scores, candidates, rows (of the parent in the old beam) [B, k], ancestors [B, k, W]: row r becomes draft
        slot level * k + r, whose bit its ancestors get.
@@ -146,7 +146,7 @@ def grow(
     with device_guard(topk_scores):
         _grow_kernel[(num_sequences,)](
             tokens, scores, candidates, rows, ancestors, *inputs, *buffers, out_scores.stride(0), first, level * k,
-            K=k, WORDS=num_words, BLOCK=triton.next_power_of_2(k * k),
+            K=k, WORDS=num_words, BLOCK=triton.next_power_of_2(k * k), num_warps=4 if k <= 11 else 8,
         )  # fmt: skip
     return tokens, scores, candidates, rows, ancestors
 

@@ -6,8 +6,8 @@
 
 Bytes: the weights, Vd H elements, once for every 64 rows (EAGLE-3's 32000 x 4096 in bf16: 262 MB, 85 us at 3.08 TB/s;
 43 us in fp8). A program takes one tile of the vocabulary: it keeps the tile's k best as packed (value, index) keys and
-its log-sum-exp (R tiles (8 k + 8) bytes, 0.4 MB at R = 10), which one program per row merges. Lower draft ids win ties; a
-NaN counts as -inf. Left out: overlapping the merge with the next launch.
+its log-sum-exp (R tiles (8 k + 8) bytes, 0.4 MB at R = 10), which one program per row merges. Lower draft ids win ties;
+a NaN counts as -inf. Left out: overlapping the merge with the next launch.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# By bytes of a weight, then rows of a program. Candidates for tuning: block_n 32, 64, 128; block_k 64, 128, 256; warps 4,
-# 8; stages 3 .. 7, as far as shared memory reaches.
+# By bytes of a weight, then rows of a program. Candidates for tuning: block_n 32, 64, 128; block_k 64, 128, 256; warps
+# 4, 8; stages 3 .. 7, as far as shared memory reaches.
 TILES = {
     1: {16: Tile(64, 128, 4, 6), 32: Tile(64, 128, 4, 5), 64: Tile(128, 128, 8, 4)},
     2: {16: Tile(64, 128, 4, 5), 32: Tile(64, 128, 4, 4), 64: Tile(128, 64, 8, 5)},
@@ -68,7 +68,7 @@ def _tile_topk_kernel(
     K: tl.constexpr, GREEDY_TEMPERATURE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """packed [R, tiles, K]: the best of each tile in order; partial [R, tiles, 2]: its maximum and sum of exponentials."""
+    """packed [R, tiles, K]: each tile's best in order; partial [R, tiles, 2]: its maximum and sum of exponentials."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     tile = tl.program_id(1)
     columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)

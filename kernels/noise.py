@@ -62,7 +62,7 @@ def philox_ref(
 
 
 @triton.jit
-def _gumbel_of(bits):
+def gumbel_of_bits(bits):
     """Standard Gumbel noise of uint32 random bits."""
     u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994039535522)
     # log1p(-u) = log(w) * u / (1 - w) for the rounded w = 1 - u: the rounding of w cancels (there is no log1p here).
@@ -76,7 +76,7 @@ def gumbel(seed, sequence, position, token):
     """Noise of any tokens: int64 in, float32 out, broadcast together."""
     r0, r1, r2, r3 = philox(seed, seed >> 32, token >> 2, position, sequence, position >> 32)
     lane = token & 3
-    return _gumbel_of(tl.where(lane < 2, tl.where(lane == 0, r0, r1), tl.where(lane == 2, r2, r3)))
+    return gumbel_of_bits(tl.where(lane < 2, tl.where(lane == 0, r0, r1), tl.where(lane == 2, r2, r3)))
 
 
 @triton.jit
@@ -84,10 +84,10 @@ def gumbel_tile(seed, sequence, position, first, TILE: tl.constexpr):
     """Noise of the TILE tokens from `first` (a multiple of 4), at a quarter of the Philox calls of `gumbel`."""
     counter = (first >> 2) + tl.arange(0, TILE // 4)
     r0, r1, r2, r3 = philox(seed, seed >> 32, counter, position, sequence, position >> 32)
-    return _gumbel_of(tl.reshape(tl.join(tl.join(r0, r2), tl.join(r1, r3)), [TILE]))
+    return gumbel_of_bits(tl.reshape(tl.join(tl.join(r0, r2), tl.join(r1, r3)), [TILE]))
 
 
-def _gumbel_of_ref(bits: torch.Tensor) -> torch.Tensor:
+def gumbel_of_bits_ref(bits: torch.Tensor) -> torch.Tensor:
     u = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
     return -torch.log(-torch.log1p(-u))
 
@@ -107,7 +107,7 @@ def gumbel_ref(
         r0, r1, r2, r3 = philox_ref(seed, seed >> 32, token >> 2, position, sequence, position >> 32)
         lane = token & 3
         bits = torch.where(lane < 2, torch.where(lane == 0, r0, r1), torch.where(lane == 2, r2, r3))
-        torch.atleast_1d(out)[..., columns] = _gumbel_of_ref(bits)
+        torch.atleast_1d(out)[..., columns] = gumbel_of_bits_ref(bits)
     return out
 
 
@@ -122,7 +122,7 @@ def gumbel_row_ref(
     for first in range(0, vocab_size, 4 * step):
         counter = torch.arange(first // 4, first // 4 + step, device=positions.device)
         lanes = philox_ref(seeds, seeds >> 32, counter, positions, sequences, positions >> 32)
-        noise = torch.stack([_gumbel_of_ref(lane) for lane in lanes], -1).flatten(-2)
+        noise = torch.stack([gumbel_of_bits_ref(lane) for lane in lanes], -1).flatten(-2)
         out[..., first : first + 4 * step] = noise[..., : vocab_size - first]
     return out
 

@@ -3,16 +3,16 @@
     temperature 0   argmax_v logits_v
     otherwise       x = logits / temperature;  K = what top-k, then top-p, then min-p keep;  argmax_{v in K} x_v + G_v
 
-logits [B, T, V], every setting [B] on the device, so that one captured graph serves all settings; G from noise.py. Lower
-token ids win ties. A row that holds a NaN, or whose maximum is not finite, gives -1.
+logits [B, T, V], every setting [B] on the device, so that one captured graph serves all settings; G from noise.py.
+Lower token ids win ties. A row that holds a NaN, or whose maximum is not finite, gives -1.
 
 The warpers keep what transformers' TopKLogitsWarper, TopPLogitsWarper and MinPLogitsWarper keep, in that order, except
 that top-p keeps every token that ties with the last one kept (transformers breaks such ties by sort order).
 
-Bytes: the logits, once for greedy rows (T = 60, V = 128256, bf16: 15 MB, 5 us at 3.08 TB/s); a second time, from L2, for
-the noise. One program owns a row, so its sums have one order whatever B and T are. No sort: a warper's threshold is the
-largest t for which the values >= t number top_k, or weigh top_p, found by bisection on order-preserving integer keys
-over the few values that a cheap lower bound leaves. Left out: spreading a row over several SMs.
+Bytes: the logits, once for greedy rows (T = 60, V = 128256, bf16: 15 MB, 5 us at 3.08 TB/s); a second time, from L2,
+for the noise. One program owns a row, so its sums have one order whatever B and T are. No sort: a warper's threshold is
+the largest t for which the values >= t number top_k, or weigh top_p, found by bisection on order-preserving integer
+keys over the few values that a cheap lower bound leaves. Left out: spreading a row over several SMs.
 """
 
 from __future__ import annotations
@@ -36,73 +36,70 @@ LANE_SLOTS = 4
 
 
 @triton.jit
-def _load_x(row_ptr, tokens, vocab_size, temperature):
+def _load_x(row, tokens):
+    """Logits over temperature of a row (pointer, V, temperature), -inf past its end; division as PyTorch rounds it."""
+    row_ptr, vocab_size, temperature = row
     logits = tl.load(row_ptr + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32)
     return tl.div_rn(logits, temperature)
 
 
 @triton.jit
-def _first_best(values, tokens):
+def _update(lane_best, lane_token, values, tokens):
+    """The running maximum of each lane and its token, the first of equals."""
+    better = values > lane_best
+    return tl.where(better, values, lane_best), tl.where(better, tokens, lane_token)
+
+
+@triton.jit
+def _first_best(lane_best, lane_token):
     """(maximum, the lowest of the tokens that have it)."""
-    best = tl.max(values, 0)
-    return best, tl.min(tl.where(values == best, tokens, 2147483647), 0)
+    best = tl.max(lane_best, 0)
+    return best, tl.min(tl.where(lane_best == best, lane_token, 2147483647), 0)
 
 
 @triton.jit
-def _maximum(row_ptr, vocab_size, TILE: tl.constexpr):
-    """(lane maxima, maximum, its token, whether the maximum is finite and no logit NaN)."""
-    lanes = tl.arange(0, TILE)
-    lane_best = tl.full([TILE], float("-inf"), tl.float32)
-    lane_token = lanes
-    lane_nan = tl.zeros([TILE], tl.int32)
-    for first in range(0, vocab_size, TILE):
-        x = tl.load(row_ptr + first + lanes, mask=first + lanes < vocab_size, other=float("-inf")).to(tl.float32)
-        lane_token = tl.where(x > lane_best, first + lanes, lane_token)
-        lane_best = tl.where(x > lane_best, x, lane_best)
-        lane_nan = lane_nan | (x != x).to(tl.int32)
-    best, token = _first_best(lane_best, lane_token)
-    return lane_best, best, token, (tl.max(lane_nan, 0) == 0) & (best > float("-inf")) & (best < float("inf"))
-
-
-@triton.jit
-def _draw(row_ptr, vocab_size, temperature, seed, sequence, position, TILE: tl.constexpr):
+def _draw(row, seed, sequence, position, TILE: tl.constexpr):
     """argmax of x + G over the whole row."""
     lanes = tl.arange(0, TILE)
     lane_best = tl.full([TILE], float("-inf"), tl.float32)
     lane_token = lanes
-    for first in range(0, vocab_size, TILE):
-        x = _load_x(row_ptr, first + lanes, vocab_size, temperature)
-        x += gumbel_tile(seed, sequence, position, first, TILE)
-        lane_token = tl.where(x > lane_best, first + lanes, lane_token)
-        lane_best = tl.where(x > lane_best, x, lane_best)
+    for first in range(0, row[1], TILE):
+        y = _load_x(row, first + lanes) + gumbel_tile(seed, sequence, position, first, TILE)
+        lane_best, lane_token = _update(lane_best, lane_token, y, first + lanes)
     _, token = _first_best(lane_best, lane_token)
     return token
 
 
 @triton.jit
-def _collect(slots_ptr, row_ptr, vocab_size, temperature, peak, bound, TILE: tl.constexpr, LANE_SLOTS: tl.constexpr):
-    """Every lane packs its values with keys >= bound into its slots: (their numbers, the mass of the whole row).
+def _collect(row, slots_ptr, bound, peak, TILE: tl.constexpr, LANE_SLOTS: tl.constexpr):
+    """Every lane packs its values with keys >= bound into its slots: (the candidates, the mass of the whole row).
 
-    A number above LANE_SLOTS says that the lane ran out of slots.
+    Candidates are (slots, their number in each lane, whether all have a slot, steps over them); where a lane ran out
+    of slots, they are the whole row.
     """
+    vocab_size = row[1]
     lanes = tl.arange(0, TILE)
     num_kept = tl.zeros([TILE], tl.int32)
     mass = tl.zeros([TILE], tl.float32)
     for first in range(0, vocab_size, TILE):
         tokens = first + lanes
-        x = _load_x(row_ptr, tokens, vocab_size, temperature)
+        x = _load_x(row, tokens)
         key = order_key(x)
         keep = (key >= bound) & (tokens < vocab_size)
         packed = (key.to(tl.int64) << 32) | tokens
         tl.store(slots_ptr + num_kept * TILE + lanes, packed, mask=keep & (num_kept < LANE_SLOTS))
         num_kept += keep.to(tl.int32)
         mass += tl.exp(x - peak)
-    return num_kept, tl.sum(mass, 0)
+    tl.debug_barrier()
+    most = tl.max(num_kept, 0)
+    fits = most <= LANE_SLOTS
+    return (slots_ptr, num_kept, fits, tl.where(fits, most, tl.cdiv(vocab_size, TILE))), tl.sum(mass, 0)
 
 
 @triton.jit
-def _candidates(step, slots_ptr, num_kept, fits, row_ptr, vocab_size, temperature, TILE: tl.constexpr):
-    """(keys, tokens, which of them exist) of one step over the candidates: from the slots, or of the whole row."""
+def _candidates(row, candidates, step, TILE: tl.constexpr):
+    """(keys, tokens, which of them exist) of one step over the candidates."""
+    slots_ptr, num_kept, fits, _ = candidates
     lanes = tl.arange(0, TILE)
     if fits:
         exists = step < num_kept
@@ -111,86 +108,68 @@ def _candidates(step, slots_ptr, num_kept, fits, row_ptr, vocab_size, temperatur
         tokens = (packed & 0x7FFFFFFF).to(tl.int32)
     else:
         tokens = step * TILE + lanes
-        exists = tokens < vocab_size
-        key = order_key(_load_x(row_ptr, tokens, vocab_size, temperature))
+        exists = tokens < row[1]
+        key = order_key(_load_x(row, tokens))
     return key, tokens, exists
 
 
 @triton.jit
-def _weight(
-    threshold, by_mass, peak, steps, slots_ptr, num_kept, fits, row_ptr, vocab_size, temperature, TILE: tl.constexpr
-):
-    """Number, or mass relative to the peak's, of the candidates with keys >= threshold."""
+def _weight(row, candidates, least, peak, BY_MASS: tl.constexpr, TILE: tl.constexpr):
+    """Number, or mass relative to the peak's, of the candidates with keys >= least."""
     total = tl.zeros([TILE], tl.float32)
-    for step in range(0, steps):
-        key, _, exists = _candidates(step, slots_ptr, num_kept, fits, row_ptr, vocab_size, temperature, TILE)
-        weight = tl.where(by_mass, tl.exp(order_value(key) - peak), 1.0)
-        total += tl.where(exists & (key >= threshold), weight, 0.0)
+    for step in range(0, candidates[3]):
+        key, _, exists = _candidates(row, candidates, step, TILE)
+        weight = tl.exp(order_value(key) - peak) if BY_MASS else 1.0
+        total += tl.where(exists & (key >= least), weight, 0.0)
     return tl.sum(total, 0)
 
 
 @triton.jit
-def _threshold(
-    low, target, by_mass, peak, steps, slots_ptr, num_kept, fits, row_ptr, vocab_size, temperature, TILE: tl.constexpr
-):
-    """The largest key t such that the candidates with keys >= t weigh `target`; `low` if there is none above it."""
+def _least_key(row, candidates, low, target, peak, BY_MASS: tl.constexpr, TILE: tl.constexpr):
+    """The largest t such that the candidates with keys >= t weigh `target`; `low` if there is none above it."""
     low = low.to(tl.int64)
     high = order_key(peak).to(tl.int64)
     while low < high:
         middle = (low + high + 1) >> 1
-        weight = _weight(
-            middle.to(tl.int32), by_mass, peak, steps, slots_ptr, num_kept, fits, row_ptr, vocab_size, temperature, TILE
-        )
-        low = tl.where(weight >= target, middle, low)
-        high = tl.where(weight >= target, high, middle - 1)
+        enough = _weight(row, candidates, middle.to(tl.int32), peak, BY_MASS, TILE) >= target
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
     return low.to(tl.int32)
 
 
 @triton.jit
 def _draw_warped(
-    row_ptr, slots_ptr, vocab_size, lane_best, peak, temperature, top_k, top_p, min_p, seed, sequence, position,
+    row, slots_ptr, lane_best, peak, top_k, top_p, min_p, seed, sequence, position,
     TILE: tl.constexpr, LANE_SLOTS: tl.constexpr,
 ):  # fmt: skip
     """argmax of x + G over what the warpers keep; lane_best and peak are values of x."""
-    use_k = (top_k > 0) & (top_k < vocab_size)
-    # What is below the bound cannot be kept: fewer than top_k lane maxima lie above; it weighs less than 1 - top_p all
-    # together; it has less than min_p of the peak's probability.
+    use_k = (top_k > 0) & (top_k < row[1])
+    # What is below the bound cannot be kept: top_k lane maxima are not below it, or what is weighs less than 1 - top_p
+    # all together, or has less than min_p of the peak's probability.
     bound = tl.full([], KEY_MINUS_INF, tl.int32)
     if use_k:
         if top_k <= TILE:
             bound = kth_key(order_key(lane_best), top_k)
     else:
-        share = tl.where(top_p < 1.0, (1.0 - top_p) / vocab_size, min_p)
+        share = tl.where(top_p < 1.0, (1.0 - top_p) / row[1], min_p)
         bound = order_key(peak + tl.log(share) - 1e-3)
-    num_kept, mass = _collect(slots_ptr, row_ptr, vocab_size, temperature, peak, bound, TILE, LANE_SLOTS)
-    most_kept = tl.max(num_kept, 0)
-    fits = most_kept <= LANE_SLOTS
-    steps = tl.where(fits, most_kept, tl.cdiv(vocab_size, TILE))
-    tl.debug_barrier()
-
-    threshold = bound
+    candidates, mass = _collect(row, slots_ptr, bound, peak, TILE, LANE_SLOTS)
+    least = bound
     if use_k:
-        threshold = _threshold(
-            bound, top_k, False, peak, steps, slots_ptr, num_kept, fits, row_ptr, vocab_size, temperature, TILE
-        )
+        least = _least_key(row, candidates, least, top_k, peak, False, TILE)
     if top_p < 1.0:
         if use_k:
-            mass = _weight(
-                threshold, True, peak, steps, slots_ptr, num_kept, fits, row_ptr, vocab_size, temperature, TILE
-            )
-        threshold = _threshold(
-            threshold, top_p * mass, True, peak, steps, slots_ptr, num_kept, fits, row_ptr, vocab_size, temperature, TILE
-        )
+            mass = _weight(row, candidates, least, peak, True, TILE)
+        least = _least_key(row, candidates, least, top_p * mass, peak, True, TILE)
 
     lane_best = tl.full([TILE], float("-inf"), tl.float32)
     lane_token = tl.zeros([TILE], tl.int32)
-    for step in range(0, steps):
-        key, tokens, exists = _candidates(step, slots_ptr, num_kept, fits, row_ptr, vocab_size, temperature, TILE)
+    for step in range(0, candidates[3]):
+        key, tokens, exists = _candidates(row, candidates, step, TILE)
         x = order_value(key)
-        keep = exists & (key >= threshold) & (tl.exp(x - peak) >= min_p)
+        keep = exists & (key >= least) & (tl.exp(x - peak) >= min_p)
         y = tl.where(keep, x + gumbel(seed, sequence, position, tokens), float("-inf"))
-        lane_token = tl.where(y > lane_best, tokens, lane_token)
-        lane_best = tl.where(y > lane_best, y, lane_best)
+        lane_best, lane_token = _update(lane_best, lane_token, y, tokens)
     _, token = _first_best(lane_best, lane_token)
     return token
 
@@ -201,13 +180,25 @@ def _sample_kernel(
     slots_ptr, num_nodes, vocab_size, stride_logits_b, stride_logits_t, stride_positions_b, stride_positions_t,
     GREEDY_TEMPERATURE: tl.constexpr, TILE: tl.constexpr, LANE_SLOTS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    b = row // num_nodes
-    node = row % num_nodes
+    program = tl.program_id(0).to(tl.int64)
+    b = program // num_nodes
+    node = program % num_nodes
     row_ptr = logits_ptr + b * stride_logits_b + node * stride_logits_t
-    lane_best, peak, token, valid = _maximum(row_ptr, vocab_size, TILE)
+    lanes = tl.arange(0, TILE)
+    lane_best = tl.full([TILE], float("-inf"), tl.float32)
+    lane_token = lanes
+    lane_nan = tl.zeros([TILE], tl.int32)
+    for first in range(0, vocab_size, TILE):
+        tokens = first + lanes
+        logits = tl.load(row_ptr + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32)
+        lane_best, lane_token = _update(lane_best, lane_token, logits, tokens)
+        lane_nan |= (logits != logits).to(tl.int32)
+    peak, token = _first_best(lane_best, lane_token)
+    valid = (tl.max(lane_nan, 0) == 0) & (peak > float("-inf")) & (peak < float("inf"))
+
     temperature = tl.load(temperature_ptr + b)
     if valid & (temperature > GREEDY_TEMPERATURE):
+        row = (row_ptr, vocab_size, temperature)
         position = tl.load(positions_ptr + b * stride_positions_b + node * stride_positions_t)
         seed = tl.load(seeds_ptr + b)
         sequence = tl.load(sequences_ptr + b)
@@ -215,14 +206,15 @@ def _sample_kernel(
         top_p = tl.load(top_p_ptr + b)
         min_p = tl.load(min_p_ptr + b)
         if ((top_k > 0) & (top_k < vocab_size)) | (top_p < 1.0) | (min_p > 0.0):
+            lane_best = tl.div_rn(lane_best, temperature)
+            peak = tl.div_rn(peak, temperature)
+            slots_ptr += program * (TILE * LANE_SLOTS)
             token = _draw_warped(
-                row_ptr, slots_ptr + row * (TILE * LANE_SLOTS), vocab_size, tl.div_rn(lane_best, temperature),
-                tl.div_rn(peak, temperature), temperature, top_k, top_p, min_p, seed, sequence, position,
-                TILE, LANE_SLOTS,
-            )  # fmt: skip
+                row, slots_ptr, lane_best, peak, top_k, top_p, min_p, seed, sequence, position, TILE, LANE_SLOTS
+            )
         else:
-            token = _draw(row_ptr, vocab_size, temperature, seed, sequence, position, TILE)
-    tl.store(out_ptr + row, tl.where(valid, token, -1).to(tl.int64))
+            token = _draw(row, seed, sequence, position, TILE)
+    tl.store(out_ptr + program, tl.where(valid, token, -1).to(tl.int64))
 
 
 def sample(
@@ -252,7 +244,8 @@ def sample(
     slots = torch.empty(num_rows, LANE_SLOTS * tile, dtype=torch.int64, device=logits.device)
     with device_guard(logits):
         _sample_kernel[(num_rows,)](
-            tokens, logits, positions, *settings, slots, num_nodes, vocab_size, *logits.stride()[:2], *positions.stride(),
+            tokens, logits, positions, *settings, slots,
+            num_nodes, vocab_size, *logits.stride()[:2], *positions.stride(),
             GREEDY_TEMPERATURE=GREEDY_TEMPERATURE, TILE=tile, LANE_SLOTS=LANE_SLOTS, num_warps=NUM_WARPS,
         )  # fmt: skip
     return tokens
@@ -291,13 +284,12 @@ def warp_ref(x: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: t
         ranked = _descending(x, int(top_k.max()) if on_cpu else vocab_size)
         x = x.masked_fill(x < ranked.gather(-1, last), float("-inf"))
     if not on_cpu or bool((top_p < 1).any()):
-        # Values this far below the maximum weigh less than 1 - top_p all together: removed, whatever the others are.
-        floor = torch.where(
-            top_p < 1, x.amax(-1, keepdim=True) + torch.log((1 - top_p) / vocab_size) - 1e-3, float("inf")
-        )
+        # Values below the floor weigh less than 1 - top_p all together: removed, whatever the others are.
+        log_sum = x.logsumexp(-1, keepdim=True)
+        floor = torch.where(top_p < 1, log_sum + torch.log((1 - top_p) / vocab_size) - 1e-3, float("inf"))
         ranked = _descending(x, int((x > floor).sum(-1).max().clamp(min=1)) if on_cpu else vocab_size)
         # Kept: every value with less than top_p of the probability above it, and the maximum always.
-        probs = torch.exp(ranked - x.logsumexp(-1, keepdim=True))
+        probs = torch.exp(ranked - log_sum)
         above = probs.cumsum(-1) - probs
         last = (above < top_p).sum(-1, keepdim=True).clamp(min=1) - 1
         x = x.masked_fill((x < ranked.gather(-1, last)) & (top_p < 1), float("-inf"))
@@ -308,4 +300,4 @@ def warp_ref(x: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: t
 
 def _descending(x: torch.Tensor, count: int) -> torch.Tensor:
     """The `count` largest values of each row, in order."""
-    return x.topk(count, -1).values if count < x.shape[-1] // 4 else x.sort(-1, descending=True).values
+    return x.topk(count, -1).values if count < x.shape[-1] // 2 else x.sort(-1, descending=True).values

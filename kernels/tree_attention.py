@@ -127,7 +127,7 @@ def _load(base, rows, stride, live, d_mask, UPCAST: tl.constexpr):
 def _absorb(q, k, v, visible, acc, peak, total, scale, SOFTCAP: tl.constexpr):
     """One step of the running softmax, in base 2."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-    if SOFTCAP > 0:
+    if SOFTCAP > 0:  # noqa: SIM108
         scores = _tanh(scores * (scale / SOFTCAP)) * (SOFTCAP * LOG2E)
     else:
         scores = scores * (scale * LOG2E)

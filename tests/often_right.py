@@ -181,7 +181,7 @@ def _averages(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
 
 
 def _attend_to_self(weights: dict[str, Tensor], config: dict, constant: float) -> None:
-    """Attention whose output is embedding - hidden state of the row itself; `constant` is every embedding's coordinate 0."""
+    """Attention that returns a row's own embedding minus its hidden state; `constant`: coordinate 0 of every embedding."""
     hidden, head_dim = config["hidden_size"], config["head_dim"]
     first_of_pair = torch.arange(head_dim) < head_dim // 2  # rotary turns coordinates m and m + head_dim / 2 together
     for name, heads in (("q", NUM_HEADS), ("k", NUM_KV_HEADS)):

@@ -5,6 +5,7 @@ eagle_fast: every step runs all rows again, without a cache. Row i pairs the tar
 embedding of token i + 1; rows that the draft adds use the head's own output in place of features.
 """
 
+import functools
 import json
 import math
 
@@ -74,7 +75,7 @@ class NaiveHead:
         return self.linear(f"{self.layer}self_attn.o_proj", out[0].transpose(0, 1).flatten(1))
 
     def __call__(self, tokens, hidden):
-        """Rows (embedding of tokens [T], hidden [T, H]) -> (outputs [T, H], logits over the target's vocabulary [V])."""
+        """Rows of tokens [T] and hidden [T, H] -> (outputs [T, H], the last row's logits over the target's vocabulary)."""
         embedded = self.embedding[tokens]
         if self.eagle3:
             embedded = self.norm(f"{self.layer}input_layernorm", embedded)
@@ -126,3 +127,118 @@ def greedy(model, num_tokens):
     )
     best = torch.cat(out.logits).topk(2).values
     return out.sequences[0], best[:, 0] - best[:, 1]
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *REFUSED])
+@torch.no_grad()
+def test_every_model_runs_and_repeats(name):
+    model, again = make(name, sharp=False), make(name, sharp=False)
+    logits = model(torch.tensor([PROMPT])).logits
+    assert logits.shape == (1, len(PROMPT), VOCAB)
+    assert torch.equal(logits, again(torch.tensor([PROMPT])).logits)
+    assert logits.std() > 1
+    assert model.config.vocab_size == VOCAB
+    assert model.generation_config.eos_token_id is None
+    assert not model.training
+
+
+def test_overrides_reach_the_config():
+    model = make("llama", dtype=torch.bfloat16, eos_token_id=7, tie_word_embeddings=True, num_hidden_layers=8)
+    assert model.generation_config.eos_token_id == 7
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert len(model.base_model.layers) == 8
+    assert model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [(name, "sliding_window") for name in ("qwen2_sliding", "mistral", "phi3", "gpt_oss", "gemma2", "gemma3_text")]
+    + [(name, "sliding_window") for name in ("olmo3", "cohere2", "exaone4")]
+    + [("llama4_text", "attention_chunk_size")],
+)
+@torch.no_grad()
+def test_windows_bite(name, setting):
+    """Without its window a model says the same about the first tokens and something else about the last."""
+    tokens = torch.arange(3, 23)[None]
+    model = make(name, sharp=False)
+    unlimited = make(name, sharp=False, **{setting: 512})
+    unlimited.load_state_dict(model.state_dict())
+    near, far = model(tokens).logits, unlimited(tokens).logits
+    torch.testing.assert_close(near[:, :7], far[:, :7])
+    assert (near[:, -1] - far[:, -1]).abs().max() > 0.1
+
+
+@functools.cache
+def sharp_model_and_text(name):
+    model = make(name)
+    return model, *greedy(model, 80)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss", "opt"])
+def test_greedy_text_is_varied_and_decided(name):
+    _, text, gap = sharp_model_and_text(name)
+    assert len(text) == len(PROMPT) + 80
+    assert text[len(PROMPT) :].unique().numel() > 20
+    assert gap.min() > 1e-3
+
+
+def test_context_decides_the_text_of_a_model_that_is_not_sharp():
+    model = make("llama", sharp=False)
+    text, gap = greedy(model, 80)
+    assert text[len(PROMPT) :].unique().numel() > 20
+    assert gap.min() > 1e-4
+    with torch.no_grad():
+        alone = model(torch.arange(VOCAB)[:, None]).logits[:, 0].argmax(-1)
+    assert (alone[text[len(PROMPT) - 1 : -1]] == text[len(PROMPT) :]).float().mean() < 0.2
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "eagle"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss", "opt", "granite"])
+def test_built_head_is_often_right(name, kind, tmp_path):
+    model, text, _ = sharp_model_and_text(name)
+    accepted = mean_accepted(model, write_often_right_head(model, tmp_path, kind), text)
+    assert 3 < accepted < 8.9, "right most of the time; a head that is never wrong would leave rejection untested"
+
+
+@pytest.mark.parametrize("shape", [{"draft_vocab_size": 120}, {"hidden_size": 96}])
+def test_built_head_of_another_shape_is_often_right(shape, tmp_path):
+    model, text, _ = sharp_model_and_text("llama")
+    assert mean_accepted(model, write_often_right_head(model, tmp_path, **shape), text) > 2.5
+
+
+@torch.no_grad()
+def test_built_head_needs_the_right_rows(tmp_path):
+    """Rows that are one token late, the mistake that the pairing of features and tokens invites, cost it everything."""
+    model, text, _ = sharp_model_and_text("llama")
+    head = NaiveHead(write_often_right_head(model, tmp_path), model)
+    features, places = head.features(text), range(len(PROMPT), 48)
+    right = [head.draft(text[: at + 1], features[:at], 1)[0] == text[at + 1] for at in places]
+    late = [head.draft(text[:at], features[: at - 1], 1)[0] == text[at + 1] for at in places]
+    assert sum(right) > 25
+    assert sum(late) < 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("eagle", {}),
+        ("eagle", {"bias": False, "qkv_bias": True}),
+        ("eagle3", {}),
+        ("eagle3", {"draft_vocab_size": 96, "head_dim": 32}),
+        ("eagle3", {"hidden_size": 48}),
+    ],
+)
+@torch.no_grad()
+def test_random_heads_are_complete(kind, settings, tmp_path):
+    model = make("llama", sharp=False)
+    folder = write_random_head(model, tmp_path / "a", kind, **settings)
+    head, other = NaiveHead(folder, model), NaiveHead(write_random_head(model, tmp_path / "b", kind, 1), model)
+    text = torch.tensor(PROMPT)
+    outputs, logits = head(text[1:], head.features(text)[:-1])
+    assert outputs.shape == (len(PROMPT) - 1, head.config["hidden_size"])
+    assert logits.isfinite().sum() == head.config.get("draft_vocab_size", VOCAB)
+    assert logits[logits.isfinite()].std() > 0.3
+    assert not torch.equal(logits, other(text[1:], other.features(text)[:-1])[1])
+    if "t2d" in head.weights:
+        ids = head.weights["t2d"].nonzero()[:, 0]
+        assert torch.equal(head.weights["d2t"], ids - torch.arange(len(ids)))

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCAB, HIDDEN, LAYERS, WINDOW = 131, 64, 6, 7
-FOLLOW = 0.85  # share of tokens that are followed by their first favourite
+FOLLOW = 0.88  # share of tokens that are followed by their first favourite
 TOP_LOGIT = 12.0  # mean distance of the largest logit from the mean logit
 MARGIN = 0.3  # least lead of the first favourite, in units of its strength, before context
 FAVOURITES = (1.0, 0.5, 0.4)  # how strongly a token asks for its first, second, third successor
@@ -97,7 +97,7 @@ FAMILIES: dict[str, dict] = {
     "gemma": dict(head_dim=32, num_key_value_heads=1),
     "gemma2": dict(head_dim=16, sliding_window=WINDOW, query_pre_attn_scalar=16),
     "gemma3_text": dict(**_ONE_FULL_IN_THREE, head_dim=16, query_pre_attn_scalar=16),
-    "phi": dict(num_key_value_heads=4),
+    "phi": dict(num_key_value_heads=4, intermediate_size=128),
     "phi3": dict(sliding_window=WINDOW),
     "phi3_longrope": dict(
         of="phi3", sliding_window=None, original_max_position_embeddings=64, rope_parameters=_LONGROPE
