@@ -1,8 +1,8 @@
 """Exact EAGLE speculative decoding on stock Hugging Face models.
 
-    from eagle_fast import EaModel
-    model = EaModel.from_pretrained(base_model_path="...", ea_model_path="...", device_map="auto")
-    output_ids = model.eagenerate(input_ids, temperature=0.0, max_new_tokens=512)
+from eagle_fast import EaModel
+model = EaModel.from_pretrained(base_model_path="...", ea_model_path="...", device_map="auto")
+output_ids = model.eagenerate(input_ids, temperature=0.0, max_new_tokens=512)
 """
 
 from eagle_fast.config import SamplingParams, TreeConfig

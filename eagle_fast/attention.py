@@ -2,9 +2,9 @@
 
 B sequences, T query rows, Hq/Hkv query and key heads, D head size, L allocated cache rows.
 
-The layers hand over q [B, Hq, T, D] and whatever `Cache.update` returned: here the whole slab views k, v [B, Hkv, L, D].
-What else attention needs of the round is read from the `LayerBinding` on the module, since some families drop unknown
-keywords of forward. No mask function is registered under our name, so transformers builds no masks.
+The layers hand over q [B, Hq, T, D] and whatever `Cache.update` returned: here the whole slab views k, v
+[B, Hkv, L, D]. What else attention needs of the round is read from the `LayerBinding` on the module, since some
+families drop unknown keywords of forward. No mask function is registered under our name, so transformers builds no masks.
 """
 
 from __future__ import annotations

@@ -147,6 +147,8 @@ class Drafter:
     def start_without_prefix(self, roots: torch.Tensor) -> None:
         """A sequence of one token has no features yet: draft its first tree from zeros. Costs acceptance, not text."""
         batch, device = roots.numel(), roots.device
-        features = torch.zeros(batch, self.tree.max_path, self.head.feature_size, dtype=self.hidden.dtype, device=device)
+        features = torch.zeros(
+            batch, self.tree.max_path, self.head.feature_size, dtype=self.hidden.dtype, device=device
+        )
         nothing = torch.zeros_like(roots)
         self.absorb(features, roots[:, None].repeat(1, self.tree.max_path), nothing + 1, nothing)

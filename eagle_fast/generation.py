@@ -78,7 +78,9 @@ class NaNLogitsError(RuntimeError):
 class Generator:
     """Decodes prompts with one `Round`; iterating yields, after each round, the new tokens of every sequence."""
 
-    def __init__(self, state: Round, step: Callable[[], None], prompts: list[list[int]], budgets: list[int], rules: StopRules):
+    def __init__(
+        self, state: Round, step: Callable[[], None], prompts: list[list[int]], budgets: list[int], rules: StopRules
+    ):
         self.state, self.step, self.rules = state, step, rules
         self.texts = [list(prompt) for prompt in prompts]
         self.ends = [len(prompt) + budget for prompt, budget in zip(prompts, budgets, strict=True)]

@@ -83,5 +83,5 @@ def check_vocabulary(tensors: dict[str, Tensor], settings: dict[str, Any], vocab
     if not confirmed and other is not None:
         raise ValueError(
             f"the head is for a vocabulary of {other} tokens, the target has {vocab_size}: use the head that was "
-            "trained for this target"
+            "trained for this target (or, if the tokens are the same, correct vocab_size in the head's config.json)"
         )

@@ -108,7 +108,9 @@ def _pad_of(generation_config) -> int | None:
 
 def _check_supported(generation_config) -> None:
     if (generation_config.num_beams or 1) > 1:
-        raise ValueError(f"num_beams={generation_config.num_beams}: eagle_fast decodes greedily or by sampling, not with beams")
+        raise ValueError(
+            f"num_beams={generation_config.num_beams}: eagle_fast decodes greedily or by sampling, not with beams"
+        )
     wanted = [name for name in UNSUPPORTED_FLAGS if getattr(generation_config, name, None)]
     if wanted:
         raise ValueError(f"{', '.join(wanted)}: not recorded during speculative decoding; call base_model.generate")

@@ -38,7 +38,9 @@ def resolve_device(device_map) -> torch.device:
 def _check_gpu(device: torch.device) -> None:
     count = torch.cuda.device_count()
     if count == 0:
-        raise ValueError(f"device_map={str(device)!r}, but torch sees no GPU: pass device_map='cpu', or install a CUDA build")
+        raise ValueError(
+            f"device_map={str(device)!r}, but torch sees no GPU: pass device_map='cpu', or install a CUDA build"
+        )
     if (device.index or 0) >= count:
         raise ValueError(f"device_map={str(device)!r}, but torch sees {count} GPU(s), cuda:0 to cuda:{count - 1}")
 

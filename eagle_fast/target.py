@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 
 from eagle_fast.attention import IMPLEMENTATION, AttentionContext, LayerBinding, PrefillStep, TreeStep
 from eagle_fast.cache import KVSlab, LayerShape, SlabCache
+from eagle_fast.experts import ExpertChoice
 from eagle_fast.rope import LongRope, freeze_longrope, rope_types
 from eagle_fast.twin import twin
 
@@ -66,6 +67,7 @@ class Target:
         self.context = AttentionContext()
         self.capped = model.config._attn_implementation != "sdpa"  # SDPA has no softcap: such a model runs without it
         self.model = twin(model)
+        self.experts = ExpertChoice(self.model, self.config)
         self.rope_switch = self._check_rope()
         calls = self._probe()
         self.layer_shapes = [call.shape for call in calls]
@@ -99,19 +101,26 @@ class Target:
             module.eagle_probe = calls
         self.model.config._attn_implementation = PROBE
         device = self.model.get_input_embeddings().weight.device
-        token, position = torch.ones(1, 1, dtype=torch.long, device=device), torch.zeros(1, 1, dtype=torch.long, device=device)
+        token, position = (
+            torch.ones(1, 1, dtype=torch.long, device=device),
+            torch.zeros(1, 1, dtype=torch.long, device=device),
+        )
         try:
             with torch.no_grad():
                 self.model(input_ids=token, position_ids=position, use_cache=False)
         except (AttributeError, KeyError, TypeError) as error:
-            raise UnsupportedModel(f"{name} needs masks that it builds itself ({type(error).__name__}: {error})") from error
+            raise UnsupportedModel(
+                f"{name} needs masks that it builds itself ({type(error).__name__}: {error})"
+            ) from error
         for module in self.model.modules():
             del module.eagle_probe
         num_layers = self.config.num_hidden_layers
         if not calls:
             raise UnsupportedModel(f"{name} does not route attention through AttentionInterface")
         if len(calls) != num_layers:
-            raise UnsupportedModel(f"{len(calls)} attention calls for {num_layers} layers: some layers are not attention")
+            raise UnsupportedModel(
+                f"{len(calls)} attention calls for {num_layers} layers: some layers are not attention"
+            )
         if any(call.mask is not None for call in calls):
             raise UnsupportedModel("it builds an attention mask of its own")
         order = [getattr(call.module, "layer_idx", None) for call in calls]
@@ -213,6 +222,7 @@ class Target:
         """Run tokens [B, C] at positions start.. into the cache; returns features [B, C, F]. No logits are computed."""
         batch, count = tokens.shape
         self.context.step = PrefillStep(start, count)
+        self.experts.for_rows(None)
         positions = torch.arange(start, start + count, device=tokens.device).expand(batch, count)
         self.decoder(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True)
         return self._features()
@@ -221,10 +231,23 @@ class Target:
     def verify(self, tokens: torch.Tensor, step: TreeStep, cache: SlabCache) -> tuple[torch.Tensor, torch.Tensor]:
         """Run tree nodes [B, T], which write their K and V after the prefix; returns (logits [B, T, V], features)."""
         self.context.step = step
+        self.experts.for_rows(tokens.numel())
         positions = step.lengths[:, None] + step.depths
         if self.max_positions is not None:
             positions = positions.clamp(max=self.max_positions - 1)  # nodes past the end are never emitted
         out = self.model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True)
+        return out.logits, self._features()
+
+    @torch.no_grad()
+    def read(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run whole texts [B, L] from position 0, padded behind, without a cache: logits [B, L, V] and features [B, L, F].
+
+        For training: what the target says after every token, and what a head reads there.
+        """
+        batch, count = tokens.shape
+        self.context.step = PrefillStep(0, count)
+        positions = torch.arange(count, device=tokens.device).expand(batch, count)
+        out = self.model(input_ids=tokens, position_ids=positions, use_cache=False)
         return out.logits, self._features()
 
     def _features(self) -> torch.Tensor:

@@ -37,7 +37,9 @@ def _check_mask(attention_mask: torch.Tensor | None, ids: torch.Tensor) -> torch
     if attention_mask is None:
         return torch.ones_like(ids, dtype=torch.bool)
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != ids.shape:
-        shape = list(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask).__name__
+        shape = (
+            list(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask).__name__
+        )
         raise ValueError(f"attention_mask is {shape}, input_ids {list(ids.shape)}: they must have the same shape")
     values = attention_mask.detach().cpu()
     mask = values.bool()

@@ -50,13 +50,13 @@ def write_often_right_head(
     _fill_norms(weights)
     hidden, logits = _averages(model)
     if kind == "eagle":
-        scale = hidden @ model.get_output_embeddings().weight.float().T
-        hidden *= (scale * logits).sum() / scale.square().sum()  # targets may scale logits after lm_head
-        weights["embed_tokens.weight"] = hidden
+        raw = hidden @ model.get_output_embeddings().weight.float().cpu().T
+        scale = (raw * logits).sum() / raw.square().sum()  # some targets scale their logits after lm_head
+        weights["embed_tokens.weight"] = scale * hidden
         weights["fc.weight"][:, : config["hidden_size"]] = torch.eye(config["hidden_size"])
         return _save(folder, config, weights)
 
-    embedding = model.get_input_embeddings().weight.detach().float()
+    embedding = model.get_input_embeddings().weight.detach().float().cpu()
     if "embed_tokens.weight" in weights:
         embedding = weights["embed_tokens.weight"] = _embedding(*weights["embed_tokens.weight"].shape)
     normed = embedding * embedding.square().mean(-1, keepdim=True).rsqrt()
@@ -76,8 +76,11 @@ def write_random_head(
     hidden_size: int | None = None,
     **settings,
 ) -> Path:
-    """Write a head with random weights; arguments as above. `settings` go into config.json (such as `bias=False`,
-    `qkv_bias=True` for EAGLE-1/2, `head_dim=32`, `rope_theta=5e5` for EAGLE-3) and shape the weights accordingly."""
+    """Write a head with random weights; arguments as above.
+
+    `settings` are fields of config.json and shape the weights: `bias=False` (no fc.bias) or `qkv_bias=True` for an
+    EAGLE-1/2 head, `head_dim=32`, `rope_theta=5e5`, `num_key_value_heads=4` and the like.
+    """
     config = _config(model, kind, draft_vocab_size, hidden_size) | settings
     generator = torch.Generator().manual_seed(seed)
     weights = {
@@ -181,7 +184,7 @@ def _averages(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
 
 
 def _attend_to_self(weights: dict[str, Tensor], config: dict, constant: float) -> None:
-    """Attention that returns a row's own embedding minus its hidden state; `constant`: coordinate 0 of every embedding."""
+    """Attention that returns a row's own embedding - hidden state; `constant` is coordinate 0 of every embedding."""
     hidden, head_dim = config["hidden_size"], config["head_dim"]
     first_of_pair = torch.arange(head_dim) < head_dim // 2  # rotary turns coordinates m and m + head_dim / 2 together
     for name, heads in (("q", NUM_HEADS), ("k", NUM_KV_HEADS)):

@@ -90,9 +90,7 @@ def test_features_are_the_inputs_of_the_named_layers(device):
     torch.testing.assert_close(features[..., 64:128], out.hidden_states[5], rtol=0, atol=2e-4)
     torch.testing.assert_close(last(features[..., 128:]), out.hidden_states[-1], rtol=0, atol=2e-4)
     final = Target(model, ())
-    torch.testing.assert_close(
-        prefill(final, tokens, final.new_cache(1, 64)), out.hidden_states[-1], rtol=0, atol=2e-4
-    )
+    torch.testing.assert_close(prefill(final, tokens, final.new_cache(1, 64)), out.hidden_states[-1], rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -75,7 +75,7 @@ class NaiveHead:
         return self.linear(f"{self.layer}self_attn.o_proj", out[0].transpose(0, 1).flatten(1))
 
     def __call__(self, tokens, hidden):
-        """Rows of tokens [T] and hidden [T, H] -> (outputs [T, H], the last row's logits over the target's vocabulary)."""
+        """Rows of tokens [T] and hidden [T, H] -> (outputs [T, H], the last row's logits over target ids [V])."""
         embedded = self.embedding[tokens]
         if self.eagle3:
             embedded = self.norm(f"{self.layer}input_layernorm", embedded)
