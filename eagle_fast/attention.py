@@ -4,7 +4,7 @@ B sequences, T query rows, Hq/Hkv query and key heads, D head size, L allocated 
 
 The layers hand over q [B, Hq, T, D] and whatever `Cache.update` returned: here the whole slab views k, v
 [B, Hkv, L, D]. What else attention needs of the round is read from the `LayerBinding` on the module, since some
-families drop unknown keywords of forward. No mask function is registered under our name, so transformers builds no masks.
+families drop unknown keywords of forward. No mask function is registered under our name, so transformers builds none.
 """
 
 from __future__ import annotations

@@ -63,8 +63,8 @@ class SlabCache(Cache):
         keys, values = self.slab.keys[layer_idx], self.slab.values[layer_idx]
         step = self.context.step
         if isinstance(step, PrefillStep):
-            rows = slice(step.start, step.start + step.count)
-            keys[:, :, rows], values[:, :, rows] = key_states, value_states
+            keys[:, :, step.start : step.start + step.count] = key_states
+            values[:, :, step.start : step.start + step.count] = value_states
         else:
             assert isinstance(step, TreeStep)
             rows = step.slots[:, None, :, None].expand_as(key_states)

@@ -33,9 +33,7 @@ class TreeConfig:
                 raise ValueError(f"{name}={value!r}: use an integer from {low} to {high}")
         total = self.total_token
         if isinstance(total, bool) or not isinstance(total, int) or (total != -1 and not 2 <= total <= MAX_TREE_NODES):
-            raise ValueError(
-                f"total_token={total!r}: use 2 to {MAX_TREE_NODES}, or -1 to pick from measured times"
-            )
+            raise ValueError(f"total_token={total!r}: use 2 to {MAX_TREE_NODES}, or -1 to pick from measured times")
         if total > 1 + self.num_candidates:
             raise ValueError(
                 f"total_token={total} is more than the {1 + self.num_candidates} nodes that depth={self.depth} and "

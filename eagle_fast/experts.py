@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 MAX_GATHERED_BYTES = 2**30
 
@@ -16,7 +17,7 @@ MAX_GATHERED_BYTES = 2**30
 class ExpertChoice:
     """Switches the experts of one model (a twin, with a config of its own) between prefill and verify."""
 
-    def __init__(self, model: nn.Module, config):
+    def __init__(self, model: PreTrainedModel, config):
         self.model_config, self.stock = model.config, getattr(model.config, "_experts_implementation", None)
         self.bytes_per_row = 0
         experts = next((each for each in model.modules() if _expert_weights(each)), None)
@@ -37,5 +38,5 @@ class ExpertChoice:
 def _expert_weights(module: nn.Module) -> list[torch.Tensor]:
     """The stacked weights [experts, out, in] of a module of experts, empty for other modules."""
     named = (module._parameters.get(name) for name in ("gate_up_proj", "up_proj", "down_proj"))
-    found = [weight for weight in named if weight is not None and weight.dim() == 3]
+    found: list[torch.Tensor] = [weight for weight in named if weight is not None and weight.dim() == 3]
     return found if len(found) >= 2 else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 
 def resolve_device(device_map) -> torch.device:
@@ -38,14 +38,12 @@ def resolve_device(device_map) -> torch.device:
 def _check_gpu(device: torch.device) -> None:
     count = torch.cuda.device_count()
     if count == 0:
-        raise ValueError(
-            f"device_map={str(device)!r}, but torch sees no GPU: pass device_map='cpu', or install a CUDA build"
-        )
+        raise ValueError(f"device_map={str(device)!r}, but torch sees no GPU: pass 'cpu', or install a CUDA build")
     if (device.index or 0) >= count:
         raise ValueError(f"device_map={str(device)!r}, but torch sees {count} GPU(s), cuda:0 to cuda:{count - 1}")
 
 
-def warn_if_slow(model: nn.Module) -> None:
+def warn_if_slow(model: PreTrainedModel) -> None:
     """Half precision has no fast path on most CPUs: say so once, for models large enough to notice."""
     weight = model.get_input_embeddings().weight
     size = sum(parameter.numel() for parameter in model.parameters())

@@ -2,79 +2,124 @@
 
 The walk runs on the host and calls the processors once for every emitted token, with the text so far and in order:
 the same calls that stock `generate` makes, so processors that keep a state (grammars, watermarks) work too. Rows of a
-batch are processed one by one, without padding. Only generations with processors pay for this.
+batch are processed one by one. Only generations with processors pay for this.
 """
 
 from __future__ import annotations
 
+import copy
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
+from torch import nn
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
+    PrefixConstrainedLogitsProcessor,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from eagle_fast.config import SamplingParams
 from eagle_fast.round import Accepted, Round
 from eagle_fast.tree import Tree
+
+_ORDER = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+_NAMES = ("temperature", "top_k", "top_p", "min_p")
+HookList = TypeVar("HookList", LogitsProcessorList, StoppingCriteriaList)
 
 
 def split_warpers(processors: LogitsProcessorList) -> tuple[LogitsProcessorList, dict[str, float]]:
     """(what must run on the host, settings of the sampler): a list's tail of temperature, top-k, top-p and min-p, in
-    that order, is what our sampler does on the device. Any other order or warper stays in the list as it is."""
-    order = {TemperatureLogitsWarper: 0, TopKLogitsWarper: 1, TopPLogitsWarper: 2, MinPLogitsWarper: 3}
-    tail = len(processors)
-    last = len(order)
-    while tail and order.get(type(processors[tail - 1]), last) < last:
-        tail -= 1
-        last = order[type(processors[tail])]
-    if any(type(each) in order for each in processors[:tail]):
-        return LogitsProcessorList(processors), {"temperature": 1.0}
+    that order, is what our sampler does on the device. With any other order or warper all of the list stays as it is."""
     settings: dict[str, float] = {"temperature": 1.0}
-    for warper in processors[tail:]:
-        if isinstance(warper, TemperatureLogitsWarper):
-            settings["temperature"] = warper.temperature
-        elif isinstance(warper, TopKLogitsWarper):
-            settings["top_k"] = warper.top_k
-        elif isinstance(warper, TopPLogitsWarper):
-            settings["top_p"] = warper.top_p
-        else:
-            settings["min_p"] = warper.min_p
+    tail, place = len(processors), len(_ORDER)
+    while tail and 0 <= (earlier := _device_place(processors[tail - 1])) < place:
+        tail, place = tail - 1, earlier
+        settings[_NAMES[place]] = getattr(processors[tail], _NAMES[place])
+    if any(isinstance(each, _ORDER) for each in processors[:tail]):
+        return LogitsProcessorList(processors), {"temperature": 1.0}
     return LogitsProcessorList(processors[:tail]), settings
 
 
-def accept_processed(
-    state: Round, tree: Tree, logits: torch.Tensor, processors: LogitsProcessorList, texts: list[list[int]]
+def _device_place(warper) -> int:
+    """Place of a warper in `_ORDER`, -1 for what our sampler doesn't do."""
+    if type(warper) not in _ORDER or getattr(warper, "filter_value", -math.inf) != -math.inf:
+        return -1
+    # top_p=0 keeps the best token; our sampler reads it as off
+    if getattr(warper, "min_tokens_to_keep", 1) > 1 or getattr(warper, "top_p", 1.0) == 0:
+        return -1
+    return _ORDER.index(type(warper))
+
+
+def copies_for_rows(hooks: HookList | None, batch: int) -> list[HookList] | None:
+    """Processors or criteria for each sequence, None for none.
+
+    Sequences advance at their own pace, so a state is kept for each: the first one has the originals, the others deep
+    copies made at the start, which share the models and tokenizers in them. `prefix_allowed_tokens_fn` gets the index
+    of its sequence as in transformers. Raises ValueError for what cannot be copied.
+    """
+    if not hooks:
+        return None
+    shared = {
+        id(value): value
+        for each in hooks
+        for value in getattr(each, "__dict__", {}).values()
+        if isinstance(value, (nn.Module, PreTrainedTokenizerBase))
+    }
+    rows = [hooks]
+    for row in range(1, batch):
+        try:
+            copied = copy.deepcopy(hooks, dict(shared))
+        except Exception as error:
+            raise ValueError(
+                f"{type(hooks).__name__} cannot be copied for each of {batch} sequences ({error}): decode the prompts "
+                "one by one"
+            ) from error
+        for place, each in enumerate(copied):
+            if isinstance(each, PrefixConstrainedLogitsProcessor):
+                copied[place] = PrefixConstrainedLogitsProcessor(_of_row(each._prefix_allowed_tokens_fn, row), 1)
+        rows.append(copied)
+    return rows
+
+
+def _of_row(prefix_allowed_tokens_fn: Callable, row: int) -> Callable:
+    return lambda _, ids: prefix_allowed_tokens_fn(row, ids)
+
+
+def walk_processed(
+    state: Round,
+    tree: Tree,
+    logits: torch.Tensor,
+    process: Callable[[int, torch.Tensor], torch.Tensor],
+    take: Callable[[int, int], bool],
 ) -> Accepted:
-    """The walk of `Round.accept` under processors. texts: each sequence so far, its root included."""
+    """The walk of `Round.accept` under processors.
+
+    process(row, logits [1, V]) gives the scores to choose from; take(row, token) appends the token to the sequence and
+    says whether the sequence goes on.
+    """
     tokens, parents = tree.tokens.tolist(), tree.parents.tolist()
     depths, lengths, ends = tree.depths.tolist(), state.lengths.tolist(), state.ends.tolist()
     path, emitted = torch.zeros_like(state.emitted), torch.zeros_like(state.emitted)
     counts = torch.zeros_like(state.counts)
-    for row, text in enumerate(texts):
+    for row in range(state.batch):
         limit = min(state.max_path, max(ends[row] - lengths[row], 0))
-        nodes, chosen = [], []
+        children = {(parents[row][n], tokens[row][n]): n for n in reversed(range(len(tokens[row])))}  # first child wins
+        nodes: list[int] = []
+        chosen: list[int] = []
         node: int | None = 0
-        prefix = list(text)
         while node is not None and len(nodes) < limit:
-            ids = torch.tensor([prefix], device=logits.device)
-            scores = processors(ids, logits[row, node][None].float())  # type: ignore[arg-type]
+            scores = process(row, logits[row, node][None].float())
             token = state.sampling.choose_row(scores, row, lengths[row] + depths[row][node])
             nodes.append(node)
             chosen.append(token)
-            prefix.append(token)
-            children = (n for n, parent in enumerate(parents[row]) if parent == nodes[-1] and tokens[row][n] == token)
-            node = next(children, None)
+            node = children.get((node, token)) if take(row, token) else None
         counts[row] = len(nodes)
         path[row, : len(nodes)] = torch.tensor(nodes, dtype=torch.long)
         emitted[row, : len(nodes)] = torch.tensor(chosen, dtype=torch.long)
     return Accepted(path, counts, emitted)
-
-
-def sampler_params(settings: dict[str, float], do_sample: bool, seed) -> SamplingParams:
-    """Sampling parameters from what `split_warpers` found; greedy where sampling is off."""
-    if not do_sample:
-        return SamplingParams(seed=seed)
-    return SamplingParams(seed=seed, **settings)  # type: ignore[arg-type]

@@ -7,6 +7,8 @@ cache there). Here the choice is a tensor, one flag a sequence, which the decodi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -23,7 +25,10 @@ def rope_types(config) -> set[str]:
 class LongRope(nn.Module):
     """Stands in for a stock longrope module: same cos and sin, without the host read."""
 
-    def __init__(self, stock: nn.Module, switch: int):
+    long_inv_freq: torch.Tensor  # [D / 2]
+    short_inv_freq: torch.Tensor  # [D / 2]
+
+    def __init__(self, stock: Any, switch: int):
         super().__init__()
         device = stock.inv_freq.device
         probe = torch.zeros(1, device=device)

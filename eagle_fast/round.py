@@ -73,10 +73,8 @@ class Round:
     def propose(self) -> tuple[Tree, torch.Tensor, torch.Tensor]:
         """Draft and verify: the tree, the target's logits [B, T, V] and the features [B, T, F] of its nodes."""
         self.target.set_long_rope(self.long_rope)
-        if self.drafter:
-            tree = self.drafter.grow(self.roots, self.lengths, self.sampling)
-        else:
-            tree = root_only(self.roots)
+        drafter = self.drafter
+        tree = drafter.grow(self.roots, self.lengths, self.sampling) if drafter else root_only(self.roots)
         slots = self.lengths[:, None] + self.node_slots
         step = TreeStep(self.lengths, slots, tree.ancestors, tree.depths)
         return tree, *self.target.verify(tree.tokens, step, self.cache)

@@ -47,7 +47,7 @@ class SamplingTensors:
             self.sequences.copy_(torch.arange(batch, device=device))
 
     def choose(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The token after each node: logits [B, T, V], positions [B, T] of the nodes -> [B, T]; -1 where logits are NaN."""
+        """The token after each node: logits [B, T, V], positions [B, T] of the nodes -> [B, T], -1 where NaN."""
         return sample(
             logits, positions, self.temperature, self.top_k, self.top_p, self.min_p, self.seeds, self.sequences
         )

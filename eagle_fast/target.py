@@ -9,11 +9,11 @@ exactly is refused with the reason. The features that a draft head reads are tak
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from eagle_fast.attention import IMPLEMENTATION, AttentionContext, LayerBinding, PrefillStep, TreeStep
 from eagle_fast.cache import KVSlab, LayerShape, SlabCache
@@ -23,8 +23,8 @@ from eagle_fast.twin import twin
 
 PROBE = "eagle_fast_probe"
 NO_SOFTCAP = (
-    "the model caps its attention scores, and its sdpa implementation leaves the cap out: decoding does the same, to give "
-    "the model's own text. Load it with attn_implementation='eager' for the cap"
+    "the model caps its attention scores, and its sdpa implementation leaves the cap out: decoding does the same, to "
+    "give the model's own text. Load it with attn_implementation='eager' for the cap"
 )
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 
@@ -62,8 +62,9 @@ class Target:
     Raises UnsupportedModel.
     """
 
-    def __init__(self, model: nn.Module, feature_layers: tuple[int, ...] = ()):
+    def __init__(self, model: PreTrainedModel, feature_layers: tuple[int, ...] = ()):
         self.config = model.config.get_text_config(decoder=True)
+        self.device = cast(torch.device, model.get_input_embeddings().weight.device)
         self.context = AttentionContext()
         self.capped = model.config._attn_implementation != "sdpa"  # SDPA has no softcap: such a model runs without it
         self.model = twin(model)
@@ -72,7 +73,6 @@ class Target:
         calls = self._probe()
         self.layer_shapes = [call.shape for call in calls]
         self._bind(calls)
-        self.device = model.get_input_embeddings().weight.device
         self.vocab_size = model.get_output_embeddings().weight.shape[0]
         self.dtype = model.get_output_embeddings().weight.dtype
         self.decoder = self.model.get_decoder()
@@ -98,16 +98,12 @@ class Target:
         calls: list[AttentionCall] = []
         name = type(self.model).__name__
         for module in self.model.modules():
-            module.eagle_probe = calls
+            module.__dict__["eagle_probe"] = calls
         self.model.config._attn_implementation = PROBE
-        device = self.model.get_input_embeddings().weight.device
-        token, position = (
-            torch.ones(1, 1, dtype=torch.long, device=device),
-            torch.zeros(1, 1, dtype=torch.long, device=device),
-        )
+        token = torch.ones(1, 1, dtype=torch.long, device=self.device)
         try:
             with torch.no_grad():
-                self.model(input_ids=token, position_ids=position, use_cache=False)
+                self.model(input_ids=token, position_ids=torch.zeros_like(token), use_cache=False)
         except (AttributeError, KeyError, TypeError) as error:
             raise UnsupportedModel(
                 f"{name} needs masks that it builds itself ({type(error).__name__}: {error})"
@@ -119,7 +115,7 @@ class Target:
             raise UnsupportedModel(f"{name} does not route attention through AttentionInterface")
         if len(calls) != num_layers:
             raise UnsupportedModel(
-                f"{len(calls)} attention calls for {num_layers} layers: some layers are not attention"
+                f"{len(calls)} attention calls for {num_layers} layers: not every layer is attention"
             )
         if any(call.mask is not None for call in calls):
             raise UnsupportedModel("it builds an attention mask of its own")
@@ -141,7 +137,7 @@ class Target:
                 )
             if call.options.get("softcap") and not self.capped:
                 warnings.warn(NO_SOFTCAP, stacklevel=4)
-            call.module.eagle_binding = LayerBinding(
+            call.module.__dict__["eagle_binding"] = LayerBinding(
                 self.context,
                 window=expected or 0,
                 chunk=(chunk or 0) if kind == "chunked_attention" else 0,

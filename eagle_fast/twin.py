@@ -9,18 +9,20 @@ from __future__ import annotations
 import copy
 import types
 from collections import OrderedDict
+from typing import Any, cast
 
 from torch import nn
+from transformers import PreTrainedModel
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
 
-def twin(model: nn.Module) -> nn.Module:
+def twin(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of the module tree that shares every parameter and buffer with `model`, with configs of its own."""
-    return _twin(model, {}, {})
+    return cast(PreTrainedModel, _twin(model, {}, {}))
 
 
-def _twin(module: nn.Module, modules: dict[int, nn.Module], configs: dict) -> nn.Module:
+def _twin(module: nn.Module, modules: dict[int, nn.Module], configs: dict) -> Any:
     if id(module) in modules:
         return modules[id(module)]
     clone = copy.copy(module)

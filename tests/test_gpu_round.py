@@ -56,7 +56,7 @@ def test_no_host_read_inside_a_round_of_an_8b_target():
     model = EaModel(target, head, tree=TreeConfig())
     ids = torch.randint(0, 128256, (1, 64), device="cuda")
     model.eagenerate(ids, max_new_tokens=4)
-    (state, step) = model._idle[0]
+    _, step = model._idle[0]
     steps = 0
 
     def forbidding():

@@ -1,0 +1,63 @@
+"""Decoding states that outlive a call: buffers and captured graphs are kept for the next one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from eagle_fast.config import TreeConfig
+from eagle_fast.graph import GraphedStep
+from eagle_fast.head import DraftHead
+from eagle_fast.round import Round
+from eagle_fast.target import Target
+
+LENGTH_STEP = 1024
+Lease = tuple[Round, GraphedStep]
+
+
+class IdleStates(list[Lease]):
+    """The states that no call uses at the moment; two running calls never share one.
+
+    Calls may run interleaved or in several threads, one round at a time: whoever runs a round holds `lock`, because the
+    model's layers learn from one place which step they belong to.
+    """
+
+    def __init__(self, target: Target, head: DraftHead, tree: TreeConfig):
+        super().__init__()
+        self.target, self.head, self.tree = target, head, tree
+        self.lock = threading.RLock()
+
+    @contextmanager
+    def lease(self, speculative: bool, batch: int, max_length: int) -> Iterator[Lease]:
+        """A state for `batch` sequences of up to `max_length` tokens: an idle one, or a new one in place of one too
+        small. It is idle again after the block."""
+        with self.lock:
+            leased = self._take(speculative, batch, max_length) or self._new(speculative, batch, max_length)
+        try:
+            yield leased
+        finally:
+            self.append(leased)
+
+    def _take(self, speculative: bool, batch: int, max_length: int) -> Lease | None:
+        """An idle state that is large enough; those too small are dropped if there is none."""
+        alike = [each for each in self if each[0].batch == batch and (each[0].drafter is not None) == speculative]
+        large = next((each for each in alike if each[0].max_length >= max_length), None)
+        dropped = alike if large is None else [large]
+        self[:] = [each for each in self if not any(each is other for other in dropped)]
+        return large
+
+    def _new(self, speculative: bool, batch: int, max_length: int) -> Lease:
+        rounded = -(-max_length // LENGTH_STEP) * LENGTH_STEP
+        arguments = self.target, self.head if speculative else None, self.tree, batch, rounded
+        try:
+            state = Round(*arguments)
+        except torch.OutOfMemoryError:  # idle states of other sizes may hold the memory
+            if not self:
+                raise
+            self.clear()
+            torch.cuda.empty_cache()
+            state = Round(*arguments)
+        return state, GraphedStep(state.step, self.target.device)
