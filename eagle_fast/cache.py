@@ -48,6 +48,12 @@ class KVSlab:
         for slab in self.slabs:
             compact_kv(slab, path, counts, lengths)
 
+    def adopt(self, rows: torch.Tensor, other: KVSlab) -> None:
+        """Copy the first sequences of `other`, a slab of the same layers, to sequences `rows` [R] of this one."""
+        shared = min(self.capacity, other.capacity)
+        for mine, theirs in zip(self.slabs, other.slabs, strict=True):
+            mine[:, :, :, :shared].index_copy_(1, rows, theirs[:, : len(rows), :, :shared])
+
 
 class SlabCache(Cache):
     """The slab as transformers sees it. Only `update` does work; the other answers keep stock code from asking more."""

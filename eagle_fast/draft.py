@@ -152,3 +152,8 @@ class Drafter:
         )
         nothing = torch.zeros_like(roots)
         self.absorb(features, roots[:, None].repeat(1, self.tree.max_path), nothing + 1, nothing)
+
+    def adopt(self, rows: torch.Tensor, other: Drafter) -> None:
+        """Copy the first sequences of `other` to sequences `rows` [R] of this one."""
+        self.slab.adopt(rows, other.slab)
+        self.hidden[rows], self.states[rows] = other.hidden[: len(rows)], other.states[: len(rows)]

@@ -12,11 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import ModelOutput
 
-from eagle_fast.config import SamplingParams
 from eagle_fast.processors import copies_for_rows, walk_processed
+from eagle_fast.requests import Request
 from eagle_fast.round import Round
 
 
@@ -51,23 +50,6 @@ class Generation(ModelOutput):
 
     sequences: torch.Tensor
     statistics: Statistics = None  # type: ignore[assignment]  # ModelOutput wants a default of None
-
-
-@dataclass(frozen=True)
-class Request:
-    """A call after its checks. B prompts without padding, each with the most new tokens that it may get.
-
-    padding: ids that processors and criteria see before each prompt, where transformers' loop would show them.
-    """
-
-    prompts: list[list[int]]
-    budgets: list[int]
-    sampling: SamplingParams = SamplingParams()
-    shared_noise: bool = True
-    stop_ids: frozenset[int] = frozenset()
-    processors: LogitsProcessorList | None = None
-    criteria: StoppingCriteriaList | None = None
-    padding: list[list[int]] | None = None
 
 
 class NaNLogitsError(RuntimeError):
@@ -185,7 +167,7 @@ class Generator:
         scores = self.processors[row](self._seen(row), logits)  # type: ignore[arg-type]
         if scores.shape != logits.shape:
             raise ValueError(
-                f"the logits processors turned scores of shape {list(logits.shape)} into {list(scores.shape)}: they see "
+                f"the logits processors made scores of shape {list(scores.shape)} from {list(logits.shape)}: they see "
                 "one sequence at a time; decode the prompts one by one if they need the whole batch"
             )
         return scores
@@ -198,10 +180,10 @@ class Generator:
 def _nan_message(row: int, position: int, processed: bool) -> str:
     if processed:
         return (
-            f"sequence {row}: the scores for position {position} are NaN, +inf or all -inf after the logits processors: "
-            "a processor must leave at least one token, with a finite score"
+            f"sequence {row}: the scores for position {position} are NaN, +inf or all -inf after the logits "
+            "processors: a processor must leave at least one token, with a finite score"
         )
     return (
-        f"sequence {row}: the target's logits for position {position} are NaN or infinite. A half-precision overflow is "
-        "the usual cause: load the model with dtype=torch.bfloat16 or torch.float32"
+        f"sequence {row}: the target's logits for position {position} are NaN or infinite. A half-precision overflow "
+        "is the usual cause: load the model with dtype=torch.bfloat16 or torch.float32"
     )

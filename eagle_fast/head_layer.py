@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from eagle_fast.head_config import HeadConfig
+from eagle_fast.linear import FewRowsLinear
 
 
 class DraftLayer(nn.Module):
@@ -69,7 +70,7 @@ def merged_linear(*parts: tuple[Tensor, Tensor | None]) -> nn.Linear:
     """One frozen linear layer from the rows of several."""
     weights, biases = [weight for weight, _ in parts], [bias for _, bias in parts if bias is not None]
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bool(biases), device="meta")
+    linear = FewRowsLinear(weight.shape[1], weight.shape[0], bias=bool(biases), device="meta")
     linear.weight = frozen(weight)
     if biases:
         linear.bias = frozen(torch.cat(biases) if len(biases) > 1 else biases[0])

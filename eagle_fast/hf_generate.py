@@ -6,16 +6,28 @@
 
 from __future__ import annotations
 
+import copy
 import sys
+from types import FrameType
 
 import torch
-from transformers import GenerationConfig, StoppingCriteriaList
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers import GenerationConfig
+from transformers.generation import GenerationMode
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
-from eagle_fast.generation import Generation
+from eagle_fast.generation import Generation, Generator
 from eagle_fast.processors import split_warpers
+from eagle_fast.requests import make_request, padded
+from eagle_fast.validate import check_hooks, check_prompts, id_list
 
-UNSUPPORTED_FLAGS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+RECORDS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+NOT_TAKEN = ("assistant_model", "custom_generate", "inputs_embeds", "past_key_values", "position_ids", "token_type_ids")
+PREPARED = ("attention_mask", "position_ids", "past_key_values", "cache_position", "logits_to_keep", "use_cache")
 
 
 class HFGenerateMixin:
@@ -27,17 +39,34 @@ class HFGenerateMixin:
         generation_config: GenerationConfig | None = None,
         *,
         streamer=None,
+        tokenizer=None,
         seed: int | list[int] | None = None,
         shared_noise: bool = True,
         **kwargs,
     ):
         """Like `PreTrainedModel.generate` for greedy search and sampling; also takes `seed` and `shared_noise`.
 
-        Returns ids [B, L + longest], or a `Generation` with return_dict_in_generate=True. Beam search, assisted
-        decoding and recorded scores are ValueErrors.
+        Returns ids [B, L + longest], or a `Generation` with return_dict_in_generate=True, on the model's device.
+        Processors and criteria see what transformers shows them, but one sequence at a time, and not after its end.
+        A streamer gets the prompt, then one call for every step with a token of each sequence. stop_strings use
+        tokenizer=, by default the target's own. Beam search, assisted decoding, recorded scores and inputs other than
+        token ids are ValueErrors.
         """
+        taken = [name for name in NOT_TAKEN if kwargs.get(name) is not None]
+        if taken:
+            raise ValueError(f"{', '.join(taken)}: not possible with speculative decoding; call base_model.generate")
+        if kwargs.get("cache_implementation") == "paged":
+            raise ValueError("cache_implementation='paged' would leave eagle_fast out: leave it away")
+        if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+            raise ValueError(f"streamer is a {type(streamer).__name__}: pass an object with put() and end()")
+        given = inputs if inputs is not None else kwargs.get("input_ids")
+        if given is not None:
+            check_prompts(given, kwargs.get("attention_mask"), self.target.vocab_size)  # type: ignore[attr-defined]
+        kwargs["stopping_criteria"], generation_config = self._stop_strings(generation_config, tokenizer, kwargs)
+        device = self.target.device  # type: ignore[attr-defined]
+        kwargs = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in kwargs.items()}
         return self.base_model.generate(  # type: ignore[attr-defined]
-            inputs,
+            None if inputs is None else inputs.to(device),
             generation_config,
             custom_generate=self.custom_generate,
             ef_streamer=streamer,
@@ -46,7 +75,22 @@ class HFGenerateMixin:
             **kwargs,
         )
 
-    @torch.no_grad()
+    def _stop_strings(self, config: GenerationConfig | None, tokenizer, kwargs: dict):
+        """Stopping criteria that include the stop strings, and a config without: transformers does not hand the
+        tokenizer on when there is a custom loop."""
+        criteria = StoppingCriteriaList(check_hooks("stopping_criteria", kwargs.pop("stopping_criteria", None)))
+        strings = kwargs.pop("stop_strings", None)
+        if config is not None and config.stop_strings is not None:
+            strings = strings or config.stop_strings
+            config = copy.deepcopy(config)
+            config.stop_strings = None
+        if self.base_model.generation_config.stop_strings is not None:  # type: ignore[attr-defined]
+            raise ValueError("stop_strings in base_model.generation_config: set them to None there, pass stop_strings=")
+        if strings:
+            tokenizer = tokenizer or self.tokenizer  # type: ignore[attr-defined]
+            criteria.append(StopStringCriteria(tokenizer, strings))
+        return criteria, config
+
     def custom_generate(
         self,
         model,
@@ -62,55 +106,83 @@ class HFGenerateMixin:
         """transformers' custom decoding loop: `hf_model.generate(ids, custom_generate=ea_model.custom_generate)`.
 
         transformers 5 does not hand a streamer on to a callable: it is looked up in the calling frame, or passed as
-        ef_streamer=.
+        ef_streamer=. Nor does it hand on a tokenizer, so stop_strings work with `EaModel.generate` only.
         """
         if model is not self.base_model:  # type: ignore[attr-defined]
             raise ValueError("this EaModel decodes its own base_model: call base_model.generate(...)")
         _check_supported(generation_config)
-        streamer = ef_streamer
-        if streamer is None:
-            streamer = sys._getframe(1).f_locals.get("streamer")
-        elif hasattr(streamer, "put"):
-            streamer.put(input_ids.cpu())
+        _check_inputs(model_kwargs)
+        if ef_streamer is not None:
+            ef_streamer.put(input_ids.cpu())
+        streamer = _streamer_of_generate() if ef_streamer is None else ef_streamer
         processors, settings = split_warpers(logits_processor)
-        if not generation_config.do_sample:
-            settings = {"temperature": 0.0}
-        criteria = [each for each in stopping_criteria if not isinstance(each, (EosTokenCriteria, MaxLengthCriteria))]
-        eos = getattr(generation_config, "_eos_token_tensor", None)
-        prompts, budgets, ids, sampling, rules = self._prepare(  # type: ignore[attr-defined]
+        length = input_ids.shape[1]
+        longest = min(each.max_length for each in stopping_criteria if type(each) is MaxLengthCriteria)
+        ends = [each.eos_token_id for each in stopping_criteria if type(each) is EosTokenCriteria]
+        request, ids = make_request(
+            self.target,  # type: ignore[attr-defined]
             input_ids,
             attention_mask=model_kwargs.get("attention_mask"),
-            max_new_tokens=max(generation_config.max_length - input_ids.shape[1], 1),
-            max_length=generation_config.max_length,
-            eos_token_id=[] if eos is None else eos,
+            max_new_tokens=max(longest - length, 1),
+            max_length=max(longest, length + 1),
+            eos_token_id=[token for each in ends for token in id_list(each)],
             seed=seed,
             shared_noise=shared_noise,
             logits_processor=processors,
-            stopping_criteria=StoppingCriteriaList(criteria),
-            **settings,
+            stopping_criteria=[e for e in stopping_criteria if type(e) not in (EosTokenCriteria, MaxLengthCriteria)],
+            show_padding=True,
+            **(settings if generation_config.do_sample else {}),
         )
-        texts: list[list[int]] = [[] for _ in prompts]
-        for new, statistics in self._rounds(True, prompts, budgets, sampling, rules):  # type: ignore[attr-defined]  # noqa: B007
-            for text, tokens in zip(texts, new, strict=True):
-                text += tokens
+        pad = getattr(generation_config, "_pad_token_tensor", None)
+        pad = self._pad_id if pad is None else int(pad)  # type: ignore[attr-defined]
+        steps = 0
+        for generator in self._rounds(True, request):  # type: ignore[attr-defined]
             if streamer is not None:
-                streamer.put(torch.tensor(new[0]) if len(new) == 1 else torch.tensor([row[-1] for row in new]))
+                steps = _stream(streamer, generator, steps, pad)
         if streamer is not None:
             streamer.end()
-        sequences = self._pad(ids, texts, _pad_of(generation_config)).to(input_ids.device)  # type: ignore[attr-defined]
-        return Generation(sequences, statistics) if generation_config.return_dict_in_generate else sequences
-
-
-def _pad_of(generation_config) -> int | None:
-    pad = getattr(generation_config, "_pad_token_tensor", None)
-    return None if pad is None else int(pad)
+        sequences = padded(ids, generator.new_tokens, pad).to(input_ids.device)
+        return Generation(sequences, generator.statistics) if generation_config.return_dict_in_generate else sequences
 
 
 def _check_supported(generation_config) -> None:
-    if (generation_config.num_beams or 1) > 1:
+    mode = generation_config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise ValueError(
-            f"num_beams={generation_config.num_beams}: eagle_fast decodes greedily or by sampling, not with beams"
+            f"{mode.value} (num_beams={generation_config.num_beams}): eagle_fast decodes greedily or by sampling; "
+            "call base_model.generate"
         )
-    wanted = [name for name in UNSUPPORTED_FLAGS if getattr(generation_config, name, None)]
+    wanted = [name for name in RECORDS if getattr(generation_config, name, None)]
     if wanted:
         raise ValueError(f"{', '.join(wanted)}: not recorded during speculative decoding; call base_model.generate")
+
+
+def _check_inputs(model_kwargs: dict) -> None:
+    """Inputs of the model that would change its text, and that rounds don't have."""
+    names = [name for name, value in model_kwargs.items() if value is not None and name not in PREPARED]
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length():
+        names.append("past_key_values")
+    mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+    if mask is not None and positions is not None and ((positions != mask.cumsum(-1) - 1) & (mask != 0)).any():
+        names.append("position_ids")  # transformers passes its own along, which count the tokens
+    if names:
+        raise ValueError(f"{', '.join(names)}: not possible with speculative decoding; call base_model.generate")
+
+
+def _streamer_of_generate():
+    """The streamer that the running `generate` of transformers was called with; it has the prompt already."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and not (frame.f_code.co_name == "generate" and "streamer" in frame.f_locals):
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals["streamer"]
+
+
+def _stream(streamer, generator: Generator, steps: int, pad: int) -> int:
+    """Hand over the steps that all sequences have made; returns how many that are. Ended sequences go on as padding."""
+    texts = generator.new_tokens
+    made = [len(text) for text, done in zip(texts, generator.done, strict=True) if not done]
+    ready = min(made) if made else max(len(text) for text in texts)
+    for step in range(steps, ready):
+        streamer.put(torch.tensor([text[step] if step < len(text) else pad for text in texts]))
+    return max(steps, ready)

@@ -52,11 +52,13 @@ class IdleStates(list[Lease]):
     def _new(self, speculative: bool, batch: int, max_length: int) -> Lease:
         rounded = -(-max_length // LENGTH_STEP) * LENGTH_STEP
         arguments = self.target, self.head if speculative else None, self.tree, batch, rounded
+        state = None
         try:
             state = Round(*arguments)
-        except torch.OutOfMemoryError:  # idle states of other sizes may hold the memory
+        except torch.OutOfMemoryError:
             if not self:
                 raise
+        if state is None:  # idle states of other sizes held the memory
             self.clear()
             torch.cuda.empty_cache()
             state = Round(*arguments)

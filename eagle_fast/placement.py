@@ -7,6 +7,8 @@ import warnings
 import torch
 from transformers import PreTrainedModel
 
+SLOW_CPU_PARAMETERS = 50_000_000
+
 
 def resolve_device(device_map) -> torch.device:
     """The one device that a device_map names: None, "cpu", "cuda", "cuda:N", an index, a device or {"": device}.
@@ -47,7 +49,7 @@ def warn_if_slow(model: PreTrainedModel) -> None:
     """Half precision has no fast path on most CPUs: say so once, for models large enough to notice."""
     weight = model.get_input_embeddings().weight
     size = sum(parameter.numel() for parameter in model.parameters())
-    if weight.device.type == "cpu" and weight.dtype in (torch.float16, torch.bfloat16) and size > 50_000_000:
+    if weight.device.type == "cpu" and weight.dtype in (torch.float16, torch.bfloat16) and size > SLOW_CPU_PARAMETERS:
         warnings.warn(
             f"a {size / 1e6:.0f}M parameter model in {weight.dtype} on the CPU is slow: pass dtype=torch.float32, or a "
             "device_map with a GPU",

@@ -34,8 +34,11 @@ HookList = TypeVar("HookList", LogitsProcessorList, StoppingCriteriaList)
 
 
 def split_warpers(processors: LogitsProcessorList) -> tuple[LogitsProcessorList, dict[str, float]]:
-    """(what must run on the host, settings of the sampler): a list's tail of temperature, top-k, top-p and min-p, in
-    that order, is what our sampler does on the device. With any other order or warper all of the list stays as it is."""
+    """(what must run on the host, settings of the sampler).
+
+    A list's tail of temperature, top-k, top-p and min-p, in that order, is what our sampler does on the device. With
+    any other order all of the list stays as it is.
+    """
     settings: dict[str, float] = {"temperature": 1.0}
     tail, place = len(processors), len(_ORDER)
     while tail and 0 <= (earlier := _device_place(processors[tail - 1])) < place:

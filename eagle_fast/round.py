@@ -128,3 +128,17 @@ class Round:
     def finish(self, row: int) -> None:
         """Emit nothing more for this sequence."""
         self.ends[row] = 0
+
+    @torch.no_grad()
+    def adopt(self, rows: torch.Tensor, other: Round) -> None:
+        """Let the first sequences of `other` go on here as sequences `rows` [R], whatever those held; the rest go on.
+
+        `other` has the same target, head and tree, and any batch; its texts have to fit into `max_length`.
+        """
+        self.cache.slab.adopt(rows, other.cache.slab)
+        self.sampling.adopt(rows, other.sampling)
+        if self.drafter:
+            assert other.drafter is not None
+            self.drafter.adopt(rows, other.drafter)
+        for name in ("lengths", "roots", "ends", "long_rope"):
+            getattr(self, name)[rows] = getattr(other, name)[: len(rows)]

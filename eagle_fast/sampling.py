@@ -46,6 +46,11 @@ class SamplingTensors:
             self.seeds.fill_(seed)
             self.sequences.copy_(torch.arange(batch, device=device))
 
+    def adopt(self, rows: torch.Tensor, other: SamplingTensors) -> None:
+        """Copy the settings of the first sequences of `other` to sequences `rows` [R] of this one."""
+        for name, mine in vars(self).items():
+            mine[rows] = getattr(other, name)[: len(rows)]
+
     def choose(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The token after each node: logits [B, T, V], positions [B, T] of the nodes -> [B, T], -1 where NaN."""
         return sample(

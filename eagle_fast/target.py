@@ -18,6 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from eagle_fast.attention import IMPLEMENTATION, AttentionContext, LayerBinding, PrefillStep, TreeStep
 from eagle_fast.cache import KVSlab, LayerShape, SlabCache
 from eagle_fast.experts import ExpertChoice
+from eagle_fast.linear import use_few_rows_linear
 from eagle_fast.rope import LongRope, freeze_longrope, rope_types
 from eagle_fast.twin import twin
 
@@ -68,6 +69,8 @@ class Target:
         self.context = AttentionContext()
         self.capped = model.config._attn_implementation != "sdpa"  # SDPA has no softcap: such a model runs without it
         self.model = twin(model)
+        if self.device.type == "cpu":
+            use_few_rows_linear(self.model)
         self.experts = ExpertChoice(self.model, self.config)
         self.rope_switch = self._check_rope()
         calls = self._probe()
@@ -236,7 +239,7 @@ class Target:
 
     @torch.no_grad()
     def read(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run whole texts [B, L] from position 0, padded behind, without a cache: logits [B, L, V] and features [B, L, F].
+        """Run whole texts [B, L], padded behind, without a cache; returns (logits [B, L, V], features [B, L, F]).
 
         For training: what the target says after every token, and what a head reads there.
         """

@@ -21,7 +21,8 @@ PROMPT = 64
 
 def pick_total_token(target: Target, head: DraftHead, tree: TreeConfig) -> TreeConfig:
     """`tree` with the total_token of SIZES that promises most tokens per second."""
-    sizes = [size for size in SIZES if size <= 1 + tree.num_candidates]
+    most = 1 + tree.num_candidates
+    sizes = [size for size in SIZES if size <= most] or [most]
     times = {size: round_seconds(target, head, replace(tree, total_token=size)) for size in sizes}
     best = max(sizes, key=lambda size: (1 + 2.31 * (size / 60) ** GAIN_EXPONENT) / times[size])
     return replace(tree, total_token=best)

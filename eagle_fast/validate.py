@@ -36,8 +36,8 @@ def check_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, 
     if bad.any():
         row, column = bad.nonzero()[0].tolist()
         raise ValueError(
-            f"input_ids[{row}, {column}] = {int(ids[row, column])} is outside of the model's vocabulary of {vocab_size}: "
-            "use the model's own tokenizer"
+            f"input_ids[{row}, {column}] = {int(ids[row, column])} is outside of the model's vocabulary of "
+            f"{vocab_size}: use the model's own tokenizer"
         )
     rows = list(zip(ids, mask, strict=True))
     return Prompts(ids, [row[seen].tolist() for row, seen in rows], [row[~seen].tolist() for row, seen in rows])
@@ -51,7 +51,8 @@ def _check_mask(attention_mask: torch.Tensor | None, ids: torch.Tensor) -> torch
         raise ValueError(f"attention_mask is a {type(attention_mask).__name__}: pass a tensor of input_ids' shape")
     if attention_mask.shape != ids.shape:
         raise ValueError(
-            f"attention_mask is {list(attention_mask.shape)}, input_ids {list(ids.shape)}: they must have the same shape"
+            f"attention_mask is {list(attention_mask.shape)}, input_ids {list(ids.shape)}: they must have the same "
+            "shape"
         )
     values = attention_mask.detach().cpu()
     if not ((values == 0) | (values == 1)).all():
@@ -74,9 +75,7 @@ def token_budgets(
 
     max_positions: positions that the model has learned, if it has. The last token of a text needs none.
     """
-    for name, value in (("max_new_tokens", max_new_tokens), ("max_length", max_length)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: use a positive integer")
+    check_positive(max_new_tokens=max_new_tokens, max_length=max_length)
     longest = max(len(prompt) for prompt in prompts)
     if max_positions is not None and longest > max_positions:
         raise ValueError(f"the prompt has {longest} tokens, the model has positions for {max_positions}: shorten it")
@@ -86,6 +85,13 @@ def token_budgets(
         )
     limit = max_length if max_positions is None else min(max_length, max_positions + 1)
     return [min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
+
+
+def check_positive(**numbers) -> None:
+    """Counts and lengths, by the name of their argument."""
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}: use a positive integer")
 
 
 def check_seeds(seed, batch: int):

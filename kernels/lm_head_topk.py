@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from .launch import device_guard, upcast, use_triton
+from .linear import few_rows_matmul
 from .noise import gumbel, gumbel_ref, gumbel_row_ref
 from .order_key import PACKED_ABSENT, pack, pack_ref, unpack, unpack_ref
 from .sample import GREEDY_TEMPERATURE
@@ -202,7 +203,7 @@ def lm_head_topk_ref(
     seeds: torch.Tensor | None = None,
     sequences: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    z = hidden.float() @ weight.float().T
+    z = few_rows_matmul(hidden.float(), weight.float())
     if scale is not None:
         z = z * scale.float()
     if bias is not None:

@@ -319,7 +319,11 @@ def tree_attention_ref(
     first: int = 0, window: int = 0, chunk: int = 0, softcap: float = 0.0, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`tree_attention` in plain PyTorch: fp32 inside, fp64 for fp64 inputs."""
-    num_queries, num_kv_heads, num_rows = q.shape[2], k.shape[1], k.shape[2]
+    num_queries, num_kv_heads = q.shape[2], k.shape[1]
+    if lengths.device.type == "cpu":  # where reading a length costs nothing, the rows past it cost nothing either
+        live_rows = int(lengths.max()) + first + num_queries
+        k, v = k[:, :, :live_rows], v[:, :, :live_rows]
+    num_rows = k.shape[2]
     compute = torch.promote_types(q.dtype, torch.float32)
     slots = torch.arange(num_rows, device=q.device) - lengths[:, None]  # [B, L], negative in the prefix
     visible = _visible(slots, lengths, ancestors, depths, first, num_queries, window, chunk)

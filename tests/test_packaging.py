@@ -76,7 +76,7 @@ def test_wheel_holds_both_packages(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         modules = {name for name in archive.namelist() if name.endswith(".py")}
         metadata = next(archive.read(name).decode() for name in archive.namelist() if name.endswith("METADATA"))
-    expected = {f"eagle_fast/{path.name}" for path in (ROOT / "eagle_fast").glob("*.py")}
+    expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "eagle_fast").rglob("*.py")}
     expected |= {f"eagle_fast_kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
-    assert modules == expected
+    assert modules == expected, "a package is missing from, or too many in, tool.setuptools.packages"
     assert "License-Expression: Apache-2.0" in metadata

@@ -320,11 +320,14 @@ def test_real_shapes_are_as_close_as_pytorch(case, dtype):
     wide = problem._replace(q=problem.q.double(), k=problem.k.double(), v=problem.v.double())
     exact = run(tree_attention_ref, wide)
     error = run(tree_attention, problem).double() - exact
-    allowed = 2 * (naive(case, problem).double() - exact).abs().max()
+    pytorch_error = naive(case, problem).double() - exact
+    allowed = 2 * pytorch_error.abs().max()
     rounding = torch.finfo(dtype).eps / 2 * exact.abs().max()  # of the output itself, which is not to be avoided
     assert error.isfinite().all()
     assert error.abs().max() <= allowed + rounding
-    assert error.norm() / exact.norm() < {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
+    # averages of 32,000 values are small beside their terms: there the bound is PyTorch's own error
+    bound = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype] * exact.norm()
+    assert error.norm() <= max(bound, pytorch_error.norm())
 
 
 @pytest.mark.gpu

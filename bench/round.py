@@ -1,0 +1,172 @@
+"""What one round costs at real model shapes, with random weights, against the bytes it must read.
+
+    python bench/round.py llama-3.1-8b --context 512 --tree 60 7 10
+
+A round's time does not depend on acceptance, so random weights tell it. Everything is timed as CUDA graphs. The floor
+is the weights and the keys and values that a round must read, over the bandwidth measured on this GPU in the same run.
+With --tau, prints the tokens per second that this acceptance would give (forced, not measured). Ends with one line of
+JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+import triton
+from shapes import SHAPES, build_head, build_target, head_bytes, target_bytes
+
+from eagle_fast import EaModel, SamplingParams, TreeConfig
+from eagle_fast.round import Round
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=SHAPES, help="whose shapes the target has")
+    parser.add_argument("--tree", nargs=3, type=int, default=[60, 7, 10], metavar=("NODES", "DEPTH", "TOP_K"))
+    parser.add_argument("--context", type=int, default=512, metavar="L", help="tokens before the round (default 512)")
+    parser.add_argument("--batch", type=int, default=1, metavar="B")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="with top-p 0.9 above 0")
+    parser.add_argument("--tau", type=float, help="tokens a round to assume for tokens/s: forced, not measured")
+    parser.add_argument("--repeats", type=int, default=50, metavar="N")
+    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
+    return parser.parse_args()
+
+
+def bandwidth() -> float:
+    """Bytes a second of a read-only stream on this GPU."""
+    data = torch.ones(2**30, device="cuda")
+    return data.numel() * 4 / milliseconds(data.sum, 10) * 1e3
+
+
+def milliseconds(work: Callable[[], object], repeats: int) -> float:
+    """Median time of `work` as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        work()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def begin(state: Round, context: int, temperature: float) -> None:
+    """Prefill random tokens."""
+    vocab = state.target.vocab_size
+    tokens = torch.randint(0, vocab, (state.batch, context), generator=torch.Generator().manual_seed(0))
+    top_p = 0.9 if temperature else 0.0
+    state.sampling.load(SamplingParams(temperature=temperature, top_p=top_p, seed=0), shared_noise=True)
+    state.begin(tokens, torch.full((state.batch,), context), torch.full((state.batch,), state.max_length - 1))
+
+
+def repeatable(state: Round) -> Callable[[], None]:
+    """A whole round that ends where it began, so that every repeat does the same work."""
+    lengths, roots = state.lengths.clone(), state.roots.clone()
+
+    def work() -> None:
+        state.step()
+        state.lengths.copy_(lengths)
+        state.roots.copy_(roots)
+
+    return work
+
+
+def phases(state: Round, repeats: int) -> dict[str, float]:
+    """Milliseconds of the parts of a round; each part is a graph of its own, so they add up to a little more."""
+    tree, logits, features = state.propose()
+    accepted = state.accept(tree, logits)
+    drafter = state.drafter
+    assert drafter is not None
+    return {
+        "draft": milliseconds(lambda: drafter.grow(state.roots, state.lengths, state.sampling), repeats),
+        "draft_and_verify": milliseconds(state.propose, repeats),
+        "accept": milliseconds(lambda: state.accept(tree, logits), repeats),
+        "commit": milliseconds(lambda: state.commit(accepted._replace(counts=accepted.counts * 0), features), repeats),
+    }
+
+
+def host_milliseconds(graph: Callable[[], object], repeats: int = 20) -> float:
+    """Host time to launch one round."""
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        graph()
+    launched = time.perf_counter() - started
+    torch.cuda.synchronize()
+    return launched / repeats * 1e3
+
+
+@torch.no_grad()
+def main() -> None:
+    args = parse()
+    nodes, depth, top_k = args.tree
+    tree = TreeConfig(nodes, depth, top_k)
+    target = build_target(args.shape, "cuda")
+    model = EaModel(target, build_head(target), tree=tree)
+    rate = bandwidth()
+    state = Round(model.target, model.ea_layer, tree, args.batch, args.context + tree.max_path)
+    plain = Round(model.target, None, tree, args.batch, args.context + 1)
+    for each in (state, plain):
+        begin(each, args.context, args.temperature)
+    kv_bytes = sum(slab[..., : args.context, :].numel() * slab.element_size() for slab in state.cache.slab.slabs)
+    floor = (target_bytes(target) + head_bytes(model.ea_layer, depth) + kv_bytes) / rate * 1e3
+    plain_floor = (target_bytes(target) + kv_bytes) / rate * 1e3
+    round_ms = milliseconds(repeatable(state), args.repeats)
+    plain_ms = milliseconds(repeatable(plain), args.repeats)
+    split = phases(state, args.repeats)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+        repeatable(state)()
+    record = {
+        "bench": "round", "shape": args.shape, "tree": args.tree, "context": args.context, "batch": args.batch,
+        "temperature": args.temperature, "round_ms": round(round_ms, 3), "floor_ms": round(floor, 3),
+        "plain_ms": round(plain_ms, 3), "plain_floor_ms": round(plain_floor, 3),
+        "round_over_plain": round(round_ms / plain_ms, 3), "phases_ms": {k: round(v, 3) for k, v in split.items()},
+        "host_ms": round(host_milliseconds(graph.replay), 3), "terabytes_per_second": round(rate / 1e12, 3),
+        "memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2), "hardware": torch.cuda.get_device_name(),
+        "torch": torch.__version__, "triton": triton.__version__, "transformers": transformers.__version__,
+    }  # fmt: skip
+    if args.tau:
+        record["forced_tau"] = args.tau
+        record["forced_tokens_per_second"] = round(args.tau * args.batch / round_ms * 1e3, 1)
+    show(record)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record))
+
+
+def show(record: dict) -> None:
+    print(f"{record['shape']}, tree {record['tree']}, context {record['context']}, batch {record['batch']}, "
+          f"T={record['temperature']:g}, {record['hardware']}, {record['terabytes_per_second']:.2f} TB/s")  # fmt: skip
+    for name, key, floor in (("round", "round_ms", "floor_ms"), ("plain token", "plain_ms", "plain_floor_ms")):
+        share = record[floor] / record[key]
+        print(f"  {name:<14}{record[key]:>9.3f} ms   floor {record[floor]:.3f} ms, {share:.0%} of the bandwidth")
+    split = record["phases_ms"]
+    print(
+        f"    {'draft':<12}{split['draft']:>9.3f}\n    {'verify':<12}{split['draft_and_verify'] - split['draft']:>9.3f}"
+    )
+    print(f"    {'accept':<12}{split['accept']:>9.3f}\n    {'commit':<12}{split['commit']:>9.3f}")
+    print(f"  round / plain {record['round_over_plain']:.2f}, host {record['host_ms']:.3f} ms a round")
+    if "forced_tau" in record:
+        print(f"  forced tau {record['forced_tau']}: {record['forced_tokens_per_second']} tokens/s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Targets and heads with random weights at the shapes of real models, built straight on a device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from eagle_fast.head import DraftHead
+from eagle_fast.head_config import HeadConfig, default_feature_layers
+
+
+def _llama(
+    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, **more
+) -> dict[str, Any]:
+    return {
+        "model_type": "llama", "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocab,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 131072, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, **more,
+    }  # fmt: skip
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3.1-8b": _llama(4096, 14336, 32, 32, 8, 128256),
+    "llama-3.2-1b": _llama(2048, 8192, 16, 32, 8, 128256, head_dim=64, tie_word_embeddings=True),
+    "llama-3.3-70b": _llama(8192, 28672, 80, 64, 8, 128256),
+    "qwen3-8b": _llama(4096, 12288, 36, 32, 8, 151936, model_type="qwen3", head_dim=128),
+    "qwen3-32b": _llama(5120, 25600, 64, 64, 8, 151936, model_type="qwen3", head_dim=128),
+    "smollm2-135m": _llama(576, 1536, 30, 9, 3, 49152, tie_word_embeddings=True),
+}
+DRAFT_VOCAB = 32000
+
+
+def build_target(name: str, device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """A stock model with random weights; no byte of it passes through the host."""
+    settings = dict(SHAPES[name])
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    finally:
+        torch.set_default_dtype(default)
+    return model.eval()
+
+
+def build_head(target: PreTrainedModel) -> DraftHead:
+    """An EAGLE-3 head of the usual size for a target: one layer of the target's widths, 32,000 draft tokens."""
+    config = target.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_config = HeadConfig(
+        kind="eagle3", hidden_size=config.hidden_size, target_hidden_size=config.hidden_size,
+        embedding_size=config.hidden_size, intermediate_size=config.intermediate_size,
+        num_heads=config.num_attention_heads, num_kv_heads=config.num_key_value_heads, head_dim=head_dim,
+        vocab_size=config.vocab_size, draft_vocab_size=min(DRAFT_VOCAB, config.vocab_size),
+        num_target_layers=config.num_hidden_layers, feature_layers=default_feature_layers(config.num_hidden_layers),
+    )  # fmt: skip
+    embedding = target.get_input_embeddings().weight
+    return DraftHead.random(head_config, embedding=embedding, dtype=embedding.dtype, device=embedding.device)
+
+
+def target_bytes(target: PreTrainedModel) -> int:
+    """Weight bytes that one forward reads: everything but the embedding, once where it is also the lm_head."""
+    embedding, lm_head = target.get_input_embeddings().weight, target.get_output_embeddings().weight
+    total = sum(p.numel() * p.element_size() for p in target.parameters())
+    return total if embedding is lm_head else total - embedding.numel() * embedding.element_size()
+
+
+def head_bytes(head: DraftHead, passes: int) -> int:
+    """Weight bytes of one absorb and `passes` beam steps, each with its lm_head; fc is read in the absorb alone."""
+    fc = sum(p.numel() * p.element_size() for p in head.fc.parameters()) if head.fc else 0
+    total = sum(p.numel() * p.element_size() for p in head.parameters())
+    return (total - fc) * (passes + 1) + fc

@@ -1,0 +1,90 @@
+"""What a call asks for, checked, and how its result is laid out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+
+from eagle_fast.config import SamplingParams
+from eagle_fast.target import Target
+from eagle_fast.validate import check_hooks, check_prompts, check_seeds, check_stop_ids, id_list, token_budgets
+
+
+@dataclass(frozen=True)
+class Request:
+    """A call after its checks. B prompts without padding, each with the most new tokens that it may get.
+
+    padding: ids that processors and criteria see before each prompt, where transformers' loop would show them.
+    """
+
+    prompts: list[list[int]]
+    budgets: list[int]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    shared_noise: bool = True
+    stop_ids: frozenset[int] = frozenset()
+    processors: LogitsProcessorList | None = None
+    criteria: StoppingCriteriaList | None = None
+    padding: list[list[int]] | None = None
+
+    @property
+    def longest(self) -> int:
+        """Most tokens that a sequence can reach."""
+        return max(len(prompt) + budget for prompt, budget in zip(self.prompts, self.budgets, strict=True))
+
+
+def make_request(
+    target: Target,
+    input_ids: torch.Tensor,
+    *,
+    attention_mask: torch.Tensor | None = None,
+    temperature: float = 0.0,
+    top_p: float = 0.0,
+    top_k: float = 0,
+    min_p: float = 0.0,
+    seed=None,
+    max_new_tokens: int = 512,
+    max_length: int = 2048,
+    shared_noise: bool = True,
+    eos_token_id=None,
+    logits_processor=None,
+    stopping_criteria=None,
+    show_padding: bool = False,
+) -> tuple[Request, torch.Tensor]:
+    """Check everything that a call brings: the request, and input_ids on the CPU. Raises ValueError."""
+    ids, prompts, padding = check_prompts(input_ids, attention_mask, target.vocab_size)
+    request = Request(
+        prompts=prompts,
+        budgets=token_budgets(prompts, max_new_tokens, max_length, target.max_positions),
+        sampling=SamplingParams(temperature, top_p, top_k, min_p, check_seeds(seed, len(prompts))),  # type: ignore[arg-type]  # top_k: 50.0 is 50
+        shared_noise=shared_noise,
+        stop_ids=check_stop_ids(eos_token_id, target.vocab_size),
+        processors=LogitsProcessorList(check_hooks("logits_processor", logits_processor)),
+        criteria=StoppingCriteriaList(check_hooks("stopping_criteria", stopping_criteria)),
+        padding=padding if show_padding else None,
+    )
+    return request, ids
+
+
+def special_ids(model: PreTrainedModel, *names: str) -> list[int]:
+    """The first of a model's special ids, as "eos_token_id", that its generation config or its config has."""
+    sources = getattr(model, "generation_config", None), model.config.get_text_config(decoder=True)
+    found = (id_list(getattr(source, name, None)) for name in names for source in sources)
+    return next((ids for ids in found if ids), [])
+
+
+def end_of_turn(tokenizer) -> int:
+    """The id of Llama 3's <|eot_id|>."""
+    token = tokenizer.get_vocab().get("<|eot_id|>")
+    if token is None:
+        raise ValueError("is_llama3=True, but the tokenizer has no <|eot_id|>: leave is_llama3 out")
+    return token
+
+
+def padded(ids: torch.Tensor, texts: list[list[int]], pad: int) -> torch.Tensor:
+    """[B, L + longest text] on the CPU: prompts ids [B, L] as given, then the texts, padded behind."""
+    new = torch.full((len(texts), max(len(text) for text in texts)), pad, dtype=torch.long)
+    for row, text in enumerate(texts):
+        new[row, : len(text)] = torch.tensor(text, dtype=torch.long)
+    return torch.cat([ids, new], 1)

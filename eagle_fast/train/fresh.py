@@ -1,0 +1,112 @@
+"""A head to begin with: its shape from the target's, its first weights such that it speaks the target's language.
+
+`fc` passes the highest of the three features on, scaled to RMS 1, the final norm and `lm_head` are the target's: around
+a decoder layer that adds nothing, the head would say what the target's own norm and lm_head say of that feature. What
+the layer has to learn is the step to the next token.
+
+F feature width, H hidden size, Vd draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from eagle_fast.head import DraftHead
+from eagle_fast.head_config import HeadConfig, default_feature_layers
+from eagle_fast.head_rope import DEFAULT_THETA
+from eagle_fast.target import Target
+
+
+class Measured(NamedTuple):
+    """Sizes of the target's activations on some of its own texts."""
+
+    scale: Tensor  # [F] one over each feature channel's size
+    level: float  # median over tokens of the highest feature's RMS
+    gain: Tensor  # [H] of the final norm
+
+
+@torch.no_grad()
+def measure(model: PreTrainedModel, feature_layers: tuple[int, ...], tokens: Tensor) -> Measured:
+    """Measure on texts [B, L] without padding. First tokens are left out: models park huge values there."""
+    last = len(feature_layers)
+    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    target = Target(model, (*feature_layers, num_layers))
+    normed: list[Tensor] = []
+    head = target.model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda module, args: normed.append(args[0]))
+    _, features = target.read(tokens)
+    handle.remove()
+    parts = features[:, 1:].float().flatten(0, 1).chunk(last + 1, -1)
+    after = normed[-1][:, 1:].float().flatten(0, 1)
+    before = parts[last] * parts[last].square().mean(-1, keepdim=True).rsqrt()
+    gain = (before * after).sum(0) / before.square().sum(0)
+    size = 1.25 * torch.cat(parts[:last], -1).abs().mean(0)  # the RMS of normal values, and not led by few huge ones
+    level = parts[last - 1].square().mean(-1).sqrt().median()
+    return Measured(1 / size.clamp(min=1e-6), float(level), gain)
+
+
+def head_config(
+    model: PreTrainedModel, vocab_size: int, intermediate_size: int = 0, num_kv_heads: int = 0
+) -> HeadConfig:
+    """One layer as wide as the target's, with its attention; 0 takes the target's intermediate size and key heads."""
+    config = model.config.get_text_config(decoder=True)
+    hidden, num_heads = config.hidden_size, config.num_attention_heads
+    rope = getattr(config, "rope_parameters", None) or {}
+    theta = rope.get("rope_theta") if isinstance(rope, dict) else None
+    embedding, weight = _weight(model.get_input_embeddings()), _weight(model.get_output_embeddings())
+    return HeadConfig(
+        kind="eagle3",
+        hidden_size=hidden,
+        target_hidden_size=hidden,
+        embedding_size=embedding.shape[1],
+        intermediate_size=intermediate_size or getattr(config, "intermediate_size", None) or 4 * hidden,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads or getattr(config, "num_key_value_heads", None) or num_heads,
+        head_dim=getattr(config, "head_dim", None) or hidden // num_heads,
+        vocab_size=weight.shape[0],
+        draft_vocab_size=vocab_size,
+        num_target_layers=config.num_hidden_layers,
+        feature_layers=default_feature_layers(config.num_hidden_layers),
+        rms_norm_eps=getattr(config, "rms_norm_eps", None) or 1e-6,
+        rope={"rope_type": "default", "rope_theta": float(theta or DEFAULT_THETA)},
+        max_position_embeddings=getattr(config, "max_position_embeddings", None) or 2048,
+    )
+
+
+def empty_head(model: PreTrainedModel, config: HeadConfig, token_ids: Tensor | None, seed: int = 0) -> DraftHead:
+    """Random weights around the target's embedding, in its dtype and on its device, all of them trainable."""
+    embedding = _weight(model.get_input_embeddings())
+    head = DraftHead.random(
+        config, embedding=embedding, token_ids=token_ids, seed=seed, dtype=embedding.dtype, device=embedding.device
+    )
+    return head.requires_grad_(True)
+
+
+@torch.no_grad()
+def start_from_target(head: DraftHead, model: PreTrainedModel, measured: Measured) -> None:
+    """Give `fc`, the final norm and `lm_head` their first values, for features scaled by `measured.scale`."""
+    assert isinstance(head.fc, nn.Linear)
+    assert head.norm is not None
+    hidden = head.config.hidden_size
+    highest = slice(head.config.feature_size - hidden, None)
+    passed_on = torch.diag(1 / (measured.scale[highest] * measured.level))
+    head.fc.weight.zero_()
+    head.fc.weight[:, highest] = passed_on.to(head.fc.weight.dtype)
+    head.norm.copy_(measured.gain)
+    weight = _weight(model.get_output_embeddings())
+    head.lm_head_weight.copy_(weight if head.token_ids is None else weight[head.token_ids])
+
+
+def scaled_fc(head: DraftHead, factors: Tensor) -> None:
+    """Multiply the columns of `fc` by factors [F]: the scale, to take unscaled features, or its inverse, to go back."""
+    assert isinstance(head.fc, nn.Linear)
+    with torch.no_grad():
+        head.fc.weight.mul_(factors.to(head.fc.weight.dtype))
+
+
+def _weight(module: Any) -> Tensor:
+    return module.weight.detach()

@@ -1,0 +1,85 @@
+"""How far training is: its budget, the lines that it prints, and the log that it keeps."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from eagle_fast.train.learn import chain_tau
+from eagle_fast.train.options import TrainOptions
+
+
+class Budget:
+    """Time and updates spent, over all parts of a run that was paused and resumed."""
+
+    def __init__(self, options: TrainOptions, clock: Callable[[], float] = time.monotonic):
+        self.options, self.clock = options, clock
+        self.updates = 0
+        self.earlier = 0.0  # seconds of the parts before
+        self.started = clock()
+
+    @property
+    def seconds(self) -> float:
+        return self.earlier + self.clock() - self.started
+
+    @property
+    def fraction(self) -> float:
+        """Of training that is done."""
+        if self.options.updates:
+            return self.updates / self.options.updates
+        return self.seconds / (60 * self.options.minutes)
+
+    @property
+    def paused(self) -> bool:
+        pause = 60 * self.options.pause_after
+        return bool(pause) and self.clock() - self.started >= pause
+
+    @property
+    def spent(self) -> bool:
+        return self.fraction >= 1 or self.paused
+
+
+class Log:
+    """Lines for people on the terminal, records for programs in log.jsonl."""
+
+    def __init__(self, folder: Path, say: Callable[[str], None] = lambda line: print(line, flush=True)):
+        self.path, self.say = folder / "log.jsonl", say
+
+    def record(self, kind: str, **values) -> None:
+        rounded = {name: _rounded(value) for name, value in values.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, **rounded}) + "\n")
+
+    def update(self, budget: Budget, rate: float, losses: list[float], agreement: list[float], speed: float) -> None:
+        self.record(
+            "update", updates=budget.updates, seconds=budget.seconds, learning_rate=rate, losses=losses,
+            agreement=agreement, tokens_per_second=speed,
+        )  # fmt: skip
+        self.say(
+            f"{_bar(budget.fraction)} update {budget.updates}  lr {rate:.1e}  loss {losses[0]:.2f}  "
+            f"agrees {_shares(agreement)}  {speed / 1e3:.1f}k tokens/s"
+        )
+
+    def held_out(self, budget: Budget, losses: list[float], agreement: list[float]) -> None:
+        self.record("held out", updates=budget.updates, seconds=budget.seconds, losses=losses, agreement=agreement)
+        self.say(
+            f"{_bar(budget.fraction)} held out: loss {losses[0]:.3f}  agrees {_shares(agreement)}  "
+            f"a chain would get {chain_tau(agreement):.2f} tokens a round"
+        )
+
+
+def _bar(fraction: float, width: int = 20) -> str:
+    full = int(width * min(1.0, fraction))
+    return f"[{'#' * full}{'.' * (width - full)}] {100 * min(1.0, fraction):3.0f}%"
+
+
+def _shares(values: list[float]) -> str:
+    return " ".join(f"{value:.3f}".lstrip("0") for value in values)
+
+
+def _rounded(value):
+    if isinstance(value, float):
+        return round(value, 6)
+    return [_rounded(each) for each in value] if isinstance(value, list) else value

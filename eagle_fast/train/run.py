@@ -1,0 +1,106 @@
+"""One call from a target to a head that is written, measured and described."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedModel
+
+from eagle_fast.checkpoint import read_head
+from eagle_fast.head import DraftHead
+from eagle_fast.train.card import Training, write_card
+from eagle_fast.train.evaluate import measure_tau
+from eagle_fast.train.options import TrainOptions
+from eagle_fast.train.setting import Setting
+from eagle_fast.train.trainer import Trainer
+
+TAU_PROMPTS = {"cuda": 32, "cpu": 4}
+
+
+class Result(NamedTuple):
+    folder: Path
+    agreement: list[float]  # with the target's most likely token, on held-out texts, for each step
+    taus: dict[float, float]  # temperature -> tokens a round, on held-out prompts
+    finished: bool  # False where the run was paused
+
+
+def train(
+    model: PreTrainedModel,
+    tokenizer,
+    folder: str | Path,
+    options: TrainOptions | None = None,
+    *,
+    prompts: Sequence[Any] = (),
+    initial: str | Path | None = None,
+    resume: bool = False,
+) -> Result:
+    """Train an EAGLE-3 head for `model` and write it to `folder`, in SafeAILab's format with a card.
+
+    prompts: users' texts or lists of messages; without any the target writes questions from its own chat template.
+    initial: a head of this target to begin with. resume: go on with the run that `folder` holds, if it holds one.
+    Raises ValueError for what does not fit together, UnsupportedModel for a target that cannot be decoded exactly.
+    """
+    options = (options or TrainOptions()).for_device(model.device)
+    setting = Setting(model, tokenizer, options, prompts)
+    trainer = Trainer(setting, folder, None if initial is None else load_head(model, initial))
+    if setting.num_too_long:
+        trainer.log.say(f"{setting.num_too_long} prompts are too long to be answered, and left out")
+    if trainer.resumable:
+        if not resume:
+            raise ValueError(f"{folder} holds a run that was begun: resume it, or choose another folder")
+        trainer.resume()
+        trainer.log.say(f"resumed after {trainer.budget.updates} updates")
+    trainer.run()
+    return finish(trainer)
+
+
+def finish(trainer: Trainer) -> Result:
+    """Write the head, measure it on what was held out, describe it."""
+    setting, head, budget = trainer.setting, trainer.head, trainer.budget
+    assert head is not None
+    finished, seconds = budget.fraction >= 1, budget.seconds
+    trainer.export()
+    _, agreement = trainer.measure_held_out()
+    number = TAU_PROMPTS[setting.device.type]
+    asked = [text.tokens[: text.start].tolist() for text in trainer.held_out[:number]]
+    taus = measure_tau(setting.model, trainer.folder, asked)
+    trainer.log.record("finished" if finished else "paused", agreement=agreement, taus=list(taus.values()))
+    trainer.log.say(
+        f"wrote {trainer.folder}: " + ", ".join(f"{tau:.2f} tokens a round at T={t:g}" for t, tau in taus.items())
+    )
+    name = getattr(setting.model, "name_or_path", "") or type(setting.model).__name__
+    write_card(
+        trainer.folder,
+        Training(
+            target=Path(name).name if Path(name).is_dir() else name,
+            config=head.config,
+            options=trainer.options,
+            num_parameters=sum(parameter.numel() for parameter in head.parameters()),
+            coverage=trainer.coverage,
+            num_prompts=len(setting.prompts),
+            updates=budget.updates,
+            num_tokens=trainer.num_tokens,
+            seconds=seconds,
+            agreement=agreement,
+            taus=taus,
+        ),
+    )
+    return Result(trainer.folder, agreement, taus, finished)
+
+
+def load_head(model: PreTrainedModel, path: str | Path) -> DraftHead:
+    """A head to go on with, in the target's dtype and with its embedding."""
+    config, weight = model.config.get_text_config(decoder=True), model.get_output_embeddings().weight
+    checkpoint = read_head(
+        path,
+        target_hidden_size=config.hidden_size,
+        target_vocab_size=weight.shape[0],
+        num_target_layers=config.num_hidden_layers,
+        use_eagle3=True,
+    )
+    if not checkpoint.config.own_lm_head:
+        raise ValueError(f"{path} has no lm_head of its own: train a fresh head")
+    embedding: Any = model.get_input_embeddings()
+    return DraftHead(checkpoint, embedding=embedding.weight.detach())

@@ -1,0 +1,51 @@
+"""A sequence that moves from one round into another goes on as if it had always been there."""
+
+import pytest
+import torch
+from often_right import write_often_right_head
+from zoo import make
+
+from eagle_fast import EaModel, SamplingParams
+from eagle_fast.round import Round
+
+TREE = {"total_token": 16, "depth": 3, "top_k": 4}
+
+
+def prompts(batch, length, seed):
+    return torch.randint(3, 130, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def begin(decoder, ids, seeds, speculative, new_tokens=40, temperature=1.0):
+    state = Round(decoder.target, decoder.ea_layer if speculative else None, decoder.tree, len(ids), 128)
+    state.sampling.load(SamplingParams(temperature, seed=seeds), shared_noise=True)
+    lengths = torch.full((len(ids),), ids.shape[1])
+    state.begin(ids, lengths, lengths + new_tokens - 1)
+    return state
+
+
+def collect(state, texts, rounds):
+    for _ in range(rounds):
+        state.step()
+        for text, count, emitted in zip(texts, state.counts.tolist(), state.emitted.tolist(), strict=True):
+            text += emitted[:count]
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+@pytest.mark.parametrize("name", ["llama", "mistral"])  # mistral: a window
+def test_rows_are_replaced_while_others_go_on(name, speculative, device, tmp_path):
+    model = make(name)
+    write_often_right_head(model, tmp_path)
+    decoder = EaModel.from_pretrained(base_model_path=model.to(device), ea_model_path=str(tmp_path), **TREE)
+    first, second = prompts(4, 9, 1), prompts(3, 14, 2)
+    expected = [
+        decoder.naivegenerate(row[None], temperature=1.0, seed=10 + index, max_new_tokens=40)[0, len(row) :].tolist()
+        for index, row in enumerate([*first, *second])
+    ]
+    state, texts = begin(decoder, first, (10, 11, 12, 13), speculative), [[], [], [], []]
+    collect(state, texts, 3)
+    entry, others = begin(decoder, second, (14, 15, 16), speculative), [[], [], []]
+    collect(entry, others, 2)
+    state.adopt(torch.tensor([3, 1], device=device), entry)  # the third of `entry` is not wanted
+    texts[3], texts[1] = others[:2]
+    collect(state, texts, 40)
+    assert texts == [expected[0], expected[5], expected[2], expected[4]]
