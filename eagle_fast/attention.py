@@ -19,8 +19,21 @@ from transformers import AttentionInterface
 IMPLEMENTATION = "eagle_fast"
 
 
+@dataclass(kw_only=True)
+class Step:
+    """What both kinds of forward have."""
+
+    rows: torch.Tensor | None = None
+
+    def row_index(self, batch: int, count: int, device: torch.device) -> torch.Tensor:
+        """[B, T] number of each row of the forward, made once for all layers."""
+        if self.rows is None:
+            self.rows = torch.arange(batch * count, device=device).view(batch, count)
+        return self.rows
+
+
 @dataclass
-class PrefillStep:
+class PrefillStep(Step):
     """A chunk of the prompt: `count` tokens of every sequence at rows start .. start+count, causal.
 
     Rows past a sequence's own end hold garbage that no live query sees, and that decoding overwrites.
@@ -29,6 +42,10 @@ class PrefillStep:
     start: int
     count: int
     masks: dict = field(default_factory=dict)
+
+    def first_rows(self, batch: int, device: torch.device) -> torch.Tensor:
+        """[B] cache row of each sequence's first row."""
+        return torch.full((batch,), self.start, device=device)
 
     def mask(self, window: int, chunk: int, device: torch.device) -> torch.Tensor | None:
         """[count, start+count] bool of visible keys; None where plain causal attention of SDPA says the same."""
@@ -49,13 +66,17 @@ class PrefillStep:
 
 
 @dataclass
-class TreeStep:
+class TreeStep(Step):
     """T nodes a sequence, at cache rows lengths + slot; see `eagle_fast_kernels.tree_attention`."""
 
     lengths: torch.Tensor  # [B]
     slots: torch.Tensor  # [B, T] cache rows of the nodes
     ancestors: torch.Tensor  # [B, T, W]
     depths: torch.Tensor  # [B, T]
+
+    def first_rows(self, batch: int, device: torch.device) -> torch.Tensor:
+        """[B] cache row of each sequence's first row."""
+        return self.lengths
 
 
 @dataclass

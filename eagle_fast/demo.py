@@ -9,35 +9,60 @@ import argparse
 import platform
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.generation.streamers import BaseStreamer
+from transformers import AutoTokenizer
 
 from eagle_fast.config import TreeConfig
-from eagle_fast.generation import Statistics
 from eagle_fast.model import EaModel
 from eagle_fast.pairs import SMOLLM2, smollm2_head, smollm2_target
+from eagle_fast.placement import resolve_device
 
 PROMPT = "Explain in a few paragraphs how a bicycle stays upright while it is moving."
 CPU_TREE = TreeConfig(total_token=8, depth=3, top_k=3)  # verifying a row costs a CPU far more than it costs a GPU
 
 
-class Typewriter(BaseStreamer):
+class Typewriter:
     """Prints text as its tokens arrive; what does not end a whole character waits."""
 
-    def __init__(self, tokenizer):
-        self.tokenizer, self.ids, self.shown = tokenizer, [], ""
+    def __init__(self, tokenizer: Any):
+        self.tokenizer, self.shown = tokenizer, ""
 
-    def put(self, value: torch.Tensor) -> None:
-        self.ids += value.flatten().tolist()
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+    def show(self, ids: list[int]) -> None:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
         if not text.endswith("\ufffd"):
             print(text[len(self.shown) :], end="", flush=True)
             self.shown = text
 
-    def end(self) -> None:
-        print(flush=True)
+
+class Run(NamedTuple):
+    """One decoding of the prompt. seconds: from the first token on, so without the prefill."""
+
+    ids: torch.Tensor
+    rounds: int
+    new_tokens: int
+    seconds: float
+
+    @property
+    def speed(self) -> float:
+        return self.new_tokens / self.seconds
+
+
+def decode(rounds: Iterator[torch.Tensor], prompt_length: int, tokenizer: Any) -> Run:
+    """Print the text of `rounds`, which yields the ids so far, as it grows."""
+    typewriter, count, first, ids = Typewriter(tokenizer), 0, 0, torch.empty(1, 0)
+    started = time.perf_counter()
+    for ids in rounds:
+        if not count:
+            first, started = ids.shape[1] - prompt_length, time.perf_counter()
+        count += 1
+        typewriter.show(ids[0, prompt_length:].tolist())
+    seconds = time.perf_counter() - started
+    print("\n", flush=True)
+    return Run(ids, count, ids.shape[1] - prompt_length - first, max(seconds, 1e-9))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,21 +73,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N; default: the first GPU if there is one")
 
 
-def load(device_name: str) -> tuple[EaModel, object]:
+def load(device_name: str) -> tuple[EaModel, Any]:
     """The SmolLM2 pair: fp32 on a CPU, bfloat16 on a GPU."""
-    from eagle_fast.placement import resolve_device
-
     device = resolve_device(device_name)
     folder = smollm2_target()
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    target = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
     tree = CPU_TREE if device.type == "cpu" else TreeConfig()
     model = EaModel.from_pretrained(
-        base_model_path=target,
-        ea_model_path=str(smollm2_head()),
-        total_token=tree.total_token,
-        depth=tree.depth,
-        top_k=tree.top_k,
+        base_model_path=str(folder), ea_model_path=str(smollm2_head()), device_map=device, dtype=dtype, **asdict(tree)
     )
     return model, AutoTokenizer.from_pretrained(folder)
 
@@ -78,37 +96,36 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     model, tokenizer = load(args.device)
     chat = [{"role": "user", "content": args.prompt}]
-    encoded = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)  # type: ignore[attr-defined]
-    ids = encoded["input_ids"]
-    print(f"{SMOLLM2} on {hardware(model.target.device)}, loaded in {time.perf_counter() - started:.1f} s\n")
-    model.warmup(max_length=ids.shape[1] + args.max_new_tokens)
-    texts, statistics = {}, {}
-    for name, decode in (("with EAGLE", model.stream), ("without", model.naive_stream)):
-        print(f"--- {name}\n")
-        texts[name], statistics[name] = decode(
-            ids, Typewriter(tokenizer), temperature=args.temperature, seed=args.seed, max_new_tokens=args.max_new_tokens
-        )
-        print()
-    same = torch.equal(texts["with EAGLE"], texts["without"])
-    _table(statistics["with EAGLE"], statistics["without"], same)
-    return 0 if same else _explain(model.target.dtype)
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
+        "input_ids"
+    ]
+    options = {"temperature": args.temperature, "seed": args.seed, "max_new_tokens": args.max_new_tokens}
+    options["max_length"] = length = ids.shape[1] + args.max_new_tokens
+    if model.target.device.type == "cuda":
+        model.warmup(max_length=length)
+    print(f"{SMOLLM2} on {hardware(model.target.device)}, ready after {time.perf_counter() - started:.1f} s\n")
+    print("--- with EAGLE\n")
+    fast = decode(model.ea_generate(ids, **options), ids.shape[1], tokenizer)
+    print("--- without\n")
+    plain = decode(model.naive_generate(ids, **options), ids.shape[1], tokenizer)
+    same = torch.equal(fast.ids, plain.ids)
+    show(fast, plain, same)
+    return 0 if same else explain(model.target.dtype)
 
 
-def _table(fast: Statistics, plain: Statistics, same: bool) -> None:
-    speedup = fast.tokens_per_second / plain.tokens_per_second
+def show(fast: Run, plain: Run, same: bool) -> None:
     rows = [
         ("", "with EAGLE", "without"),
-        ("tokens", f"{sum(fast.new_tokens)}", f"{sum(plain.new_tokens)}"),
-        ("tokens a round (tau)", f"{fast.tau:.2f}", f"{plain.tau:.2f}"),
-        ("tokens a second", f"{fast.tokens_per_second:.1f}", f"{plain.tokens_per_second:.1f}"),
-        ("speed-up", f"{speedup:.2f}x", "1.00x"),
+        ("tokens a round (tau)", f"{fast.new_tokens / max(fast.rounds - 1, 1):.2f}", "1.00"),
+        ("tokens a second", f"{fast.speed:.1f}", f"{plain.speed:.1f}"),
+        ("speed-up", f"{fast.speed / plain.speed:.2f}x", "1.00x"),
         ("same text", "yes" if same else "NO", ""),
     ]
     for label, left, right in rows:
         print(f"{label:<22}{left:>12}{right:>12}")
 
 
-def _explain(dtype: torch.dtype) -> int:
+def explain(dtype: torch.dtype) -> int:
     print(
         f"\nThe texts differ. In {dtype} a tree of rows and a single row round differently, so the choice between two "
         "nearly equal logits may flip; in float32 the texts are the same.",

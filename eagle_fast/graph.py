@@ -47,7 +47,10 @@ class GraphedStep:
         torch.cuda.synchronize(self.device)
         try:
             # without a stream of this device, a capture on a second device records nothing and says nothing
-            with torch.cuda.device(self.device), torch.cuda.graph(graph, stream=torch.cuda.Stream(self.device)):
+            stream = torch.cuda.Stream(self.device)
+            # thread_local: other threads may copy and synchronise meanwhile
+            captured = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
+            with torch.cuda.device(self.device), captured:
                 self.step()
         except RuntimeError as error:
             self.eager = True

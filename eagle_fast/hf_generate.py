@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections import abc
+from collections.abc import Callable
+from contextlib import closing
 from types import FrameType
+from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
@@ -22,7 +26,8 @@ from transformers.generation.stopping_criteria import (
 
 from eagle_fast.generation import Generation, Generator
 from eagle_fast.processors import split_warpers
-from eagle_fast.requests import make_request, padded
+from eagle_fast.requests import make_request, pad_id, padded
+from eagle_fast.target import Target
 from eagle_fast.validate import check_hooks, check_prompts, id_list
 
 RECORDS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
@@ -32,6 +37,11 @@ PREPARED = ("attention_mask", "position_ids", "past_key_values", "cache_position
 
 class HFGenerateMixin:
     """The part of `EaModel` that speaks transformers' generation interface."""
+
+    base_model: PreTrainedModel
+    target: Target
+    tokenizer: Any
+    _rounds: Callable[..., abc.Generator[Generator, None, None]]
 
     def generate(
         self,
@@ -46,26 +56,29 @@ class HFGenerateMixin:
     ):
         """Like `PreTrainedModel.generate` for greedy search and sampling; also takes `seed` and `shared_noise`.
 
-        Returns ids [B, L + longest], or a `Generation` with return_dict_in_generate=True, on the model's device.
+        Returns ids [B, L + longest], or a `Generation` with return_dict_in_generate=True, on the model's device. A
+        sequence that has ended goes on as padding, also where a stopping criterion has ended it.
         Processors and criteria see what transformers shows them, but one sequence at a time, and not after its end.
         A streamer gets the prompt, then one call for every step with a token of each sequence. stop_strings use
         tokenizer=, by default the target's own. Beam search, assisted decoding, recorded scores and inputs other than
-        token ids are ValueErrors.
+        token ids are ValueErrors. As in transformers, sampling is limited to the best 50 tokens unless top_k= says
+        otherwise.
         """
         taken = [name for name in NOT_TAKEN if kwargs.get(name) is not None]
         if taken:
             raise ValueError(f"{', '.join(taken)}: not possible with speculative decoding; call base_model.generate")
         if kwargs.get("cache_implementation") == "paged":
-            raise ValueError("cache_implementation='paged' would leave eagle_fast out: leave it away")
+            raise ValueError("cache_implementation='paged' would bypass eagle_fast: leave it out")
         if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
             raise ValueError(f"streamer is a {type(streamer).__name__}: pass an object with put() and end()")
         given = inputs if inputs is not None else kwargs.get("input_ids")
         if given is not None:
-            check_prompts(given, kwargs.get("attention_mask"), self.target.vocab_size)  # type: ignore[attr-defined]
+            check_prompts(given, kwargs.get("attention_mask"), self.target.vocab_size)
         kwargs["stopping_criteria"], generation_config = self._stop_strings(generation_config, tokenizer, kwargs)
-        device = self.target.device  # type: ignore[attr-defined]
+        device = self.target.device
         kwargs = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in kwargs.items()}
-        return self.base_model.generate(  # type: ignore[attr-defined]
+        stock_generate: Any = self.base_model.generate
+        return stock_generate(
             None if inputs is None else inputs.to(device),
             generation_config,
             custom_generate=self.custom_generate,
@@ -84,10 +97,10 @@ class HFGenerateMixin:
             strings = strings or config.stop_strings
             config = copy.deepcopy(config)
             config.stop_strings = None
-        if self.base_model.generation_config.stop_strings is not None:  # type: ignore[attr-defined]
+        if self.base_model.generation_config.stop_strings is not None:
             raise ValueError("stop_strings in base_model.generation_config: set them to None there, pass stop_strings=")
         if strings:
-            tokenizer = tokenizer or self.tokenizer  # type: ignore[attr-defined]
+            tokenizer = tokenizer or self.tokenizer
             criteria.append(StopStringCriteria(tokenizer, strings))
         return criteria, config
 
@@ -108,7 +121,7 @@ class HFGenerateMixin:
         transformers 5 does not hand a streamer on to a callable: it is looked up in the calling frame, or passed as
         ef_streamer=. Nor does it hand on a tokenizer, so stop_strings work with `EaModel.generate` only.
         """
-        if model is not self.base_model:  # type: ignore[attr-defined]
+        if model is not self.base_model:
             raise ValueError("this EaModel decodes its own base_model: call base_model.generate(...)")
         _check_supported(generation_config)
         _check_inputs(model_kwargs)
@@ -120,7 +133,7 @@ class HFGenerateMixin:
         longest = min(each.max_length for each in stopping_criteria if type(each) is MaxLengthCriteria)
         ends = [each.eos_token_id for each in stopping_criteria if type(each) is EosTokenCriteria]
         request, ids = make_request(
-            self.target,  # type: ignore[attr-defined]
+            self.target,
             input_ids,
             attention_mask=model_kwargs.get("attention_mask"),
             max_new_tokens=max(longest - length, 1),
@@ -134,11 +147,12 @@ class HFGenerateMixin:
             **(settings if generation_config.do_sample else {}),
         )
         pad = getattr(generation_config, "_pad_token_tensor", None)
-        pad = self._pad_id if pad is None else int(pad)  # type: ignore[attr-defined]
+        pad = pad_id(self.base_model) if pad is None else int(pad)
         steps = 0
-        for generator in self._rounds(True, request):  # type: ignore[attr-defined]
-            if streamer is not None:
-                steps = _stream(streamer, generator, steps, pad)
+        with closing(self._rounds(True, request)) as running:
+            for generator in running:
+                if streamer is not None:
+                    steps = _stream(streamer, generator, steps, pad)
         if streamer is not None:
             streamer.end()
         sequences = padded(ids, generator.new_tokens, pad).to(input_ids.device)

@@ -25,7 +25,7 @@ from eagle_fast.hf_generate import HFGenerateMixin
 from eagle_fast.idle import IdleStates
 from eagle_fast.loading import HEAD_OPTIONS, HUB_OPTIONS, TOKENIZER_OPTIONS, known_path, load_head, load_target
 from eagle_fast.placement import warn_if_slow
-from eagle_fast.requests import Request, end_of_turn, make_request, padded, special_ids
+from eagle_fast.requests import Request, end_of_turn, make_request, pad_id, padded, special_ids
 from eagle_fast.target import Target
 from eagle_fast.tune import pick_total_token
 from eagle_fast.validate import check_positive
@@ -98,7 +98,7 @@ class EaModel(HFGenerateMixin, nn.Module):
         """The target's tokenizer, loaded on first use."""
         if self._tokenizer is None:
             if not self._name:
-                raise ValueError("the base model came without a name: load its tokenizer yourself, pass it as tokenizer=")
+                raise ValueError("the base model came without a name: load its tokenizer yourself and pass tokenizer=")
             self._tokenizer = AutoTokenizer.from_pretrained(self._name, **self._tokenizer_options)
         return self._tokenizer
 
@@ -248,10 +248,6 @@ class EaModel(HFGenerateMixin, nn.Module):
                 eos_token_id = [*eos_token_id, end_of_turn(self.tokenizer)]
         return make_request(self.target, input_ids, eos_token_id=eos_token_id, **options)
 
-    @property
-    def _pad_id(self) -> int:
-        return (special_ids(self.base_model, "pad_token_id", "eos_token_id") or [0])[0]
-
     @torch.inference_mode(False)  # buffers live longer than a call, and an inference tensor can't be written outside
     @torch.no_grad()
     def _rounds(self, speculative: bool, request: Request, max_length: int = 0) -> abc.Generator[Generator, None, None]:
@@ -270,7 +266,7 @@ class EaModel(HFGenerateMixin, nn.Module):
         request, ids = self._prepare(input_ids, **options)
         with closing(self._rounds(speculative, request)) as running:
             *_, generator = running
-        sequences = padded(ids, generator.new_tokens, self._pad_id).to(input_ids.device)
+        sequences = padded(ids, generator.new_tokens, pad_id(self.base_model)).to(input_ids.device)
         statistics = generator.statistics
         if return_dict_in_generate:
             return Generation(sequences, statistics)
@@ -282,7 +278,7 @@ class EaModel(HFGenerateMixin, nn.Module):
         def rounds():
             with closing(self._rounds(speculative, request)) as running:
                 for generator in running:
-                    yield padded(ids, generator.new_tokens, self._pad_id).to(input_ids.device)
+                    yield padded(ids, generator.new_tokens, pad_id(self.base_model)).to(input_ids.device)
 
         return rounds()
 

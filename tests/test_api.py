@@ -36,7 +36,7 @@ def test_ends_at_the_first_stop_token_wherever_it_is(name, sampling, device, ids
     result = model.eagenerate(ids, max_new_tokens=NEW, return_dict_in_generate=True, **sampling)
     text = result.sequences[0, 11:].tolist()
     assert result.statistics.tau > 2, "no stop token in the middle of a path"
-    for place in (0, 1, 2, 3, 5, 8, 13):
+    for place in (0, 1, 2, 3, 6, 11):
         for stops in (text[place], [130, text[place], text[-1]]):
             end = min(text.index(stop) for stop in {text[place], text[-1] if isinstance(stops, list) else text[place]})
             out = model.eagenerate(ids, max_new_tokens=NEW, eos_token_id=stops, **sampling)

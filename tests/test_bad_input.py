@@ -143,7 +143,7 @@ CALLS = {
     "generate, assistant": (lambda c: c.generate(assistant_model=c.model.base_model), ValueError, r"assistant_model"),
     "generate, dola": (lambda c: c.generate(dola_layers="low"), ValueError, r"dola_generation"),
     "generate, scores": (lambda c: c.generate(output_scores=True), ValueError, r"output_scores: not recorded"),
-    "generate, paged": (lambda c: c.generate(cache_implementation="paged"), ValueError, r"'paged' would leave"),
+    "generate, paged": (lambda c: c.generate(cache_implementation="paged"), ValueError, r"'paged' would bypass"),
     "generate, embeddings": (
         lambda c: c.model.generate(inputs_embeds=c.ids[..., None] * 1.0),
         ValueError,

@@ -49,7 +49,7 @@ def only_even_after_odd(batch_id, ids):
 
 GREEDY = {
     "repetition_penalty": {"repetition_penalty": 1.7},
-    "no_repeat_ngram": {"no_repeat_ngram_size": 2, "repetition_penalty": 0.8},
+    "no_repeat_ngram": {"no_repeat_ngram_size": 2, "repetition_penalty": 0.4},
     "bad_words": {"bad_words_ids": [[100], [98, 6], [13]]},
     "suppress_tokens": {"suppress_tokens": list(range(0, 131, 3)), "begin_suppress_tokens": [4, 5, 7]},
     "forced_eos": {"forced_eos_token_id": 77},

@@ -38,6 +38,7 @@ class Job(NamedTuple):
 
 class Completion(NamedTuple):
     job: Job
+    number: int  # of prompts started before it; its noise is that of the sequence of this number
     tokens: np.ndarray  # int32, with the stop token
     ended: bool  # by a stop token, not by max_new
 
@@ -58,6 +59,7 @@ class Completer:
         self.is_stop[stop_ids] = True
         self.num_started = 0
         self.jobs: list[Job | None] = [None] * batch
+        self.numbers = np.zeros(batch, dtype=np.int64)
         self.busy = np.zeros(batch, dtype=bool)
         self.counts = np.zeros(batch, dtype=np.int64)
         self.limits = np.zeros(batch, dtype=np.int64)
@@ -73,12 +75,13 @@ class Completer:
         return self._collect(self.recent.cpu().numpy().T)
 
     def _admit(self, next_job: Callable[[], Job]) -> None:
-        """Only full rounds of new prompts, unless nothing else is left to run."""
+        """Only full rounds of new prompts, of like length, unless nothing else is left to run."""
         free, size = np.flatnonzero(~self.busy), self.entry.batch
+        if self.busy.any():
+            free = free[: len(free) // size * size]
+        jobs = sorted((next_job() for _ in free), key=lambda job: len(job.prompt))
         for first in range(0, len(free), size):
-            rows = free[first : first + size]
-            if len(rows) == size or not self.busy.any():
-                self._start(rows, [next_job() for _ in rows])
+            self._start(free[first : first + size], jobs[first : first + size])
 
     def _start(self, rows: np.ndarray, jobs: list[Job]) -> None:
         entry = self.entry
@@ -95,6 +98,7 @@ class Completer:
         entry.sampling.sequences.copy_(torch.arange(entry.batch) + self.num_started)
         entry.begin(tokens, lengths, lengths + torch.tensor([job.max_new - 1 for job in jobs + padding]))
         self.state.adopt(torch.from_numpy(rows).to(self.device), entry)
+        self.numbers[rows] = self.num_started + np.arange(len(jobs))
         self.num_started += len(jobs)
         for row, job in zip(rows, jobs, strict=True):
             self.jobs[row], self.limits[row] = job, job.max_new
@@ -121,4 +125,4 @@ class Completer:
     def _completion(self, row: int, ended: bool) -> Completion:
         job = self.jobs[row]
         assert job is not None
-        return Completion(job, self.texts[row, : self.counts[row]].copy(), ended)
+        return Completion(job, int(self.numbers[row]), self.texts[row, : self.counts[row]].copy(), ended)

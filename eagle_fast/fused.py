@@ -1,0 +1,137 @@
+"""Decoder layers of Llama's shape in ten launches instead of about forty.
+
+B sequences, T rows, H hidden size, D head size, Hq/Hkv query and key heads, I intermediate size.
+
+    n = norm(h);  q, k, v = W_qkv n;  rotate, write k and v;  h = h + W_o attention(q)
+    n = norm(h);  h = h + W_down (silu(g) * u) with g, u = W_gate_up n
+
+A fused layer replaces a stock one on the twin. Its merged weights are the storage, and the stock parameters become
+views into it, so memory does not double and the user's model computes what it did. Families are named here, since only
+the code of a layer says what it computes; tests hold every one of them against its stock layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from eagle_fast_kernels.draft_head import add_rms_norm, rope_append, silu_mul
+from eagle_fast_kernels.linear import few_rows_matmul
+from eagle_fast_kernels.rms_norm import rms_norm
+from eagle_fast_kernels.tree_attention import tree_attention
+from torch import nn
+
+from eagle_fast.attention import LayerBinding, PrefillStep, prefill_attention
+
+FAMILIES = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"})
+
+
+class FusedLayer(nn.Module):
+    """Stands in for a stock decoder layer; called like it, with position_embeddings and our cache."""
+
+    def __init__(self, stock: Any):
+        super().__init__()
+        attention, mlp = stock.self_attn, stock.mlp
+        self.layer_idx, self.head_dim = attention.layer_idx, attention.head_dim
+        self.scale = attention.scaling
+        self.num_heads = attention.q_proj.out_features // self.head_dim
+        self.num_kv_heads = attention.k_proj.out_features // self.head_dim
+        self.qkv, self.qkv_bias = merge(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.gate_up, _ = merge(mlp.gate_proj, mlp.up_proj)
+        self.o, self.down = attention.o_proj.weight, mlp.down_proj.weight
+        self.input_norm, self.post_norm = stock.input_layernorm, stock.post_attention_layernorm
+        self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self.attention_type = getattr(stock, "attention_type", "full_attention")
+        self.binding: LayerBinding = attention.eagle_binding
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        use_cache=False,
+        position_embeddings=None,
+        **_,
+    ) -> torch.Tensor:
+        """hidden_states [B, T, H] -> [B, T, H]."""
+        shape = hidden_states.shape
+        residual = hidden_states.reshape(-1, shape[-1])
+        normed = rms_norm(residual, self.input_norm.weight, self.input_norm.variance_epsilon)
+        qkv = few_rows_matmul(normed, self.qkv)
+        if self.qkv_bias is not None:
+            qkv = qkv + self.qkv_bias
+        attended = self._attend(qkv.view(*shape[:2], -1), position_embeddings, past_key_values.slab)
+        attended = few_rows_matmul(attended.view(len(residual), -1), self.o)
+        post = self.post_norm
+        normed, residual = add_rms_norm(attended, residual, post.weight, post.variance_epsilon)
+        gated = silu_mul(few_rows_matmul(normed, self.gate_up))
+        if gated.is_cuda:
+            return torch.addmm(residual, gated, self.down.T).view(shape)
+        return (residual + few_rows_matmul(gated, self.down)).view(shape)
+
+    def _attend(self, qkv: torch.Tensor, position_embeddings, slab) -> torch.Tensor:
+        """Attention of rows qkv [B, T, (Hq + 2 Hkv) D], which are written to the slab first -> [B, T, Hq, D]."""
+        batch, count, _ = qkv.shape
+        cos, sin = (each.expand(batch, -1, -1).reshape(batch * count, -1) for each in position_embeddings)
+        keys, values = slab.keys[self.layer_idx], slab.values[self.layer_idx]
+        step, window = self.binding.context.step, self.binding.window
+        assert step is not None
+        rows = step.row_index(batch, count, qkv.device)
+        slots = step.first_rows(batch, qkv.device)
+        norms: dict[str, Any] = {}
+        if self.q_norm is not None and self.k_norm is not None:
+            norms = {"q_norm": self.q_norm.weight, "k_norm": self.k_norm.weight, "eps": self.q_norm.variance_epsilon}
+        query = rope_append(qkv, rows, cos, sin, keys, values, slots, self.num_heads, self.num_kv_heads, **norms)
+        if isinstance(step, PrefillStep):
+            return prefill_attention(query, keys, values, step, scale=self.scale, window=window)
+        local = {"window": window, "depths": step.depths} if window else {}
+        return tree_attention(query, keys, values, step.lengths, step.ancestors, scale=self.scale, **local)
+
+
+def merge(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(weight, bias) of the layers stacked; their own parameters become views into the stack."""
+    weights = [linear.weight.detach() for linear in linears]
+    weight = _stacked(weights)
+    if weight is None:
+        weight = torch.cat(weights)
+    for linear, part in zip(linears, weight.split([linear.out_features for linear in linears]), strict=True):
+        linear.weight.data = part
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    assert len(biases) in (0, len(linears))
+    return weight, torch.cat([bias.detach() for bias in biases]) if biases else None
+
+
+def _stacked(weights: list[torch.Tensor]) -> torch.Tensor | None:
+    """The stack that these weights are the views of already, if they are: a model may get a second target."""
+    first, offset = weights[0], weights[0].storage_offset()
+    for weight in weights:
+        same = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or not weight.is_contiguous() or weight.storage_offset() != offset:
+            return None
+        offset += weight.numel()
+    return first.as_strided((sum(map(len, weights)), first.shape[1]), first.stride())
+
+
+def can_fuse(layer: Any) -> bool:
+    """A layer of a known family, of plain linear layers without biases that the fused one lacks, with SiLU."""
+    if type(layer).__name__ not in FAMILIES:
+        return False
+    attention, mlp = layer.self_attn, layer.mlp
+    linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    plain = all(type(each) is nn.Linear and type(each.weight.data) is torch.Tensor for each in linears)
+    unbiased = plain and all(each.bias is None for each in linears[3:])
+    return unbiased and "SiLU" in type(mlp.act_fn).__name__
+
+
+def fuse_layers(layers: nn.ModuleList) -> int:
+    """Replace what can be fused in the twin's list of layers; returns how many were."""
+    fused = 0
+    for index, layer in enumerate(layers):
+        if can_fuse(layer):
+            layers[index] = FusedLayer(layer)
+            fused += 1
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # what the separate weights took, before the next layer is merged
+    return fused

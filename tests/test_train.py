@@ -1,0 +1,197 @@
+"""Whole training runs on a tiny model: it learns, what it writes is a head that works, and it resumes exactly."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from chatty import END, make_tokenizer
+from safetensors.torch import load_file
+from zoo import VOCAB, make
+
+from eagle_fast import EaModel
+from eagle_fast.cli import main
+from eagle_fast.train import TrainOptions, train
+from eagle_fast.train.progress import Budget
+from eagle_fast.train.run import load_head
+from eagle_fast.train.setting import Setting
+from eagle_fast.train.trainer import Trainer
+
+OPTIONS = TrainOptions(
+    updates=40, draft_vocab=120, steps=3, batch_tokens=512, pool_tokens=1600, passes=4, max_question=20, max_answer=30,
+    held_out=12, learning_rate=4e-3, log_seconds=0.001,
+)  # fmt: skip
+PROMPTS = [f"w{first} w{first + 1}" for first in range(3, 120)]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(model, result) of a short run; its device is the one of the tests."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = make("llama", eos_token_id=END).to(device)
+    return model, train(model, make_tokenizer(), tmp_path_factory.mktemp("run") / "head", OPTIONS, prompts=PROMPTS)
+
+
+def records(folder, kind):
+    lines = (folder / "training" / "log.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def test_it_learns(run):
+    """The loss falls, every step agrees more often than at first, and the trained head drafts what is accepted."""
+    _, result = run
+    updates, held_out = records(result.folder, "update"), records(result.folder, "held out")
+    assert updates[-1]["losses"][0] < 0.6 * updates[0]["losses"][0]
+    assert held_out[-1]["losses"][0] < 0.6 * updates[0]["losses"][0]
+    assert all(last > first + 0.05 for first, last in zip(updates[0]["agreement"], result.agreement, strict=True))
+    assert result.agreement[0] > 0.4
+    assert result.taus[0.0] > 1.8
+    assert result.finished
+    assert updates[-1]["updates"] == OPTIONS.updates
+    assert updates[-1]["learning_rate"] < 0.1 * OPTIONS.learning_rate
+    assert len(records(result.folder, "written")) == 2
+
+
+def test_the_written_head_loads_and_leaves_the_text_alone(run):
+    model, result = run
+    decoder = EaModel.from_pretrained(base_model_path=model, ea_model_path=str(result.folder))
+    ids = torch.tensor([[130, 17, 18, END, 129]], device=model.device)
+    out = decoder.eagenerate(ids, max_new_tokens=80, eos_token_id=[], return_dict_in_generate=True)
+    assert torch.equal(out.sequences, decoder.naivegenerate(ids, max_new_tokens=80, eos_token_id=[]))
+    assert out.statistics.tau > 1.5
+    sampled = dict(temperature=1.0, seed=3, max_new_tokens=40)
+    assert torch.equal(decoder.eagenerate(ids, **sampled), decoder.naivegenerate(ids, **sampled))
+
+
+def test_what_is_written(run):
+    _, result = run
+    tensors = load_file(result.folder / "model.safetensors")
+    ids = tensors["d2t"] + torch.arange(len(tensors["d2t"]))
+    assert len(ids) == 120
+    assert {0, 1, END} <= set(ids.tolist()), "special tokens are always in"
+    assert torch.equal(tensors["t2d"].nonzero().flatten(), ids)
+    assert tensors["midlayer.self_attn.q_proj.weight"].dtype == torch.bfloat16
+    assert tensors["lm_head.weight"].shape == (120, 64)
+    config = json.loads((result.folder / "config.json").read_text())
+    assert (config["draft_vocab_size"], config["vocab_size"]) == (120, VOCAB)
+    card = (result.folder / "README.md").read_text()
+    assert f"{result.taus[0.0]:.2f} at temperature 0" in card
+    assert "40 updates" in card
+
+
+def test_training_goes_on_from_a_written_head(run, tmp_path):
+    """Nothing is lost on the way through the file: the first agreement is that at the end of the first run."""
+    model, result = run
+    setting = Setting(model, make_tokenizer(), replace(OPTIONS, updates=1, learning_rate=1e-6), PROMPTS)
+    trainer = Trainer(setting, tmp_path, load_head(model, result.folder))
+    trainer.run()
+    _, agreement = trainer.measure_held_out()
+    assert agreement[0] == pytest.approx(result.agreement[0], abs=0.08)
+    trainer.export()
+    before, after = (load_file(folder / "model.safetensors") for folder in (result.folder, tmp_path))
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, atol=1e-3, rtol=2**-7)
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
+    """Interrupted after 5 of 9 updates, in the middle of a pass: the same weights, bit for bit."""
+    model, tokenizer = make("llama", eos_token_id=END), make_tokenizer()
+    options = replace(OPTIONS, updates=9, pool_tokens=600, batch_tokens=128, held_out=4)
+
+    def trainer(name):
+        return Trainer(Setting(model, tokenizer, options, PROMPTS), tmp_path / name)
+
+    whole = trainer("whole")
+    whole.run()
+    first = trainer("parts")
+    update = first._update
+
+    def interrupted(indices):
+        if first.budget.updates == 5:
+            raise KeyboardInterrupt
+        return update(indices)
+
+    first._update = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    second = trainer("parts")
+    assert second.resumable
+    second.resume()
+    assert second.budget.updates == 5
+    assert second.place.batch > 0
+    second.run()
+    assert second.budget.updates == whole.budget.updates == 9
+    assert second.num_tokens == whole.num_tokens
+    for mine, theirs in zip(second.optimizer.masters, whole.optimizer.masters, strict=True):
+        assert torch.equal(mine, theirs)
+    with pytest.raises(ValueError, match="holds a run"):
+        train(model, tokenizer, tmp_path / "parts", options, prompts=PROMPTS)
+    options = replace(options, steps=2)
+    with pytest.raises(ValueError, match="resume with the same"):
+        trainer("parts").resume()
+
+
+def test_a_run_of_minutes_pauses_and_ends():
+    times = iter([0.0, 30.0, 60.0, 61.0, 119.0, 120.0])
+    budget = Budget(TrainOptions(minutes=2), lambda: next(times))
+    assert [budget.spent for _ in range(5)] == [False, False, False, False, True]
+    now = 0.0
+    budget = Budget(TrainOptions(minutes=10, pause_after=1), lambda: now)
+    budget.earlier = 120.0
+    now = 59.0
+    assert not budget.spent
+    now = 60.0
+    assert budget.spent
+    assert budget.fraction == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(minutes=0), "minutes is 0"),
+        (dict(rows=-1), "rows is -1"),
+        (dict(greedy_share=1.5), "share from 0 to 1"),
+        (dict(batch_tokens=500), "at least max_question"),
+    ],
+)
+def test_options_that_cannot_be_meant(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainOptions(**settings)
+
+
+def test_options_for_a_cpu_leave_what_was_set():
+    small = TrainOptions(pool_tokens=7).for_device(torch.device("cpu"))
+    assert (small.pool_tokens, small.batch_tokens) == (7, 1024)
+    assert TrainOptions().for_device(torch.device("cuda")) == TrainOptions()
+
+
+def test_the_command(tmp_path, capsys):
+    """From folders and files, end to end, by the names of the command line."""
+    model, target = make("llama", eos_token_id=END, num_hidden_layers=3), tmp_path / "target"
+    model.save_pretrained(target)
+    make_tokenizer().save_pretrained(target)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    sizes = (
+        "--updates 3 --draft-vocab 60 --steps 2 --batch-tokens 128 --pool-tokens 300 --max-question 8 --max-answer 12"
+    )
+    out = tmp_path / "head"
+    arguments = ["train", "--model", str(target), "--out", str(out), "--prompts", str(tmp_path / "prompts.txt")]
+    arguments += ["--device", "cpu", "--held-out", "4", *sizes.split()]
+    assert main(arguments) == 0
+    assert "held out" in capsys.readouterr().out
+    assert EaModel.from_pretrained(base_model_path=str(target), ea_model_path=str(out)).ea_layer.token_ids.numel() == 60
+    assert main(arguments) == 2
+    assert "resume it" in capsys.readouterr().err
+    assert main([*arguments, "--resume", "--updates", "4"]) == 0
+    assert "resumed after 3 updates" in capsys.readouterr().out
+
+
+def test_the_commands_usage(capsys):
+    assert main(["--help"]) == 0
+    assert "train" in capsys.readouterr().out
+    assert main(["nonsense"]) == 2
+    assert "nonsense" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--help"])
+    assert stopped.value.code == 0
+    assert "--draft-vocab" in capsys.readouterr().out
