@@ -11,10 +11,15 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: test check format clean
+.PHONY: test demo check format clean
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
+
+# Downloads a 135M model (93 MB) the first time and keeps it in ~/.cache/eagle_fast.
+demo: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	$(BIN)/eagle-fast demo
 
 check: $(INSTALLED)
 	$(BIN)/ruff check

@@ -15,7 +15,7 @@ import torch
 from transformers.utils import ModelOutput
 
 from eagle_fast.processors import copies_for_rows, walk_processed
-from eagle_fast.requests import Request
+from eagle_fast.request import Request
 from eagle_fast.round import Round
 
 

@@ -26,7 +26,7 @@ from transformers.generation.stopping_criteria import (
 
 from eagle_fast.generation import Generation, Generator
 from eagle_fast.processors import split_warpers
-from eagle_fast.requests import make_request, pad_id, padded
+from eagle_fast.request import make_request, pad_id, padded
 from eagle_fast.target import Target
 from eagle_fast.validate import check_hooks, check_prompts, id_list
 

@@ -25,7 +25,7 @@ from eagle_fast.hf_generate import HFGenerateMixin
 from eagle_fast.idle import IdleStates
 from eagle_fast.loading import HEAD_OPTIONS, HUB_OPTIONS, TOKENIZER_OPTIONS, known_path, load_head, load_target
 from eagle_fast.placement import warn_if_slow
-from eagle_fast.requests import Request, end_of_turn, make_request, pad_id, padded, special_ids
+from eagle_fast.request import Request, end_of_turn, make_request, pad_id, padded, special_ids
 from eagle_fast.target import Target
 from eagle_fast.tune import pick_total_token
 from eagle_fast.validate import check_positive

@@ -241,14 +241,18 @@ class Target:
 
     @torch.no_grad()
     def read(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run whole texts [B, L], padded behind, without a cache; returns (logits [B, L, V], features [B, L, F]).
+        """Run whole texts [B, L], padded behind; returns (logits [B, L, V], features [B, L, F]).
 
-        For training: what the target says after every token, and what a head reads there.
+        For training: what the target says after every token, and what a head reads there. Of longrope models, the
+        short frequencies.
         """
         batch, count = tokens.shape
-        self.context.step = PrefillStep(0, count)
+        self.context.step = PrefillStep(start=0, count=count)
+        self.experts.for_rows(None)
+        self.set_long_rope(None)
         positions = torch.arange(count, device=tokens.device).expand(batch, count)
-        out = self.model(input_ids=tokens, position_ids=positions, use_cache=False)
+        cache = self.new_cache(batch, count)
+        out = self.model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True)
         return out.logits, self._features()
 
     def _features(self) -> torch.Tensor:

@@ -16,7 +16,7 @@ def oracle(logits, targets, weights):
 
 
 def rows(num_rows, vocab_size, device, dtype=torch.float32):
-    """Logits, targets of which some rows are cut short as by a draft vocabulary, and weights; columns past V poisoned."""
+    """Logits, targets that are cut short as by a draft vocabulary, and weights; columns past V are poisoned."""
     generator = torch.Generator().manual_seed(vocab_size)
     wide = torch.full((2, num_rows, vocab_size + 3), torch.nan)
     wide[0, :, :vocab_size] = 4 * torch.randn(num_rows, vocab_size, generator=generator)

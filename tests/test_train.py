@@ -18,8 +18,8 @@ from eagle_fast.train.setting import Setting
 from eagle_fast.train.trainer import Trainer
 
 OPTIONS = TrainOptions(
-    updates=40, draft_vocab=120, steps=3, batch_tokens=512, pool_tokens=1600, passes=4, max_question=20, max_answer=30,
-    held_out=12, learning_rate=4e-3, log_seconds=0.001,
+    updates=40, draft_vocab=120, steps=3, batch_tokens=512, pool_tokens=1600, rows=32, passes=4, max_question=20,
+    max_answer=30, held_out=12, learning_rate=4e-3, log_seconds=0.001,
 )  # fmt: skip
 PROMPTS = [f"w{first} w{first + 1}" for first in range(3, 120)]
 
@@ -91,6 +91,21 @@ def test_training_goes_on_from_a_written_head(run, tmp_path):
     before, after = (load_file(folder / "model.safetensors") for folder in (result.folder, tmp_path))
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, atol=1e-3, rtol=2**-7)
+
+
+def test_a_head_that_shares_the_targets_lm_head(tmp_path):
+    model = make("llama", eos_token_id=END)
+    options = replace(OPTIONS, updates=12, pool_tokens=300, held_out=4, share_lm_head=True)
+    result = train(model, make_tokenizer(), tmp_path, options, prompts=PROMPTS)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    decoder = EaModel.from_pretrained(base_model_path=model, ea_model_path=str(tmp_path))
+    assert torch.equal(decoder.ea_layer.lm_head_weight, model.lm_head.weight[decoder.ea_layer.token_ids])
+    ids = torch.tensor([[130, 17, 18, END, 129]])
+    expected = decoder.naivegenerate(ids, max_new_tokens=30)
+    assert torch.equal(decoder.eagenerate(ids, max_new_tokens=30), expected)
+    losses = [record["losses"][0] for record in records(tmp_path, "held out")]
+    assert losses[-1] < losses[0]
+    assert load_head(model, result.folder).config.own_lm_head is False
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):

@@ -87,11 +87,12 @@ def test_a_rollout_computes_what_drafting_computes(variant, device):
     handle = head.register_forward_hook(lambda module, args, output: drafted.append(output[1][:, -1]))
     with torch.no_grad():
         drafter.absorb_prompt(features, prefix[:, 1:], 0, lengths)
-        tree = drafter.grow(prefix[:, -1], lengths, SamplingTensors(3, device))
+        tree = drafter.grow(prefix[:, -1].contiguous(), lengths, SamplingTensors(3, device))
     handle.remove()
     assert tree.parents[0].tolist() == list(range(-1, num_steps)), "not a chain"
     tokens = torch.cat([prefix, tree.tokens[:, 1:]], 1)
-    states = [each[:, length - 1] for each in rollout(head.requires_grad_(True), tokens, features, num_steps)]
+    rolled = rollout(head.requires_grad_(True), tokens, features, num_steps, head.rope_table(40))
+    states = [each[:, length - 1] for each in rolled]
     assert len(states) == len(drafted) == num_steps
     for mine, theirs in zip(states, drafted, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
@@ -103,9 +104,9 @@ def test_padding_and_later_tokens_do_not_reach_earlier_rows():
     features = Target(model, head.config.feature_layers).read(tokens[:, :16])[1]
     other_tokens, other_features = tokens.clone(), features.clone()
     other_tokens[:, 14:], other_features[:, 9:] = 5, 1e3
-    for first, second in zip(
-        rollout(head, tokens, features, 4), rollout(head, other_tokens, other_features, 4), strict=True
-    ):
+    rolled = rollout(head, tokens, features, 4, head.rope_table(20))
+    others = rollout(head, other_tokens, other_features, 4, head.rope_table(20))
+    for first, second in zip(rolled, others, strict=True):
         assert torch.equal(first[:, :9], second[:, :9])
 
 
@@ -173,7 +174,7 @@ def test_a_fresh_head_passes_the_highest_feature_to_the_targets_norm(device):
     with torch.no_grad():
         head.layers[0].o.weight.zero_()
         head.layers[0].down.weight.zero_()
-    states = next(rollout(head, lesson.tokens, lesson.features, 2))
+    states = next(rollout(head, lesson.tokens, lesson.features, 2, head.rope_table(80)))
     expected = model.model.norm(lesson.features[..., -64:] / measured.scale[-64:])
     torch.testing.assert_close(states, expected, atol=1e-3, rtol=1e-3)
     assert torch.equal(head.lm_head_weight, model.lm_head.weight)

@@ -17,6 +17,7 @@ yield without a tree; the tree of EaModel yields about a third more. Longer is b
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import fields
 
 import torch
@@ -73,9 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run that --out holds, if it holds one")
     parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu; auto takes the first GPU if there is one")
-    parser.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, float32 on a CPU"
-    )
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16, float32 on a CPU")
     parser.add_argument("--revision", help="of the model on the hub")
     for title, group in GROUPS.items():
         section = parser.add_argument_group(title)
@@ -85,6 +84,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 f"--{name.replace('_', '-')}", type=type(default), default=default, metavar="N",
                 help=f"{meaning} (default {default:,})",
             )  # fmt: skip
+    parser.add_argument(
+        "--share-lm-head", action="store_true",
+        help="use the model's lm_head untrained: a far smaller file, which eagle_fast reads and others may not",
+    )  # fmt: skip
     parser.add_argument("--log-seconds", type=float, default=TrainOptions.log_seconds, help=argparse.SUPPRESS)
 
 
@@ -97,8 +100,12 @@ def run(arguments: argparse.Namespace) -> int:
     where = {"device_map": {"": device}} if device.type == "cuda" else {}
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=arguments.revision, **where)
     tokenizer = AutoTokenizer.from_pretrained(name, revision=arguments.revision)
-    train(
-        model, tokenizer, arguments.out, options,
-        prompts=prompts, initial=arguments.initial, resume=arguments.resume,
-    )  # fmt: skip
+    files = {"prompts": prompts, "initial": arguments.initial}
+    try:
+        result = train(model, tokenizer, arguments.out, options, resume=arguments.resume, **files)
+    except KeyboardInterrupt:
+        print(f"\nstopped; if {arguments.out}/training/state.pt is there, --resume goes on from it", file=sys.stderr)
+        return 130
+    if not result.finished:
+        print("paused: the same command with --resume goes on")
     return 0

@@ -50,7 +50,11 @@ def measure(model: PreTrainedModel, feature_layers: tuple[int, ...], tokens: Ten
 
 
 def head_config(
-    model: PreTrainedModel, vocab_size: int, intermediate_size: int = 0, num_kv_heads: int = 0
+    model: PreTrainedModel,
+    vocab_size: int,
+    intermediate_size: int = 0,
+    num_kv_heads: int = 0,
+    share_lm_head: bool = False,
 ) -> HeadConfig:
     """One layer as wide as the target's, with its attention; 0 takes the target's intermediate size and key heads."""
     config = model.config.get_text_config(decoder=True)
@@ -73,15 +77,22 @@ def head_config(
         feature_layers=default_feature_layers(config.num_hidden_layers),
         rms_norm_eps=getattr(config, "rms_norm_eps", None) or 1e-6,
         rope={"rope_type": "default", "rope_theta": float(theta or DEFAULT_THETA)},
+        own_lm_head=not share_lm_head,
         max_position_embeddings=getattr(config, "max_position_embeddings", None) or 2048,
     )
 
 
 def empty_head(model: PreTrainedModel, config: HeadConfig, token_ids: Tensor | None, seed: int = 0) -> DraftHead:
     """Random weights around the target's embedding, in its dtype and on its device, all of them trainable."""
-    embedding = _weight(model.get_input_embeddings())
+    embedding, lm_head = _weight(model.get_input_embeddings()), _weight(model.get_output_embeddings())
     head = DraftHead.random(
-        config, embedding=embedding, token_ids=token_ids, seed=seed, dtype=embedding.dtype, device=embedding.device
+        config,
+        embedding=embedding,
+        lm_head_weight=None if config.own_lm_head else lm_head,
+        token_ids=token_ids,
+        seed=seed,
+        dtype=embedding.dtype,
+        device=embedding.device,
     )
     return head.requires_grad_(True)
 
@@ -97,8 +108,9 @@ def start_from_target(head: DraftHead, model: PreTrainedModel, measured: Measure
     head.fc.weight.zero_()
     head.fc.weight[:, highest] = passed_on.to(head.fc.weight.dtype)
     head.norm.copy_(measured.gain)
-    weight = _weight(model.get_output_embeddings())
-    head.lm_head_weight.copy_(weight if head.token_ids is None else weight[head.token_ids])
+    if head.config.own_lm_head:
+        weight = _weight(model.get_output_embeddings())
+        head.lm_head_weight.copy_(weight if head.token_ids is None else weight[head.token_ids])
 
 
 def scaled_fc(head: DraftHead, factors: Tensor) -> None:

@@ -22,14 +22,20 @@ class Learned(NamedTuple):
     agreement: Tensor  # [J] share of rows whose most likely token is the target's
 
 
-def learn(head: DraftHead, lesson: Lesson, num_steps: int, decay: float) -> Learned:
-    """Cross-entropy over all rows asked, step j weighted by decay ** j."""
+def learn(
+    head: DraftHead, lesson: Lesson, num_steps: int, decay: float, tables: tuple[Tensor, Tensor] | None = None
+) -> Learned:
+    """Cross-entropy over all rows asked, step j weighted by decay ** j.
+
+    tables: `head.rope_table` for the longest lesson, so that it is not made for each.
+    """
+    tables = tables or head.rope_table(lesson.features.shape[1] + num_steps)
     assert head.lm_head_bias is None
     weights = torch.full((len(lesson.asked),), 1 / len(lesson.asked), device=lesson.features.device)
     loss = torch.zeros((), device=lesson.features.device)
     losses, agreement = [], []
-    for step, states in enumerate(rollout(head, lesson.tokens, lesson.features, num_steps)):
-        rows = states.flatten(0, 1)[lesson.asked - 1 - step]
+    for step, states in enumerate(rollout(head, lesson.tokens, lesson.features, num_steps, tables)):
+        rows = states.flatten(0, 1).index_select(0, lesson.asked - 1 - step)
         distilled = distil(rows, head.lm_head_weight, lesson.targets, weights * decay**step)
         loss = loss + distilled.loss
         losses.append(distilled.losses.mean())

@@ -18,6 +18,7 @@ class TrainOptions:
     draft_vocab: int = 32000
     intermediate: int = 0  # of the head's MLP; 0: the target's
     kv_heads: int = 0  # of the head's attention; 0: the target's
+    share_lm_head: bool = False  # use the target's, untrained: a smaller file that other readers do not take
 
     steps: int = 7  # of the rollout
     decay: float = 0.8  # weight of a step's loss over that of the step before

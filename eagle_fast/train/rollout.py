@@ -20,13 +20,15 @@ from torch import Tensor
 from eagle_fast.head import DraftHead
 
 
-def rollout(head: DraftHead, tokens: Tensor, features: Tensor, num_steps: int) -> Iterator[Tensor]:
+def rollout(
+    head: DraftHead, tokens: Tensor, features: Tensor, num_steps: int, tables: tuple[Tensor, Tensor]
+) -> Iterator[Tensor]:
     """Yield, for each step, the states [B, T, H] that lm_head reads.
 
-    tokens [B, >= T + num_steps]; features [B, T, F] of the first T of them.
+    tokens [B, >= T + num_steps]; features [B, T, F] of the first T of them; tables: `head.rope_table` of T + num_steps
+    positions or more.
     """
     batch, count = features.shape[:2]
-    tables = head.rope_table(count + num_steps)
     rows = torch.arange(count, device=features.device).expand(batch, count)
     hidden = head.embed_features(features)
     earlier: dict[int, list[Tensor]] = {index: [] for index in range(head.config.num_layers)}
@@ -70,7 +72,7 @@ class _StepAttention(torch.autograd.Function):
         total = weights.sum(-1) + own_weights.sum(-1)
         out = _wide(_joined(weights.to(query.dtype), values[0]))
         for step, value in enumerate(values[1:]):
-            out += own_weights[..., step, None] * value[:, :, None]
+            out.addcmul_(own_weights[..., step, None], _wide(value)[:, :, None])
         out = (out / total[..., None]).to(query.dtype)
         ctx.save_for_backward(query, peak + total.log(), out, *earlier)
         ctx.scale = scale
@@ -89,8 +91,8 @@ class _StepAttention(torch.autograd.Function):
         own_weights = (_own_scores(query, keys[1:], scale) - lse[..., None]).exp_()
         for step, (key, value) in enumerate(zip(keys[1:], values[1:], strict=True)):
             weight = own_weights[..., step, None]
-            grad_own = weight * ((_wide(grad) * value[:, :, None]).sum(-1, keepdim=True) - delta[..., None])
-            grad_query += grad_own * key[:, :, None]
+            grad_own = weight * ((grad * value[:, :, None]).sum(-1, keepdim=True, dtype=delta.dtype) - delta[..., None])
+            grad_query.addcmul_(grad_own, _wide(key)[:, :, None])
             grads += (grad_own * query).sum(2).to(key.dtype) * scale, (weight * grad).sum(2).to(value.dtype)
         grad_query = (grad_query * scale).to(query.dtype).flatten(1, 2)
         return grad_query, None, *grads
@@ -112,8 +114,8 @@ def _own_scores(query: Tensor, keys, scale: float) -> Tensor:
     """[B, Hkv, G, T, J] fp32: each row with its own key of every later step."""
     if not keys:
         return _wide(query[..., :0])
-    wide = _wide(query) * scale
-    return torch.stack([(wide * key[:, :, None]).sum(-1) for key in keys], -1)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return scale * torch.stack([(query * key[:, :, None]).sum(-1, dtype=wide) for key in keys], -1)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from eagle_fast.train.options import TrainOptions
 from eagle_fast.train.setting import Setting
 from eagle_fast.train.trainer import Trainer
 
-TAU_PROMPTS = {"cuda": 32, "cpu": 4}
+TAU_PROMPTS = {"cuda": (32, 128), "cpu": (4, 32)}  # held-out prompts, new tokens
 
 
 class Result(NamedTuple):
@@ -63,9 +63,9 @@ def finish(trainer: Trainer) -> Result:
     finished, seconds = budget.fraction >= 1, budget.seconds
     trainer.export()
     _, agreement = trainer.measure_held_out()
-    number = TAU_PROMPTS[setting.device.type]
+    number, length = TAU_PROMPTS[setting.device.type]
     asked = [text.tokens[: text.start].tolist() for text in trainer.held_out[:number]]
-    taus = measure_tau(setting.model, trainer.folder, asked)
+    taus = measure_tau(setting.model, trainer.folder, asked, max_new_tokens=length)
     trainer.log.record("finished" if finished else "paused", agreement=agreement, taus=list(taus.values()))
     trainer.log.say(
         f"wrote {trainer.folder}: " + ", ".join(f"{tau:.2f} tokens a round at T={t:g}" for t, tau in taus.items())
@@ -100,7 +100,5 @@ def load_head(model: PreTrainedModel, path: str | Path) -> DraftHead:
         num_target_layers=config.num_hidden_layers,
         use_eagle3=True,
     )
-    if not checkpoint.config.own_lm_head:
-        raise ValueError(f"{path} has no lm_head of its own: train a fresh head")
     embedding: Any = model.get_input_embeddings()
-    return DraftHead(checkpoint, embedding=embedding.weight.detach())
+    return DraftHead(checkpoint, embedding=embedding.weight.detach(), lm_head_weight=weight.detach())

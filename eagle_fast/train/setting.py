@@ -24,7 +24,9 @@ class Setting:
     """A target with its tokenizer, prepared for writing texts and for being learned from."""
 
     def __init__(self, model: PreTrainedModel, tokenizer, options: TrainOptions, prompts: Sequence[Any] = ()):
-        self.model = model.eval().requires_grad_(False)
+        if model.dtype == torch.float16:
+            raise ValueError("gradients are too small for float16: load the model with dtype=bfloat16 or float32")
+        self.model = model.eval()
         self.tokenizer, self.options = tokenizer, options
         self.target = Target(
             model, default_feature_layers(model.config.get_text_config(decoder=True).num_hidden_layers)

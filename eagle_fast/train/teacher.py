@@ -50,10 +50,10 @@ class Teacher:
         best = torch.empty_like(batch.asked)
         for first in range(0, len(batch.asked), BLOCK):
             rows = slice(first, first + BLOCK)
-            asked = logits[batch.asked[rows]].float()
+            asked = logits.index_select(0, batch.asked[rows])
             best[rows] = self.draft_ids[asked.argmax(-1)]
-            total = asked.logsumexp(-1, keepdim=True)
-            chosen = asked if self.token_ids is None else asked[:, self.token_ids]
-            targets[rows] = (chosen - total).exp_()
+            log_probs = asked.log_softmax(-1, dtype=torch.float32)
+            chosen = log_probs if self.token_ids is None else log_probs.index_select(1, self.token_ids)
+            targets[rows] = chosen.exp_()
         scaled = (features * self.scale).to(features.dtype)
         return Lesson(batch.tokens, scaled, batch.asked, targets, best)

@@ -17,9 +17,9 @@ import torch
 from eagle_fast.head import DraftHead
 from eagle_fast.head_config import HeadConfig
 from eagle_fast.train.fresh import Measured, empty_head, head_config, measure, scaled_fc, start_from_target
-from eagle_fast.train.learn import learn
+from eagle_fast.train.learn import Learned, learn
 from eagle_fast.train.optimizer import MasterAdamW, learning_rate
-from eagle_fast.train.pool import collate, load_texts, plan, save_texts
+from eagle_fast.train.pool import Batch, collate, load_texts, plan, save_texts
 from eagle_fast.train.progress import Budget, Log
 from eagle_fast.train.setting import Setting
 from eagle_fast.train.teacher import Teacher
@@ -27,6 +27,7 @@ from eagle_fast.train.vocabulary import choose_tokens
 from eagle_fast.train.writer import Text
 
 MEASURED_TOKENS = 4096
+LAST_WRITING = 0.85  # of training: what is left is not spent on new texts
 
 
 class Place(NamedTuple):
@@ -66,7 +67,7 @@ class Trainer:
                 self._write()
                 self._begin()
             while not self.budget.spent:
-                if self.place.passed == self.options.passes:
+                if self.place.passed >= self.options.passes and self.budget.fraction < LAST_WRITING:
                     self._write()
                 self._pass()
         finally:
@@ -97,6 +98,8 @@ class Trainer:
         self.texts = wanted
         save_texts(self.kept / "texts.npz", self.texts)
         self.place = Place(self.place.writing + 1)
+        if self.head is not None:
+            self.save()  # where it stands in the old texts means nothing in the new ones
         count = sum(len(text.tokens) - text.start for text in wanted)
         self.log.record(
             "written", texts=len(wanted), tokens=count, seconds=passed, dropped=self.setting.writer.num_dropped
@@ -113,9 +116,8 @@ class Trainer:
         if self.initial is None:
             ids, self.coverage = choose_tokens(self.texts, vocab_size, self.options.draft_vocab, setting.special_ids)
             ids = None if ids is None else ids.to(setting.device)
-            config = head_config(
-                model, vocab_size if ids is None else len(ids), self.options.intermediate, self.options.kv_heads
-            )
+            options, size = self.options, vocab_size if ids is None else len(ids)
+            config = head_config(model, size, options.intermediate, options.kv_heads, options.share_lm_head)
             head = empty_head(model, config, ids, self.options.seed)
         else:
             head, ids = self.initial.requires_grad_(True), self.initial.token_ids
@@ -125,9 +127,9 @@ class Trainer:
         else:
             scaled_fc(head, 1 / measured.scale)
         self._set_up(head, measured.scale)
-        size = sum(parameter.numel() for parameter in head.parameters())
+        count = sum(parameter.numel() for parameter in head.parameters())
         self.log.say(
-            f"head of {size / 1e6:.1f}M parameters, draft vocabulary {head.config.draft_vocab_size} "
+            f"head of {count / 1e6:.1f}M parameters, draft vocabulary {head.config.draft_vocab_size} "
             f"({100 * self.coverage:.2f} % of the answers' tokens)"
         )
 
@@ -142,6 +144,7 @@ class Trainer:
         self.head = head
         self.teacher = Teacher(self.setting.target, head.token_ids, scale)
         self.optimizer = MasterAdamW(list(head.parameters()))
+        self.tables = head.rope_table(self.options.batch_tokens + self.options.steps)
 
     def _pass(self) -> None:
         """The rest of this pass over the texts."""
@@ -167,16 +170,20 @@ class Trainer:
 
     def _update(self, indices: list[int]) -> tuple[torch.Tensor, int, float]:
         """One step of the optimizer: ([losses, agreement] [2, J] on the device, tokens learned from, learning rate)."""
-        assert self.head is not None
         options = self.options
         batch = collate([self.texts[index] for index in indices], options.steps, self.setting.device, self._whole)
-        learned = learn(self.head, self.teacher.teach(batch, options.steps), options.steps, options.decay)
+        learned = self._learn(batch)
         learned.loss.backward()
         rate = learning_rate(options.learning_rate, self.budget.updates, self.budget.fraction)
         self.optimizer.step(rate)
         self.budget.updates += 1
         self.num_tokens += len(batch.asked)
         return torch.stack([learned.losses, learned.agreement]), len(batch.asked), rate
+
+    def _learn(self, batch: Batch) -> Learned:
+        assert self.head is not None
+        options = self.options
+        return learn(self.head, self.teacher.teach(batch, options.steps), options.steps, options.decay, self.tables)
 
     @property
     def _whole(self) -> bool:
@@ -186,11 +193,10 @@ class Trainer:
     @torch.no_grad()
     def measure_held_out(self) -> tuple[list[float], list[float]]:
         """Losses and agreement of each step on the texts held out, over all their tokens."""
-        assert self.head is not None
         options, total, count = self.options, torch.zeros(2, self.options.steps), 0
         for indices in plan(self.held_out, options.batch_tokens, np.random.default_rng(0)):
             batch = collate([self.held_out[i] for i in indices], options.steps, self.setting.device, self._whole)
-            learned = learn(self.head, self.teacher.teach(batch, options.steps), options.steps, options.decay)
+            learned = self._learn(batch)
             total += len(batch.asked) * torch.stack([learned.losses, learned.agreement]).cpu()
             count += len(batch.asked)
         losses, agreement = (total / count).tolist()
