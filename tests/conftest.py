@@ -1,4 +1,4 @@
-"""Fixtures for all tests. Without a GPU, Triton kernels run under its interpreter, which must be chosen before the import."""
+"""Fixtures for all tests. Without a GPU, Triton kernels run under its interpreter, chosen before triton is imported."""
 
 import os
 
@@ -16,7 +16,7 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 def pytest_collection_modifyitems(config, items):
     gpus = torch.cuda.device_count()
     for item in items:
-        needed = 2 if "multi_gpu" in item.keywords else 1 if "gpu" in item.keywords else 0
+        needed = 2 if item.get_closest_marker("multi_gpu") else 1 if item.get_closest_marker("gpu") else 0
         if gpus < needed:
             item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPU{'s' if needed > 1 else ''}"))
 
