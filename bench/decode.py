@@ -70,6 +70,7 @@ def accepted_counts(model: EaModel, prompts: list[list[int]], args, temperature:
             return_dict_in_generate=True,
         )  # fmt: skip
         total.accepted = [a + b for a, b in zip(total.accepted, out.statistics.accepted, strict=True)]
+        total.new_tokens += out.statistics.new_tokens
     return total
 
 

@@ -35,6 +35,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="with top-p 0.9 above 0")
     parser.add_argument("--tau", type=float, help="tokens a round to assume for tokens/s: forced, not measured")
     parser.add_argument("--repeats", type=int, default=50, metavar="N")
+    parser.add_argument("--commit", default="", help="to note in the record")
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     return parser.parse_args()
 
@@ -140,6 +141,7 @@ def main() -> None:
         "round_over_plain": round(round_ms / plain_ms, 3), "phases_ms": {k: round(v, 3) for k, v in split.items()},
         "host_ms": round(host_milliseconds(graph.replay), 3), "terabytes_per_second": round(rate / 1e12, 3),
         "memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2), "hardware": torch.cuda.get_device_name(),
+        "commit": args.commit,
         "torch": torch.__version__, "triton": triton.__version__, "transformers": transformers.__version__,
     }  # fmt: skip
     if args.tau:

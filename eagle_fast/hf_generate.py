@@ -178,8 +178,10 @@ def _check_inputs(model_kwargs: dict) -> None:
     if cache is not None and cache.get_seq_length():
         names.append("past_key_values")
     mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
-    if mask is not None and positions is not None and ((positions != mask.cumsum(-1) - 1) & (mask != 0)).any():
-        names.append("position_ids")  # transformers passes its own along, which count the tokens
+    if positions is not None:  # transformers passes its own along, which count the tokens, and drops a mask of ones
+        mask = torch.ones_like(positions) if mask is None else mask
+        if ((positions != mask.cumsum(-1) - 1) & (mask != 0)).any():
+            names.append("position_ids")
     if names:
         raise ValueError(f"{', '.join(names)}: not possible with speculative decoding; call base_model.generate")
 

@@ -74,7 +74,7 @@ def copies_for_rows(hooks: HookList | None, batch: int) -> list[HookList] | None
         for value in getattr(each, "__dict__", {}).values()
         if isinstance(value, (nn.Module, PreTrainedTokenizerBase))
     }
-    rows = [hooks]
+    rows = [_penalties_of_row(hooks, 0, batch)]
     for row in range(1, batch):
         try:
             copied = copy.deepcopy(hooks, dict(shared))
@@ -86,8 +86,19 @@ def copies_for_rows(hooks: HookList | None, batch: int) -> list[HookList] | None
         for place, each in enumerate(copied):
             if isinstance(each, PrefixConstrainedLogitsProcessor):
                 copied[place] = PrefixConstrainedLogitsProcessor(_of_row(each._prefix_allowed_tokens_fn, row), 1)
-        rows.append(copied)
+        rows.append(_penalties_of_row(copied, row, batch))
     return rows
+
+
+def _penalties_of_row(hooks: HookList, row: int, batch: int) -> HookList:
+    """Repetition penalties of transformers from 5.18 on hold the padding of every sequence: leave this one's."""
+    taken = type(hooks)(hooks)
+    for place, each in enumerate(taken):
+        ignored = getattr(each, "prompt_ignore_length", None)
+        if isinstance(ignored, torch.Tensor) and len(ignored) == batch:
+            taken[place] = copy.copy(each)
+            taken[place].prompt_ignore_length = ignored[row : row + 1]
+    return taken
 
 
 def _of_row(prefix_allowed_tokens_fn: Callable, row: int) -> Callable:

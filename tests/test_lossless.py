@@ -43,7 +43,7 @@ def test_greedy_equals_stock_generate(name, device, tmp_path, accepted_lengths):
     assert right.statistics.tau > 3
     random = ea_model(model, tmp_path / "random", write_random_head, draft_vocab_size=64, tree=SMALL_TREE)
     assert torch.equal(random.eagenerate(ids, max_new_tokens=NEW_TOKENS), expected)
-    assert torch.equal(stock_greedy(model, ids, max_new_tokens=NEW_TOKENS), expected), "the base model was changed"
+    assert torch.equal(stock_greedy(model, ids, max_new_tokens=20), expected[:, : 19 + 20]), "the model was changed"
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "cohere2", "gpt2", "mixtral"])
