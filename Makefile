@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/installed
 .PHONY: test demo check format clean
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
 
 # Downloads a 135M model (93 MB) the first time and keeps it in ~/.cache/eagle_fast.
 demo: $(INSTALLED)
