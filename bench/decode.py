@@ -22,13 +22,18 @@ from transformers import AutoTokenizer
 from eagle_fast import EaModel, Statistics
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every bench of a real pair is told."""
     parser.add_argument("--model", required=True, help="target: folder or hub name")
     parser.add_argument("--head", required=True, help="EAGLE head: folder or hub name")
     parser.add_argument(
         "--prompts", nargs="+", type=Path, required=True, metavar="FILE", help="JSON lines with 'turns'"
     )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_pair_arguments(parser)
     parser.add_argument("--limit", type=int, default=80, metavar="N", help="prompts a file (default %(default)s)")
     parser.add_argument("--timed", type=int, default=8, metavar="N", help="prompts a file timed one by one (default 8)")
     parser.add_argument("--stock", type=int, default=2, metavar="N", help="of these, also run by stock generate (2)")

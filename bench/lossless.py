@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
-from decode import pad_left, read_prompts
+from decode import add_pair_arguments, pad_left, read_prompts
 from eagle_fast_kernels.noise import gumbel_row_ref
 from transformers import AutoTokenizer
 
@@ -25,11 +25,7 @@ from eagle_fast import EaModel
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="target: folder or hub name")
-    parser.add_argument("--head", required=True, help="EAGLE head: folder or hub name")
-    parser.add_argument(
-        "--prompts", nargs="+", type=Path, required=True, metavar="FILE", help="JSON lines with 'turns'"
-    )
+    add_pair_arguments(parser)
     parser.add_argument("--limit", type=int, default=67, metavar="N", help="prompts a file (default %(default)s)")
     parser.add_argument("--batch", type=int, default=40, metavar="B")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")

@@ -125,13 +125,10 @@ def can_fuse(layer: Any) -> bool:
     return unbiased and "SiLU" in type(mlp.act_fn).__name__
 
 
-def fuse_layers(layers: nn.ModuleList) -> int:
-    """Replace what can be fused in the twin's list of layers; returns how many were."""
-    fused = 0
+def fuse_layers(layers: nn.ModuleList) -> None:
+    """Replace what can be fused in the twin's list of layers."""
     for index, layer in enumerate(layers):
         if can_fuse(layer):
             layers[index] = FusedLayer(layer)
-            fused += 1
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # what the separate weights took, before the next layer is merged
-    return fused
