@@ -21,20 +21,35 @@ Lease = tuple[Round, GraphedStep]
 class IdleStates(list[Lease]):
     """The states that no call uses at the moment; two running calls never share one.
 
-    Calls may run interleaved or in several threads, one round at a time: whoever runs a round holds `lock`, because the
-    model's layers learn from one place which step they belong to.
+    Calls may run interleaved or in several threads, one round at a time: whoever launches a round takes a `turn`,
+    because the model's layers learn from one place which step they belong to.
     """
 
     def __init__(self, target: Target, head: DraftHead, tree: TreeConfig):
         super().__init__()
         self.target, self.head, self.tree = target, head, tree
         self.lock = threading.RLock()
+        self.launched = torch.cuda.Event() if target.device.type == "cuda" else None
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Hold the lock and launch. What was launched in earlier turns, on whatever streams, runs first."""
+        with self.lock:
+            if self.launched is None:
+                yield
+                return
+            stream = torch.cuda.current_stream(self.target.device)
+            stream.wait_event(self.launched)
+            try:
+                yield
+            finally:
+                self.launched.record(stream)
 
     @contextmanager
     def lease(self, speculative: bool, batch: int, max_length: int) -> Iterator[Lease]:
         """A state for `batch` sequences of up to `max_length` tokens: an idle one, or a new one in place of one too
-        small. It is idle again after the block."""
-        with self.lock:
+        small. It is idle again after the block, even with a round under way: the next one comes behind it."""
+        with self.turn():
             leased = self._take(speculative, batch, max_length) or self._new(speculative, batch, max_length)
         try:
             yield leased

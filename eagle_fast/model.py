@@ -37,7 +37,7 @@ class EaModel(HFGenerateMixin, nn.Module):
     base_model: any stock causal LM whose attention goes through transformers' AttentionInterface, on one device. It
     decodes in eval mode here whatever its own mode is.
     ea_layer: the draft head, on the same device. Raises UnsupportedModel, with the reason, for other models.
-    Calls may run interleaved and in several threads; they take turns, a round each.
+    Calls may run interleaved and in several threads; they take turns to launch their rounds.
     """
 
     def __init__(
@@ -251,16 +251,14 @@ class EaModel(HFGenerateMixin, nn.Module):
     @torch.inference_mode(False)  # buffers live longer than a call, and an inference tensor can't be written outside
     @torch.no_grad()
     def _rounds(self, speculative: bool, request: Request, max_length: int = 0) -> abc.Generator[Generator, None, None]:
-        """Run a request; yields its `Generator` after each round, and frees the state when closed."""
+        """Run a request; yields its `Generator` with the tokens of each round, and frees the state when closed."""
         longest = max(request.longest, max_length)
         with self._idle.lease(speculative, len(request.prompts), longest) as (state, step):
-            generator = Generator(state, step, request)
-            with self._idle.lock:
-                generator.begin()
+            generator = Generator(state, step, request, self._idle.turn)
+            generator.begin()
             while not generator.finished:
-                with self._idle.lock:
-                    generator.advance()
-                yield generator
+                if generator.advance():
+                    yield generator
 
     def _collect(self, speculative: bool, log: bool, input_ids, return_dict_in_generate: bool = False, **options):
         request, ids = self._prepare(input_ids, **options)

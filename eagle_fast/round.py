@@ -59,8 +59,8 @@ class Round:
         self.ends = torch.zeros_like(self.lengths)  # length at which a sequence is done
         self.long_rope = torch.zeros(batch, dtype=torch.bool, device=device)
         self.node_slots = torch.arange(self.num_nodes, device=device)
-        self.emitted = torch.zeros(batch, self.max_path, dtype=torch.long, device=device)
-        self.counts = torch.zeros_like(self.lengths)
+        self.report = torch.zeros(batch, 1 + self.max_path, dtype=torch.long, device=device)  # what the host reads
+        self.counts, self.emitted = self.report[:, 0], self.report[:, 1:]
 
     # -- one round -------------------------------------------------------------------------------------------------
 
