@@ -61,7 +61,16 @@ def run_round(name: str, args: argparse.Namespace) -> bool:
 
 
 def run_ops(args: argparse.Namespace) -> bool:
-    return run("ops.py", "--out", str(RESULTS), "--commit", args.commit)
+    if not run("ops.py", "--out", str(RESULTS)):
+        return False
+    for path in RESULTS.glob("ops*.json"):
+        complete(path, args)
+    return True
+
+
+def complete(path: Path, args: argparse.Namespace, **more) -> None:
+    """Say in a record where it comes from."""
+    write({**json.loads(path.read_text()), **more, **environment(args.commit)}, path)
 
 
 def pair_arguments(args: argparse.Namespace) -> list[str]:
@@ -73,10 +82,9 @@ def run_decode(args: argparse.Namespace) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         if not run("decode.py", *pair_arguments(args), "--out", folder):
             return False
-        record = json.loads((Path(folder) / "decode.json").read_text())
-        record |= {"model": SMOLLM2, "head": f"eagle_fast/heads/{SMOLLM2}", **environment(args.commit)}
-        write(record, RESULTS / "decode-smollm2-135m.json")
-        shutil.copy(Path(folder) / "decode.png", RESULTS / "decode-smollm2-135m.png")
+        for kind in ("json", "png"):
+            shutil.copy(Path(folder) / f"decode.{kind}", RESULTS / f"decode-smollm2-135m.{kind}")
+    complete(RESULTS / "decode-smollm2-135m.json", args, model=SMOLLM2, head=f"eagle_fast/heads/{SMOLLM2}")
     return True
 
 
@@ -84,7 +92,7 @@ def run_lossless(args: argparse.Namespace) -> bool:
     path = RESULTS / "lossless-float32.json"
     if not run("lossless.py", *pair_arguments(args), "--out", str(path)):
         return False
-    write(json.loads(path.read_text()) | environment(args.commit), path)
+    complete(path, args)
     return True
 
 

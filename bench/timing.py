@@ -30,7 +30,7 @@ def milliseconds(work: Callable[[], object], repeats: int) -> float:
     return statistics.median(start.elapsed_time(end) for start, end in marks)
 
 
-def wall_milliseconds(work: Callable[[], object], repeats: int = 3) -> float:
+def wall_milliseconds(work: Callable[[], object], repeats: int = 2) -> float:
     """Median time until `work` is done, of the host and the device together; the first call is not counted."""
     times = []
     for _ in range(repeats + 1):
