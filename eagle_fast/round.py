@@ -127,7 +127,7 @@ class Round:
 
     def finish(self, row: int) -> None:
         """Emit nothing more for this sequence."""
-        self.ends[row] = 0
+        self.ends[row].zero_()  # assigning a number would wait for the device: it is copied there
 
     @torch.no_grad()
     def adopt(self, rows: torch.Tensor, other: Round) -> None:

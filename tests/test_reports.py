@@ -42,14 +42,14 @@ def test_a_ring_holds_no_more_than_its_slots(device):
 
 @pytest.mark.gpu
 def test_reading_waits_for_no_newer_round():
-    """The second round takes about half a second, and neither reading nor sending waits for it."""
+    """The second round takes about a second, and neither reading nor sending waits for it."""
     ring = ReportRing(torch.zeros(1, 9, dtype=torch.long, device="cuda"), 2)
     torch.cuda.set_sync_debug_mode("error")
     try:
         with pytest.raises(RuntimeError, match="synchronizing"):
             ring.report.tolist()
         rounds(ring, 1, 1)
-        torch.cuda._sleep(1_000_000_000)
+        torch.cuda._sleep(2_000_000_000)
         rounds(ring, 2, 1)
         assert ring.read() == [[1] * 9]
         assert not ring.arrived[1].query()
