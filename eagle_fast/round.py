@@ -27,7 +27,7 @@ from eagle_fast.sampling import SamplingTensors
 from eagle_fast.target import Target
 from eagle_fast.tree import Tree, root_only
 
-PREFILL_CHUNK = 1024
+PREFILL_CHUNK = 8192  # prompt rows of all sequences that one forward takes: bounds its activations
 
 
 class Accepted(NamedTuple):
@@ -119,8 +119,9 @@ class Round:
         if self.drafter:
             self.drafter.start_without_prefix(self.roots)
         prefix = tokens.shape[1] - 1
-        for start in range(0, prefix, PREFILL_CHUNK):
-            end = min(start + PREFILL_CHUNK, prefix)
+        chunk = max(1, PREFILL_CHUNK // self.batch)
+        for start in range(0, prefix, chunk):
+            end = min(start + chunk, prefix)
             features = self.target.prefill(tokens[:, start:end], start, self.cache)
             if self.drafter:
                 self.drafter.absorb_prompt(features, tokens[:, start + 1 : end + 1], start, self.lengths)
