@@ -1,7 +1,7 @@
 """The least logit that top-k and top-p keep: a selection without a sort, one program a row.
 
     top-k   the largest t with  |{v: z_v >= t}| >= top_k
-    top-p   the largest t with  sum_{z_v >= t} w_v >= top_p * sum w  over what top-k kept,  w_v = exp((z_v - peak) / temp)
+    top-p   the largest t with  sum_{z_v >= t} w_v >= top_p * sum w  over what top-k kept,  w_v = exp((z_v - max) / T)
 
 Division by the temperature keeps the order, so logits z stand for z / temperature. Both searches cut a range of
 order-preserving integer keys into WAYS parts a pass; keys of 16-bit logits count in their own steps, so four passes
