@@ -3,11 +3,11 @@
     top-k   the largest t with  |{v: z_v >= t}| >= top_k
     top-p   the largest t with  sum_{z_v >= t} w_v >= top_p * sum w  over what top-k kept,  w_v = exp((z_v - max) / T)
 
-Division by the temperature keeps the order, so logits z stand for z / temperature. Both searches cut a range of
-order-preserving integer keys into WAYS parts a pass; keys of 16-bit logits count in their own steps, so four passes
-settle any row. First a cheap lower bound leaves few candidates, which every lane packs into slots; where a lane runs
-out of them (flat rows), the passes read the row, from L2. A pass costs WAYS compares and additions an element, 128,256
-logits on one SM about 30 us; packed rows cost next to nothing.
+Division by the temperature keeps the order, so logits z stand for z / temperature. Both searches quarter a range of
+order-preserving integer keys in every pass; keys of 16-bit logits count in their own steps, so eight passes settle any
+row of them. First a cheap lower bound leaves few candidates, which every lane packs into slots; where a lane runs out
+of slots (flat rows), the passes read the row, from L2. A pass takes about 14 instructions a logit, 128,256 of them on
+one SM about 10 us; packed rows cost next to nothing.
 """
 
 from __future__ import annotations
@@ -21,77 +21,77 @@ from .sample_ref import GREEDY_TEMPERATURE
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
-# Logits of a step as LANES x PER_LANE, warps, parts of a range, candidates that a lane's place may keep.
-TILE = 8192
-PER_LANE = 8
+# Logits of a step, warps, and candidates that a lane may keep: candidates (2048..8192, 16..32, 2..8) for tuning.
+TILE = 4096
 NUM_WARPS = 32
-WAYS = 8
 LANE_SLOTS = 4
 # Bits of a float32 that logits of a dtype leave zero.
 UNUSED_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 
 
 @triton.jit
-def _tile_tokens(LANES: tl.constexpr, PER_LANE: tl.constexpr):
-    return tl.arange(0, LANES)[:, None] * PER_LANE + tl.arange(0, PER_LANE)[None, :]
-
-
-@triton.jit
-def _load_logits(row, step, LANES: tl.constexpr, PER_LANE: tl.constexpr):
-    """One step over a row (pointer, V): [LANES, PER_LANE], -inf past its end."""
-    tokens = step * (LANES * PER_LANE) + _tile_tokens(LANES, PER_LANE)
+def _load_logits(row, step, TILE: tl.constexpr):
+    """One step over a row (pointer, V), -inf past its end."""
+    tokens = step * TILE + tl.arange(0, TILE)
     return tl.load(row[0] + tokens, mask=tokens < row[1], other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
-def _kth_lane(row, top_k, LANES: tl.constexpr, PER_LANE: tl.constexpr):
+def _kth_lane(row, top_k, TILE: tl.constexpr):
     """A lower bound of the top_k-th largest logit: the top_k-th largest of the lanes' maxima, if there are so many."""
-    best = tl.full([LANES], float("-inf"), tl.float32)
-    if top_k <= LANES:
-        for step in range(0, tl.cdiv(row[1], LANES * PER_LANE)):
-            best = tl.maximum(best, tl.max(_load_logits(row, step, LANES, PER_LANE), 1))
+    best = tl.full([TILE], float("-inf"), tl.float32)
+    if top_k <= TILE:
+        for step in range(0, tl.cdiv(row[1], TILE)):
+            best = tl.maximum(best, _load_logits(row, step, TILE))
     return order_value(kth_key(order_key(best), top_k))
 
 
 @triton.jit
-def _collect(row, slots_ptr, bound, LANES: tl.constexpr, PER_LANE: tl.constexpr, LANE_SLOTS: tl.constexpr):
-    """Every place of a tile packs its logits >= bound into its slots.
+def _collect(row, slots_ptr, bound, TILE: tl.constexpr, LANE_SLOTS: tl.constexpr):
+    """Every lane packs its logits >= bound into its slots.
 
-    Candidates are (slots, their number at each place, whether all have a slot, steps over them); where a place ran out
-    of slots, they are the whole row.
+    Candidates are (slots, their number in each lane, whether all have a slot, steps over them); where a lane ran out of
+    slots, they are the whole row.
     """
-    places = _tile_tokens(LANES, PER_LANE)
-    num_kept = tl.zeros([LANES, PER_LANE], tl.int32)
-    num_steps = tl.cdiv(row[1], LANES * PER_LANE)
+    lanes = tl.arange(0, TILE)
+    num_kept = tl.zeros([TILE], tl.int32)
+    num_steps = tl.cdiv(row[1], TILE)
     for step in range(0, num_steps):
-        logits = _load_logits(row, step, LANES, PER_LANE)
+        logits = _load_logits(row, step, TILE)
         keep = logits >= bound
-        slot = slots_ptr + num_kept * (LANES * PER_LANE) + places
-        tl.store(slot, logits, mask=keep & (num_kept < LANE_SLOTS))
+        tl.store(slots_ptr + num_kept * TILE + lanes, logits, mask=keep & (num_kept < LANE_SLOTS))
         num_kept += keep.to(tl.int32)
     tl.debug_barrier()
-    most = tl.max(tl.max(num_kept, 1), 0)
+    most = tl.max(num_kept, 0)
     fits = most <= LANE_SLOTS
     return slots_ptr, num_kept, fits, tl.where(fits, most, num_steps)
 
 
 @triton.jit
-def _weigh(
-    row, candidates, least, peak, factor, BY_MASS: tl.constexpr, LANES: tl.constexpr, PER_LANE: tl.constexpr,
-    WAYS: tl.constexpr,
-):  # fmt: skip
-    """[WAYS] number, or mass relative to the peak's, of the candidates >= each of `least` [WAYS]."""
+def _add(sums, logits, least, peak, factor, BY_MASS: tl.constexpr):
+    weight = tl.exp2((logits - peak) * factor) if BY_MASS else 1.0
+    return (
+        sums[0] + tl.where(logits >= least[0], weight, 0.0),
+        sums[1] + tl.where(logits >= least[1], weight, 0.0),
+        sums[2] + tl.where(logits >= least[2], weight, 0.0),
+    )
+
+
+@triton.jit
+def _weigh(row, candidates, least, peak, factor, BY_MASS: tl.constexpr, TILE: tl.constexpr):
+    """Numbers, or masses relative to the peak's, of the candidates >= each of three values."""
     slots_ptr, num_kept, fits, num_steps = candidates
-    totals = tl.zeros([WAYS, LANES], tl.float32)
-    for step in range(0, num_steps):
-        if fits:
-            slot = slots_ptr + step * (LANES * PER_LANE) + _tile_tokens(LANES, PER_LANE)
-            logits = tl.load(slot, mask=step < num_kept, other=float("-inf"))
-        else:
-            logits = _load_logits(row, step, LANES, PER_LANE)
-        weight = tl.exp2((logits - peak) * factor) if BY_MASS else tl.full([LANES, PER_LANE], 1.0, tl.float32)
-        totals += tl.sum(tl.where(logits[None] >= least[:, None, None], weight[None], 0.0), 2)
-    return tl.sum(totals, 1)
+    zeros = tl.zeros([TILE], tl.float32)
+    sums = (zeros, zeros, zeros)
+    if fits:
+        for step in range(0, num_steps):
+            slots = slots_ptr + step * TILE + tl.arange(0, TILE)
+            logits = tl.load(slots, mask=step < num_kept, other=float("-inf"))
+            sums = _add(sums, logits, least, peak, factor, BY_MASS)
+    else:
+        for step in range(0, num_steps):
+            sums = _add(sums, _load_logits(row, step, TILE), least, peak, factor, BY_MASS)
+    return tl.sum(sums[0], 0), tl.sum(sums[1], 0), tl.sum(sums[2], 0)
 
 
 @triton.jit
@@ -107,18 +107,24 @@ def _native_value(key, UNUSED: tl.constexpr):
 
 @triton.jit
 def _search(
-    row, candidates, bound, target, peak, factor, BY_MASS: tl.constexpr, LANES: tl.constexpr, PER_LANE: tl.constexpr,
-    WAYS: tl.constexpr, UNUSED: tl.constexpr,
-):  # fmt: skip
+    row, candidates, bound, target, peak, factor, BY_MASS: tl.constexpr, TILE: tl.constexpr, UNUSED: tl.constexpr
+):
     """The largest t such that the candidates >= t weigh `target`; `bound` if there is none above it."""
     low, high = _native_key(bound, UNUSED), _native_key(peak, UNUSED)
     while low < high:
-        step = (high - low) // WAYS + 1
-        keys = low + (tl.arange(0, WAYS) + 1) * step
-        least = _native_value(tl.minimum(keys, high), UNUSED)
-        weights = _weigh(row, candidates, least, peak, factor, BY_MASS, LANES, PER_LANE, WAYS)
-        low += step * tl.sum(((weights >= target) & (keys <= high)).to(tl.int64), 0)
-        high = tl.minimum(high, low + step - 1)
+        step = (high - low) // 4 + 1
+        # Keys past the peak stand for it: what is enough there is enough at the peak.
+        keys = low + step, tl.minimum(low + 2 * step, high), tl.minimum(low + 3 * step, high)
+        least = _native_value(keys[0], UNUSED), _native_value(keys[1], UNUSED), _native_value(keys[2], UNUSED)
+        first, second, third = _weigh(row, candidates, least, peak, factor, BY_MASS, TILE)
+        if third >= target:
+            low = keys[2]
+        elif second >= target:
+            low, high = keys[1], tl.maximum(keys[2] - 1, keys[1])
+        elif first >= target:
+            low, high = keys[0], tl.maximum(keys[1] - 1, keys[0])
+        else:
+            high = keys[0] - 1
     return _native_value(low, UNUSED)
 
 
@@ -126,8 +132,8 @@ def _search(
 def _threshold_kernel(
     least_ptr, logits_ptr, best_ptr, mass_ptr, temperature_ptr, top_k_ptr, top_p_ptr, slots_ptr,
     num_nodes, vocab_size, num_chunks, stride_logits_b, stride_logits_t,
-    GREEDY: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, LANES: tl.constexpr, PER_LANE: tl.constexpr, WAYS: tl.constexpr,
-    LANE_SLOTS: tl.constexpr, UNUSED: tl.constexpr,
+    GREEDY: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, TILE: tl.constexpr, LANE_SLOTS: tl.constexpr,
+    UNUSED: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     b = program // num_nodes
@@ -148,22 +154,21 @@ def _threshold_kernel(
         # What is below the bound cannot be kept: top_k lane maxima are not below it, or what is weighs less than
         # 1 - top_p all together.
         if use_k:
-            bound = _kth_lane(row, top_k, LANES, PER_LANE)
+            bound = _kth_lane(row, top_k, TILE)
         else:
             bound = peak + temperature * (tl.log((1.0 - top_p) / vocab_size) - 1e-3) - 1e-6 * tl.abs(peak)
-        slots_ptr += program * (LANES * PER_LANE * LANE_SLOTS)
-        candidates = _collect(row, slots_ptr, bound, LANES, PER_LANE, LANE_SLOTS)
+        slots_ptr += program * (TILE * LANE_SLOTS)
+        candidates = _collect(row, slots_ptr, bound, TILE, LANE_SLOTS)
         least = bound
         if use_k:
-            least = _search(row, candidates, least, top_k, peak, factor, False, LANES, PER_LANE, WAYS, UNUSED)
+            least = _search(row, candidates, least, top_k, peak, factor, False, TILE, UNUSED)
         if top_p < 1.0:
             if use_k:
-                every = tl.zeros([WAYS], tl.float32) + least
-                mass = tl.max(_weigh(row, candidates, every, peak, factor, True, LANES, PER_LANE, WAYS), 0)
+                mass, _, _ = _weigh(row, candidates, (least, least, least), peak, factor, True, TILE)
             else:
                 masses = tl.load(mass_ptr + chunk_ptrs, mask=exists, other=0.0)
                 mass = tl.sum(masses * tl.exp2((bests - peak) * factor), 0)
-            least = _search(row, candidates, least, top_p * mass, peak, factor, True, LANES, PER_LANE, WAYS, UNUSED)
+            least = _search(row, candidates, least, top_p * mass, peak, factor, True, TILE, UNUSED)
         tl.store(least_ptr + program, least)
 
 
@@ -188,8 +193,7 @@ def threshold(
     _threshold_kernel[(num_sequences * num_nodes,)](
         least, logits, best, mass, temperature, top_k, top_p, slots,
         num_nodes, vocab_size, num_chunks, *logits.stride()[:2],
-        GREEDY=GREEDY_TEMPERATURE, BLOCK_CHUNKS=triton.next_power_of_2(num_chunks), LANES=tile // PER_LANE,
-        PER_LANE=PER_LANE, WAYS=WAYS, LANE_SLOTS=LANE_SLOTS, UNUSED=UNUSED_BITS[logits.dtype],
-        num_warps=min(NUM_WARPS, max(1, tile // 256)),
+        GREEDY=GREEDY_TEMPERATURE, BLOCK_CHUNKS=triton.next_power_of_2(num_chunks), TILE=tile, LANE_SLOTS=LANE_SLOTS,
+        UNUSED=UNUSED_BITS[logits.dtype], num_warps=min(NUM_WARPS, tile // 128),
     )  # fmt: skip
     return least
