@@ -74,6 +74,7 @@ class Drafter:
             self.head.lm_head_weight,
             self.tree.top_k,
             bias=self.head.lm_head_bias,
+            scale=self.head.lm_head_scale,
             token_ids=self.head.token_ids,
             temperature=sampling.draft_temperature.repeat_interleave(rows),
             positions=positions.repeat_interleave(rows),
@@ -88,7 +89,7 @@ class Drafter:
         first = (level - 1) * k
         positions = (lengths + level - 1)[:, None].expand_as(tokens)
         depths = self.level_slots.div(k, rounding_mode="floor")
-        return self.head(tokens, hidden, positions, self._tree_attend(lengths, masks, depths, first))
+        return self.head(tokens, hidden, positions, self._tree_attend(lengths, masks, depths, first), parts=True)
 
     def _tree_attend(self, lengths, masks, depths, first):
         scale = self.head.config.head_dim**-0.5
@@ -120,7 +121,7 @@ class Drafter:
         """
         positions = lengths[:, None] + self.path_rows
         attend = self._tree_attend(lengths, self.path_masks, self.path_rows, 0)
-        hidden, states = self.head(tokens, self.head.embed_features(features), positions, attend)
+        hidden, states = self.head(tokens, self.head.embed_features(features), positions, attend, parts=True)
         last = (counts - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1])
         self.hidden.copy_(hidden.gather(1, last)[:, 0])
         self.states.copy_(states.gather(1, last)[:, 0])
@@ -137,7 +138,7 @@ class Drafter:
             keys, values = self.slab.keys[index], self.slab.values[index]
             return prefill_attention(query, keys, values, step, scale=scale, window=layer.window).flatten(2)
 
-        hidden, states = self.head(tokens, self.head.embed_features(features), positions, attend)
+        hidden, states = self.head(tokens, self.head.embed_features(features), positions, attend, parts=True)
         last = lengths - 1 - start
         here = ((last >= 0) & (last < count))[:, None]
         last = last.clamp(0, count - 1)[:, None, None].expand(-1, 1, hidden.shape[-1])

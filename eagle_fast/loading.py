@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any, cast
 
+import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -75,3 +76,18 @@ def load_head(
         dtype=lm_head.weight.dtype,
         device=lm_head.weight.device,
     )
+
+
+def runs_in_fp8(head: DraftHead, wanted: bool | None) -> bool:
+    """Whether the head's weights become fp8: `wanted`, or None for where the GPU has it and the head is in 16 bits.
+
+    Raises ValueError where it is wanted and cannot be.
+    """
+    has_fp8 = head.device.type == "cuda" and torch.cuda.get_device_capability(head.device) >= (8, 9)
+    able = has_fp8 and head.dtype in (torch.bfloat16, torch.float16)
+    if wanted and not able:
+        raise ValueError(
+            f"draft_fp8=True, but the head runs in {head.dtype} on {head.device}: fp8 needs a GPU of compute "
+            "capability 8.9 or newer and a target in bfloat16 or float16; leave draft_fp8 out"
+        )
+    return able if wanted is None else wanted

@@ -23,7 +23,15 @@ from eagle_fast.graph import WARMUP_STEPS
 from eagle_fast.head import DraftHead
 from eagle_fast.hf_generate import HFGenerateMixin
 from eagle_fast.idle import IdleStates
-from eagle_fast.loading import HEAD_OPTIONS, HUB_OPTIONS, TOKENIZER_OPTIONS, known_path, load_head, load_target
+from eagle_fast.loading import (
+    HEAD_OPTIONS,
+    HUB_OPTIONS,
+    TOKENIZER_OPTIONS,
+    known_path,
+    load_head,
+    load_target,
+    runs_in_fp8,
+)
 from eagle_fast.placement import warn_if_slow
 from eagle_fast.request import Request, end_of_turn, make_request, pad_id, padded, special_ids
 from eagle_fast.target import Target
@@ -71,11 +79,14 @@ class EaModel(HFGenerateMixin, nn.Module):
         *,
         device_map=None,
         ea_revision: str | None = None,
+        draft_fp8: bool | None = None,
         **kwargs,
     ) -> EaModel:
         """Load a target and a head from the hub or from folders.
 
         use_eagle3 None detects the kind of head from its tensors; a value that contradicts the file is an error.
+        draft_fp8: the head's weights in fp8 (e4m3), which changes how much is accepted by a little and the text not at
+        all; None does it where the GPU has fp8 and the target runs in 16 bits.
         base_model_path may be a loaded model. threshold is accepted for SafeAILab/EAGLE's sake and changes nothing.
         feature_layers, norm_before_residual, norm_output, rope_theta, rope_interleaved override what the head's config
         says; everything else (dtype or torch_dtype, quantization_config, revision, token, ...) goes to
@@ -87,6 +98,8 @@ class EaModel(HFGenerateMixin, nn.Module):
         head_options |= {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
         base_model = load_target(base_model_path, device_map, kwargs)
         head = load_head(head_path, base_model, use_eagle3=use_eagle3, revision=ea_revision, options=head_options)
+        if runs_in_fp8(head, draft_fp8):
+            head.quantise()
         model = cls(base_model, head, tree=tree)
         model._tokenizer_options = {key: kwargs[key] for key in TOKENIZER_OPTIONS if key in kwargs}
         return model

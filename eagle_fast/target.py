@@ -76,9 +76,8 @@ class Target:
         self.layer_shapes = [call.shape for call in calls]
         self._bind(calls)
         self.decoder = self.model.get_decoder()
-        fuse_layers(self._decoder_layers())
-        if self.device.type == "cpu":
-            use_few_rows_linear(self.model)
+        fuse_layers(self._decoder_layers(), self.decoder)
+        use_few_rows_linear(self.model)
         self.vocab_size = model.get_output_embeddings().weight.shape[0]
         self.dtype = model.get_output_embeddings().weight.dtype
         self._taken: dict[int, torch.Tensor] = {}

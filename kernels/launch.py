@@ -11,11 +11,20 @@ picks one by the tensors' device; the environment variable EAGLE_FAST_KERNELS ov
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+from typing import Any, NamedTuple
 
 import torch
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Resources(NamedTuple):
+    """What a launch may use of a device."""
+
+    num_sms: int
+    shared_memory: int  # bytes a program
 
 
 def use_triton(*tensors: torch.Tensor) -> bool:
@@ -33,6 +42,29 @@ def use_triton(*tensors: torch.Tensor) -> bool:
 def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device: make it the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def resources(device: torch.device) -> Resources:
+    """Of a GPU; interpreted, those of an H100."""
+    if device.type != "cuda":
+        return Resources(132, 232448)
+    properties = torch.cuda.get_device_properties(device)
+    shared_memory = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    return Resources(properties.multi_processor_count, shared_memory)
+
+
+@functools.cache
+def dependent_launch(device: torch.device) -> dict[str, Any]:
+    """Keywords for a kernel that takes PDL: programmatic dependent launch, from Hopper on.
+
+    Such a kernel starts while the one before it still runs. It says so to the next with gdc_launch_dependents, and
+    every program of it must pass gdc_wait before it reads or writes anything but weights: the wait is what orders it
+    after all earlier kernels, so one kernel that leaves it out would break the chain.
+    """
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0):
+        return {"PDL": False}
+    return {"PDL": True, "launch_pdl": True}
 
 
 def upcast(dtype: torch.dtype) -> bool:

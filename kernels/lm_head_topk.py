@@ -18,8 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import device_guard, upcast, use_triton
-from .linear import few_rows_matmul
+from .draft_head import after_earlier_kernels
+from .launch import dependent_launch, device_guard, upcast, use_triton
+from .linear import few_rows_matmul, to_dtype
 from .noise import gumbel, gumbel_ref, gumbel_row_ref
 from .order_key import PACKED_ABSENT, pack, pack_ref, unpack, unpack_ref
 from .sample import GREEDY_TEMPERATURE
@@ -57,7 +58,7 @@ def _logits_tile(
         w = tl.load(weight_ptrs + start, mask=inside & (columns < vocab_size)[:, None], other=0.0)
         if UPCAST:
             h = h.to(tl.float32)
-        z = tl.dot(h, tl.trans(w.to(h.dtype)), z, input_precision="ieee")
+        z = tl.dot(h, tl.trans(to_dtype(w, h.dtype, UPCAST)), z, input_precision="ieee")
     return z
 
 
@@ -68,8 +69,10 @@ def _tile_topk_kernel(
     num_rows, vocab_size, hidden_size, stride_hidden, stride_weight,
     K: tl.constexpr, GREEDY_TEMPERATURE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """packed [R, tiles, K]: each tile's best in order; partial [R, tiles, 2]: its maximum and sum of exponentials."""
+    after_earlier_kernels(PDL)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     tile = tl.program_id(1)
     columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -112,8 +115,9 @@ def _tile_topk_kernel(
 @triton.jit
 def _merge_kernel(
     scores_ptr, tokens_ptr, packed_ptr, partial_ptr, token_ids_ptr, num_tiles,
-    K: tl.constexpr, BLOCK_TILES: tl.constexpr, BLOCK_PACKED: tl.constexpr,
+    K: tl.constexpr, BLOCK_TILES: tl.constexpr, BLOCK_PACKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    after_earlier_kernels(PDL)
     row = tl.program_id(0).to(tl.int64)
     tiles = tl.arange(0, BLOCK_TILES)
     partial_ptrs = partial_ptr + (row * num_tiles + tiles) * 2
@@ -180,12 +184,12 @@ def lm_head_topk(
             packed, partial, hidden, weight, bias, scale, token_ids, *noise,
             num_rows, vocab_size, hidden_size, hidden.stride(0), weight.stride(0),
             K=k, GREEDY_TEMPERATURE=GREEDY_TEMPERATURE, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-            UPCAST=upcast(hidden.dtype), num_warps=num_warps, num_stages=num_stages,
+            UPCAST=upcast(hidden.dtype), num_warps=num_warps, num_stages=num_stages, **dependent_launch(hidden.device),
         )  # fmt: skip
         _merge_kernel[(num_rows,)](
             scores, tokens, packed, partial, token_ids, num_tiles,
             K=k, BLOCK_TILES=triton.next_power_of_2(num_tiles), BLOCK_PACKED=block_packed,
-            num_warps=min(32, max(4, block_packed // 512)),
+            num_warps=min(32, max(4, block_packed // 512)), **dependent_launch(hidden.device),
         )  # fmt: skip
     return scores, tokens
 

@@ -10,12 +10,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .draft_head import rms_norm_ref
-from .launch import device_guard, use_triton
+from .draft_head import after_earlier_kernels, rms_norm_ref
+from .launch import dependent_launch, device_guard, use_triton
 
 
 @triton.jit
-def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, eps, stride_x, H: tl.constexpr, BLOCK: tl.constexpr):
+def _rms_norm_kernel(
+    x_ptr, weight_ptr, out_ptr, eps, stride_x, H: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    after_earlier_kernels(PDL)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < H
@@ -39,6 +42,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.
     block = triton.next_power_of_2(width)
     with device_guard(x):
         _rms_norm_kernel[(rows.shape[0],)](
-            rows, weight, out, eps, rows.stride(0), H=width, BLOCK=block, num_warps=min(max(block // 512, 1), 16)
-        )
+            rows, weight, out, eps, rows.stride(0), H=width, BLOCK=block, num_warps=min(max(block // 512, 1), 16),
+            **dependent_launch(x.device),
+        )  # fmt: skip
     return out
