@@ -21,10 +21,8 @@ import torch
 import transformers
 import triton
 from shapes import SHAPES, build_head, build_target, head_bytes, target_bytes
-from transformers import PreTrainedModel
 
 from eagle_fast import EaModel, SamplingParams, TreeConfig
-from eagle_fast.loading import runs_in_fp8
 from eagle_fast.round import Round
 
 
@@ -35,7 +33,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=512, metavar="L", help="tokens before the round (default 512)")
     parser.add_argument("--batch", type=int, default=1, metavar="B")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="with top-p 0.9 above 0")
-    parser.add_argument("--no-fp8", action="store_true", help="the head's weights stay in bf16")
     parser.add_argument("--tau", type=float, help="tokens a round to assume for tokens/s: forced, not measured")
     parser.add_argument("--repeats", type=int, default=50, metavar="N")
     parser.add_argument("--commit", default="", help="to note in the record")
@@ -68,26 +65,6 @@ def milliseconds(work: Callable[[], object], repeats: int) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end))
     return statistics.median(times)
-
-
-def build_model(target: PreTrainedModel, tree: TreeConfig, *, fp8: bool) -> EaModel:
-    """The target with a random head, in fp8 where that is the default."""
-    head = build_head(target)
-    if fp8 and runs_in_fp8(head, None):
-        head.quantise()
-    return EaModel(target, head, tree=tree)
-
-
-def rounds(model: EaModel, args: argparse.Namespace) -> tuple[Round, Round]:
-    """Speculative and plain decoding, both after the prompt."""
-    length = args.context + model.tree.max_path
-    states = (
-        Round(model.target, model.ea_layer, model.tree, args.batch, length),
-        Round(model.target, None, model.tree, args.batch, length),
-    )
-    for each in states:
-        begin(each, args.context, args.temperature)
-    return states
 
 
 def begin(state: Round, context: int, temperature: float) -> None:
@@ -142,9 +119,12 @@ def main() -> None:
     nodes, depth, top_k = args.tree
     tree = TreeConfig(nodes, depth, top_k)
     target = build_target(args.shape, "cuda")
-    model = build_model(target, tree, fp8=not args.no_fp8)
+    model = EaModel(target, build_head(target), tree=tree)
     rate = bandwidth()
-    state, plain = rounds(model, args)
+    state = Round(model.target, model.ea_layer, tree, args.batch, args.context + tree.max_path)
+    plain = Round(model.target, None, tree, args.batch, args.context + 1)
+    for each in (state, plain):
+        begin(each, args.context, args.temperature)
     kv_bytes = sum(slab[..., : args.context, :].numel() * slab.element_size() for slab in state.cache.slab.slabs)
     floor = (target_bytes(target) + head_bytes(model.ea_layer, depth) + kv_bytes) / rate * 1e3
     plain_floor = (target_bytes(target) + kv_bytes) / rate * 1e3
@@ -156,8 +136,7 @@ def main() -> None:
         repeatable(state)()
     record = {
         "bench": "round", "shape": args.shape, "tree": args.tree, "context": args.context, "batch": args.batch,
-        "temperature": args.temperature, "fp8_head": model.ea_layer.lm_head_scale is not None,
-        "round_ms": round(round_ms, 3), "floor_ms": round(floor, 3),
+        "temperature": args.temperature, "round_ms": round(round_ms, 3), "floor_ms": round(floor, 3),
         "plain_ms": round(plain_ms, 3), "plain_floor_ms": round(plain_floor, 3),
         "round_over_plain": round(round_ms / plain_ms, 3), "phases_ms": {k: round(v, 3) for k, v in split.items()},
         "host_ms": round(host_milliseconds(graph.replay), 3), "terabytes_per_second": round(rate / 1e12, 3),

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from eagle_fast.head import DraftHead
 from eagle_fast.head_config import HeadConfig, default_feature_layers
+from eagle_fast.loading import runs_in_fp8
 
 
 def _llama(
@@ -47,8 +48,11 @@ def build_target(name: str, device: torch.device | str, dtype: torch.dtype = tor
     return model.eval()
 
 
-def build_head(target: PreTrainedModel) -> DraftHead:
-    """An EAGLE-3 head of the usual size for a target: one layer of the target's widths, 32,000 draft tokens."""
+def build_head(target: PreTrainedModel, *, fp8: bool | None = None) -> DraftHead:
+    """An EAGLE-3 head of the usual size for a target: one layer of the target's widths, 32,000 draft tokens.
+
+    fp8: as `draft_fp8` of EaModel.from_pretrained.
+    """
     config = target.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     head_config = HeadConfig(
@@ -59,7 +63,10 @@ def build_head(target: PreTrainedModel) -> DraftHead:
         num_target_layers=config.num_hidden_layers, feature_layers=default_feature_layers(config.num_hidden_layers),
     )  # fmt: skip
     embedding = target.get_input_embeddings().weight
-    return DraftHead.random(head_config, embedding=embedding, dtype=embedding.dtype, device=embedding.device)
+    head = DraftHead.random(head_config, embedding=embedding, dtype=embedding.dtype, device=embedding.device)
+    if runs_in_fp8(head, fp8):
+        head.quantise()
+    return head
 
 
 def target_bytes(target: PreTrainedModel) -> int:

@@ -9,9 +9,12 @@ Li et al. 2024; EAGLE-2 for the beam and the reranking, section 4).
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from eagle_fast_kernels.draft_head import rope_append
 from eagle_fast_kernels.grow import finish_tree, grow
+from eagle_fast_kernels.linear import split_rows
 from eagle_fast_kernels.lm_head_topk import lm_head_topk
 from eagle_fast_kernels.tree_attention import tree_attention
 
@@ -19,6 +22,7 @@ from eagle_fast.attention import PrefillStep, prefill_attention
 from eagle_fast.cache import KVSlab, LayerShape
 from eagle_fast.config import TreeConfig
 from eagle_fast.head import DraftHead
+from eagle_fast.head_layer import DraftLayer
 from eagle_fast.sampling import SamplingTensors
 from eagle_fast.tree import Tree, chain_masks, own_bits
 
@@ -35,9 +39,13 @@ class Drafter:
         self.hidden = torch.zeros(batch, config.hidden_size, dtype=head.dtype, device=device)
         self.states = torch.zeros_like(self.hidden)
         path, k = tree.max_path, tree.top_k
+        first = cast(DraftLayer, head.layers[0])
+        self.next_weight = split_rows(first.qkv.weight) if config.kind == "eagle3" else None  # what a level reads first
         self.path_rows = torch.arange(path, device=device)
         self.path_masks = chain_masks(path, device).repeat(batch, 1, 1)
         self.level_slots = torch.arange(max(tree.depth, 1) * k, device=device)
+        self.level_depths = self.level_slots.div(k, rounding_mode="floor")
+        self.levels = torch.arange(tree.depth + 1, device=device)[:, None]
         self.first_beam = self.level_slots[:k].repeat(batch, 1)
         self.first_masks = own_bits(k, self.level_slots.numel(), device).repeat(batch, 1, 1)
 
@@ -47,14 +55,17 @@ class Drafter:
         """The tree of T nodes under roots [B], whose position is lengths [B]."""
         k, batch = self.tree.top_k, roots.numel()
         candidates = self._candidate_buffers(batch)
+        positions, slots = lengths + self.levels, lengths + self.levels * k  # [depth + 1, B]
         scores, tokens = self._propose(self.states[:, None], lengths, sampling)
         scores, tokens = scores[:, 0], tokens[:, 0]
         candidates[0][:, :k], candidates[1][:, :k] = scores, tokens
         hidden = self.hidden[:, None].expand(-1, k, -1)
         beam, masks = self.first_beam, self.first_masks
         for level in range(1, self.tree.depth + 1):
-            hidden, states = self._level(level, tokens, hidden, lengths, masks)
-            child_scores, child_tokens = self._propose(states, lengths + level, sampling)
+            attend = self._tree_attend(lengths, masks, self.level_depths, (level - 1) * k, slots[level - 1])
+            rows_at = positions[level - 1][:, None].expand_as(tokens)
+            hidden, states = self.head(tokens, hidden, rows_at, attend, parts=True)
+            child_scores, child_tokens = self._propose(states, positions[level], sampling)
             tokens, scores, beam, rows, masks = grow(
                 child_scores, child_tokens, scores, beam, masks, level, *candidates
             )
@@ -80,23 +91,17 @@ class Drafter:
             positions=positions.repeat_interleave(rows),
             seeds=sampling.seeds.repeat_interleave(rows),
             sequences=sampling.sequences.repeat_interleave(rows),
+            then=self.next_weight,
         )
         return scores.view(batch, rows, -1), tokens.view(batch, rows, -1)
 
-    def _level(self, level, tokens, hidden, lengths, masks):
-        """Run the head over the k rows of a level, which see the prefix and their ancestors among earlier levels."""
-        k = self.tree.top_k
-        first = (level - 1) * k
-        positions = (lengths + level - 1)[:, None].expand_as(tokens)
-        depths = self.level_slots.div(k, rounding_mode="floor")
-        return self.head(tokens, hidden, positions, self._tree_attend(lengths, masks, depths, first), parts=True)
-
-    def _tree_attend(self, lengths, masks, depths, first):
+    def _tree_attend(self, lengths, masks, depths, first, slots):
+        """Attention of rows that stand at cache rows slots [B] on, tree slots `first` on, and see prefix and masks."""
         scale = self.head.config.head_dim**-0.5
         depths = depths.expand(lengths.numel(), -1)
 
         def attend(index, layer, qkv, positions):
-            query = self._append(index, layer, qkv, positions, lengths + first)
+            query = self._append(index, layer, qkv, positions, slots)
             keys, values = self.slab.keys[index], self.slab.values[index]
             local = {"window": layer.window, "depths": depths} if layer.window else {}
             return tree_attention(query, keys, values, lengths, masks, scale=scale, first=first, **local).flatten(2)
@@ -106,10 +111,11 @@ class Drafter:
     def _append(self, index, layer, qkv, positions, slots):
         """Rotate the queries and keys of new rows and write K and V from row slots [B] on."""
         config = self.head.config
+        then = split_rows(layer.o.weight) if qkv.dim() == 4 else None  # fetched ahead, where the product streams it
         return rope_append(
             qkv, positions, self.cos, self.sin, self.slab.keys[index], self.slab.values[index], slots,
             config.num_heads, config.num_kv_heads, q_norm=layer.q_norm, k_norm=layer.k_norm,
-            eps=config.rms_norm_eps, interleaved=config.rope_interleaved,
+            eps=config.rms_norm_eps, interleaved=config.rope_interleaved, then=then,
         )  # fmt: skip
 
     # -- absorb ----------------------------------------------------------------------------------------------------
@@ -120,7 +126,7 @@ class Drafter:
         Rows r >= counts[b] are computed too; what they write lies past the new length and is written over later.
         """
         positions = lengths[:, None] + self.path_rows
-        attend = self._tree_attend(lengths, self.path_masks, self.path_rows, 0)
+        attend = self._tree_attend(lengths, self.path_masks, self.path_rows, 0, lengths)
         hidden, states = self.head(tokens, self.head.embed_features(features), positions, attend, parts=True)
         last = (counts - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1])
         self.hidden.copy_(hidden.gather(1, last)[:, 0])

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import TypeGuard, cast
 
 import torch
-from eagle_fast_kernels.draft_head import add_rms_norm, head_input, rms_norm_ref
+from eagle_fast_kernels.draft_head import head_input
+from eagle_fast_kernels.rms_norm import add_rms_norm, rms_norm_ref
 from torch import Tensor, nn
 
 from eagle_fast.checkpoint import HeadCheckpoint, write_head

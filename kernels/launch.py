@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -52,19 +52,6 @@ def resources(device: torch.device) -> Resources:
     properties = torch.cuda.get_device_properties(device)
     shared_memory = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
     return Resources(properties.multi_processor_count, shared_memory)
-
-
-@functools.cache
-def dependent_launch(device: torch.device) -> dict[str, Any]:
-    """Keywords for a kernel that takes PDL: programmatic dependent launch, from Hopper on.
-
-    Such a kernel starts while the one before it still runs. It says so to the next with gdc_launch_dependents, and
-    every program of it must pass gdc_wait before it reads or writes anything but weights: the wait is what orders it
-    after all earlier kernels, so one kernel that leaves it out would break the chain.
-    """
-    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0):
-        return {"PDL": False}
-    return {"PDL": True, "launch_pdl": True}
 
 
 def upcast(dtype: torch.dtype) -> bool:

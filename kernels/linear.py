@@ -11,7 +11,7 @@ product (`add_rms_norm`, `rope_append`), which costs no launch. The tile and the
 does the order of additions: a row's result does not depend on how many rows there are, nor on what they hold.
 
 fp8 weights (e4m3, a scale a row) become bf16 after the load: the exponent bits move, and one multiplication by 2^120
-puts the bias right. Launches overlap (`launch.dependent_launch`): the first bytes of each weight tile are fetched into
+puts the bias right. Launches overlap (`overlap.py`): the first bytes of each weight tile are fetched into
 L2 before the kernel waits for its x.
 
 On a CPU the BLAS that torch ships is slow at 2 to 30 rows: it packs the weight for a tall x. With the operands swapped
@@ -34,7 +34,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .launch import dependent_launch, device_guard, resources, upcast, use_triton
+from .launch import device_guard, resources, upcast, use_triton
+from .overlap import dependent_launch
+from .silu_mul import silu_mul
 
 MOST_ROWS_CPU = 32
 ROW_STEP = 8  # on a CPU whole vectors of rows are fast, what is left over is not
@@ -69,16 +71,27 @@ def weight_tile(num_columns: int, inner: int, weight: Tensor, num_rows: int, *, 
     tiles, steps = triton.cdiv(num_columns, 64), triton.cdiv(inner, block_k)
     splits = 1
     if split:
-        splits = max(
-            s for s in range(1, steps + 1) if s == 1 or (steps % s == 0 and s * tiles <= num_sms and 2 * s <= steps)
-        )
+        splits = _most_splits(steps, num_sms // tiles)
+        if size == 1 and splits * tiles < 0.8 * num_sms:
+            splits = _most_splits(steps, 3 * num_sms // tiles)
     wide = tiles >= 3 * num_sms
     block_n, num_warps = (128, 8) if wide else (64, 4)
     stage = (block_n * size + block_m * max(size, 2)) * block_k
-    crowded = not wide and tiles > num_sms
+    crowded = not wide and splits * tiles > num_sms
     most = shared_memory // 2 - 1024 if crowded else shared_memory  # room for two programs a multiprocessor
     num_stages = min(4 if size == 2 or wide else 6, max(2, most // stage))
     return Tile(block_m, block_n, block_k, splits, num_warps, num_stages)
+
+
+def _most_splits(steps: int, most: int) -> int:
+    """Into how many equal parts of at least two steps K is cut."""
+    return max((s for s in range(1, min(steps // 2, most) + 1) if steps % s == 0), default=1)
+
+
+def split_rows(weight: Tensor) -> Tensor:
+    """weight [N, K] as [N S, K / S]: a row for each place at which `few_rows_sums` begins to read it."""
+    splits = weight_tile(len(weight), weight.shape[1], weight, 1, split=True).splits
+    return weight.view(len(weight) * splits, -1) if weight.shape[1] % splits == 0 else weight
 
 
 @triton.jit
@@ -260,7 +273,5 @@ def few_rows_matmul_ref(
 
 def gated_matmul_ref(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """`gated_matmul` as a product and `silu_mul`, differentiable."""
-    from .draft_head import silu_mul
-
     gate_up = few_rows_matmul_ref(x, weight, scale=scale, bias=bias)
     return silu_mul(gate_up.flatten(0, -2)).unflatten(0, x.shape[:-1])

@@ -22,15 +22,15 @@ def test_few_rows(shape, device):
 
 def case(shape, num_columns, inner, dtype, device, *, fp8=False, bias=False):
     """(x, weight, what else the product takes, x and weight in fp64 with the scale multiplied in)."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(*shape, inner, generator=generator).to(device, dtype)
-    weight = (torch.randn(num_columns, inner, generator=generator) * inner**-0.5).to(device, dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(*shape, inner, generator=generator, device=device).to(dtype)
+    weight = (torch.randn(num_columns, inner, generator=generator, device=device) * inner**-0.5).to(dtype)
     wide, more = weight.double(), {}
     if fp8:
         weight, more["scale"] = quantise(weight)
         wide = weight.float().double() * more["scale"].double()[:, None]
     if bias:
-        more["bias"] = torch.randn(num_columns, generator=generator).to(device, dtype)
+        more["bias"] = torch.randn(num_columns, generator=generator, device=device).to(dtype)
     return x, weight, more, x.double() @ wide.T + (more["bias"].double() if bias else 0)
 
 
@@ -39,12 +39,13 @@ def gated(z):
     return nn.functional.silu(gate) * up
 
 
-def check(out, exact, dtype):
-    """Within the rounding of the result, and of fp32 sums."""
+def check(out, exact, dtype, inner):
+    """Within the rounding of the result and of fp32 sums of numbers about 1, which are cut off every 16 products."""
     eps = torch.finfo(dtype).eps
     assert out.dtype == dtype
     assert out.shape == exact.shape
-    torch.testing.assert_close(out.double(), exact, rtol=eps, atol=max(eps / 64, 4e-6))
+    sums = 4 * torch.finfo(torch.float32).eps * (inner / 16 + 8)
+    torch.testing.assert_close(out.double(), exact, rtol=eps, atol=max(eps / 64, sums))
 
 
 # steps of K that divide and that do not, a weight that is not a whole number of tiles, one row, a batch, many splits
@@ -58,13 +59,13 @@ def test_kernel(shape, num_columns, inner, dtype, fp8, device):
     if device.type == "cuda" and dtype == torch.float32:
         pytest.skip("fp32 goes to cuBLAS")
     x, weight, more, exact = case(shape, num_columns, inner, dtype, device, fp8=fp8, bias=True)
-    check(few_rows_matmul(x, weight, **more), exact, dtype)
+    check(few_rows_matmul(x, weight, **more), exact, dtype, inner)
     sums = few_rows_sums(x, weight, **more)
     splits = weight_tile(num_columns, inner, weight, x[..., 0].numel(), split=True).splits
     assert sums.shape == (splits, *exact.shape)
     assert (splits > 1) == (inner >= 1024)
-    check(sums.sum(0), exact, torch.float32)
-    check(gated_matmul(x, weight, **more), gated(exact), dtype)
+    check(sums.sum(0), exact, torch.float32, inner)
+    check(gated_matmul(x, weight, **more), gated(exact), dtype, inner)
 
 
 @pytest.mark.usefixtures("triton_kernels")
@@ -74,7 +75,7 @@ def test_rows_of_any_stride_and_weights_of_any_alignment(device):
     spread[:, 3:67] = x
     inside = torch.full((66, 71), float("nan"), device=device, dtype=torch.float16)
     inside[:, 5:69] = weight
-    check(few_rows_matmul(spread[:, 3:67], inside[:, 5:69]), exact, torch.float16)
+    check(few_rows_matmul(spread[:, 3:67], inside[:, 5:69]), exact, torch.float16, 64)
 
 
 @pytest.mark.gpu
@@ -89,7 +90,7 @@ def test_a_row_does_not_depend_on_the_others(num_columns, inner, dtype):
     for product, reference in ((few_rows_matmul, exact), (few_rows_sums, exact), (gated_matmul, gated(exact))):
         out = product(x, weight)
         kind = out.dtype
-        check(out.sum(0) if product is few_rows_sums else out, reference, kind)
+        check(out.sum(0) if product is few_rows_sums else out, reference, kind, inner)
         for rows in ([7], range(10), range(33, 60)):
             alone = product(x[list(rows)], weight)
             assert torch.equal(alone, out[..., list(rows), :]), (product.__name__, rows)
@@ -106,9 +107,9 @@ def test_a_row_does_not_depend_on_the_others(num_columns, inner, dtype):
 )
 def test_fp8_weights(num_columns, inner, dtype, num_rows):
     x, weight, more, exact = case((num_rows,), num_columns, inner, dtype, "cuda", fp8=True)
-    check(few_rows_matmul(x, weight, **more), exact, dtype)
-    check(few_rows_sums(x, weight, **more).sum(0), exact, torch.float32)
-    check(gated_matmul(x, weight, **more), gated(exact), dtype)
+    check(few_rows_matmul(x, weight, **more), exact, dtype, inner)
+    check(few_rows_sums(x, weight, **more).sum(0), exact, torch.float32, inner)
+    check(gated_matmul(x, weight, **more), gated(exact), dtype, inner)
 
 
 @pytest.mark.gpu
@@ -130,7 +131,7 @@ def test_more_rows_and_fp32_are_torchs():
     for rows, dtype in ((65, torch.bfloat16), (60, torch.float32)):
         x, weight, more, exact = case((rows,), 256, 512, dtype, "cuda", bias=True)
         assert torch.equal(few_rows_sums(x, weight, **more), nn.functional.linear(x, weight, more["bias"]))
-        check(few_rows_matmul(x, weight, **more), exact, dtype)
+        check(few_rows_matmul(x, weight, **more), exact, dtype, 512)
 
 
 # ordinary weights, a row of zeros, an outlier, the largest and smallest of each dtype
