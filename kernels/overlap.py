@@ -35,7 +35,7 @@ def dependent_launch(device: torch.device) -> dict[str, Any]:
 
 def fetch_ahead(weight: Tensor | None) -> dict[str, Any]:
     """Keywords for a kernel that takes NEXT_LINES, fetch_programs and what `fetch` takes; weight [N, K] or None."""
-    if weight is None or not dependent_launch(weight.device)["PDL"]:
+    if weight is None or not AHEAD or not dependent_launch(weight.device)["PDL"]:
         return {"next_ptr": None, "next_rows": 0, "next_stride": 0, "fetch_programs": 0, "NEXT_LINES": 1}
     assert weight.stride(1) == 1
     lines = min(weight.shape[1] * weight.element_size(), AHEAD // len(weight)) // 128
