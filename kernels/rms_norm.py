@@ -56,10 +56,10 @@ def _add_rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, normed_ptr, total_ptr, eps, stride_s, stride_x, stride_r,
     H: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    after_earlier_kernels(PDL)
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     mask = i < H
     weight = tl.load(weight_ptr + i, mask=mask, other=0.0).to(tl.float32)
-    after_earlier_kernels(PDL)
     total = sum_parts(x_ptr + row * stride_x, i, mask, stride_s, PARTS)
     total += tl.load(residual_ptr + row * stride_r + i, mask=mask, other=0.0).to(tl.float32)
     rounded = total.to(total_ptr.dtype.element_ty)
