@@ -2,7 +2,8 @@
 
 Programmatic dependent launch (Hopper on): a kernel starts while the one before it still runs. Each says so to the next
 with gdc_launch_dependents, and every program of it passes gdc_wait before it reads or writes anything: earlier it may
-only ask for weights to be fetched into L2. The wait is what orders it after all earlier kernels, so a kernel launched this way that left it out would break the chain.
+only ask for weights to be fetched into L2. The wait is what orders it after all earlier kernels, so a kernel launched
+this way that left it out would break the chain.
 
 Fetching ahead: what runs between two large products is short but leaves the memory idle. One of these kernels may get
 a few more programs that ask for the first bytes of each row of the next weight.
