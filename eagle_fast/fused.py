@@ -108,7 +108,7 @@ class FusedLayer(nn.Module):
         return out
 
     def _attend(self, qkv: torch.Tensor, position_embeddings, slab) -> torch.Tensor:
-        """Attention of rows qkv ([S,] B, T, (Hq + 2 Hkv) D], which are written to the slab first -> [B, T, Hq, D]."""
+        """Attention of rows qkv [B, T, (Hq + 2 Hkv) D], or parts of them, written to the slab first -> [B, T, Hq, D]."""
         batch, count, _ = qkv.shape[-3:]
         cos, sin = (each.expand(batch, -1, -1).reshape(batch * count, -1) for each in position_embeddings)
         keys, values = slab.keys[self.layer_idx], slab.values[self.layer_idx]
