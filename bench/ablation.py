@@ -1,4 +1,4 @@
-"""What the pieces of the kernels' overlap give: a round and a plain token with each of them changed, in one process.
+"""What choices inside the kernels give: a round and a plain token with each of them changed, in one process.
 
     python bench/ablation.py llama-3.1-8b
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from eagle_fast_kernels import linear, lm_head_topk, overlap, rms_norm
+from eagle_fast_kernels import linear, lm_head_topk, rms_norm
 from round import repeatable
 from shapes import SHAPES, build_head, build_target
 
@@ -22,7 +22,6 @@ from eagle_fast import EaModel, TreeConfig
 from eagle_fast.round import Round
 
 CONTEXT, REPEATS = 512, 20
-MIB = 2**20
 
 
 @contextlib.contextmanager
@@ -58,10 +57,8 @@ def milliseconds(work: Callable[[], object]) -> float:
 def variants() -> Iterator[tuple[str, Any]]:
     """(what is changed, the change)."""
     yield "as it is", contextlib.nullcontext()
-    for size in (0, 8, 32):
-        yield f"fetch {size} MiB ahead", changed(overlap, "AHEAD", size * MIB)
     yield "no prefetch of a product's own weight", changed(linear, "PREFETCH", 2**40)
-    yield "norms with half the warps", changed(rms_norm, "num_warps", lambda block: min(16, max(1, block // 512)))
+    yield "norms with twice the warps", changed(rms_norm, "num_warps", lambda block: min(32, max(1, block // 256)))
     tiles = lm_head_topk.TILES
     for tile in ((64, 128, 4, 5), (64, 256, 4, 4), (128, 128, 4, 5), (128, 256, 8, 4), (256, 256, 8, 3)):
         others = {**tiles, 1: {**tiles[1], 16: lm_head_topk.Tile(*tile)}}

@@ -9,12 +9,9 @@ Li et al. 2024; EAGLE-2 for the beam and the reranking, section 4).
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from eagle_fast_kernels.draft_head import rope_append
 from eagle_fast_kernels.grow import finish_tree, grow
-from eagle_fast_kernels.linear import split_rows
 from eagle_fast_kernels.lm_head_topk import lm_head_topk
 from eagle_fast_kernels.tree_attention import tree_attention
 
@@ -22,7 +19,6 @@ from eagle_fast.attention import PrefillStep, prefill_attention
 from eagle_fast.cache import KVSlab, LayerShape
 from eagle_fast.config import TreeConfig
 from eagle_fast.head import DraftHead
-from eagle_fast.head_layer import DraftLayer
 from eagle_fast.sampling import SamplingTensors
 from eagle_fast.tree import Tree, chain_masks, own_bits
 
@@ -39,8 +35,6 @@ class Drafter:
         self.hidden = torch.zeros(batch, config.hidden_size, dtype=head.dtype, device=device)
         self.states = torch.zeros_like(self.hidden)
         path, k = tree.max_path, tree.top_k
-        first = cast(DraftLayer, head.layers[0])
-        self.next_weight = split_rows(first.qkv.weight) if config.kind == "eagle3" else None  # what a level reads first
         self.path_rows = torch.arange(path, device=device)
         self.path_masks = chain_masks(path, device).repeat(batch, 1, 1)
         self.level_slots = torch.arange(max(tree.depth, 1) * k, device=device)
@@ -91,7 +85,6 @@ class Drafter:
             positions=positions.repeat_interleave(rows),
             seeds=sampling.seeds.repeat_interleave(rows),
             sequences=sampling.sequences.repeat_interleave(rows),
-            then=self.next_weight,
         )
         return scores.view(batch, rows, -1), tokens.view(batch, rows, -1)
 
@@ -111,11 +104,10 @@ class Drafter:
     def _append(self, index, layer, qkv, positions, slots):
         """Rotate the queries and keys of new rows and write K and V from row slots [B] on."""
         config = self.head.config
-        then = split_rows(layer.o.weight) if qkv.dim() == 4 else None  # fetched ahead, where the product streams it
         return rope_append(
             qkv, positions, self.cos, self.sin, self.slab.keys[index], self.slab.values[index], slots,
             config.num_heads, config.num_kv_heads, q_norm=layer.q_norm, k_norm=layer.k_norm,
-            eps=config.rms_norm_eps, interleaved=config.rope_interleaved, then=then,
+            eps=config.rms_norm_eps, interleaved=config.rope_interleaved,
         )  # fmt: skip
 
     # -- absorb ----------------------------------------------------------------------------------------------------

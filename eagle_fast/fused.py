@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from eagle_fast_kernels.draft_head import rope_append
-from eagle_fast_kernels.linear import few_rows_sums, gated_matmul, split_rows
+from eagle_fast_kernels.linear import few_rows_sums, gated_matmul
 from eagle_fast_kernels.rms_norm import add_rms_norm, rms_norm
 from eagle_fast_kernels.tree_attention import tree_attention
 from torch import nn
@@ -108,7 +108,7 @@ class FusedLayer(nn.Module):
         return out
 
     def _attend(self, qkv: torch.Tensor, position_embeddings, slab) -> torch.Tensor:
-        """Attention of rows qkv [B, T, (Hq + 2 Hkv) D], or parts of them, written to the slab first -> [B, T, Hq, D]."""
+        """Attention of rows qkv [B, T, (Hq + 2 Hkv) D], or parts, written to the slab first -> [B, T, Hq, D]."""
         batch, count, _ = qkv.shape[-3:]
         cos, sin = (each.expand(batch, -1, -1).reshape(batch * count, -1) for each in position_embeddings)
         keys, values = slab.keys[self.layer_idx], slab.values[self.layer_idx]
@@ -119,10 +119,7 @@ class FusedLayer(nn.Module):
         norms: dict[str, Any] = {}
         if self.q_norm is not None and self.k_norm is not None:
             norms = {"q_norm": self.q_norm.weight, "k_norm": self.k_norm.weight, "eps": self.q_norm.variance_epsilon}
-        then = split_rows(self.o) if qkv.dim() == 4 else None  # fetched ahead, where the product streams it
-        query = rope_append(
-            qkv, rows, cos, sin, keys, values, slots, self.num_heads, self.num_kv_heads, then=then, **norms
-        )
+        query = rope_append(qkv, rows, cos, sin, keys, values, slots, self.num_heads, self.num_kv_heads, **norms)
         if isinstance(step, PrefillStep):
             return prefill_attention(query, keys, values, step, scale=self.scale, window=window)
         local = {"window": window, "depths": step.depths} if window else {}

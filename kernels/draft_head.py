@@ -14,8 +14,7 @@
 Bytes: every input is read and every output written once. A level of 10 rows of an EAGLE-3 head for Llama-3.1-8B in bf16
 moves 0.33 MB (head_input) and 0.24 MB (rope_append): 0.1 us at 3.08 TB/s, so what counts is how few launches there are,
 and that they overlap (`overlap.py`). qkv may come in parts, fp32 [S, ...] from `linear.few_rows_sums`, which are added
-up here. rope_append can have the next weight fetched into L2 while attention, which follows it, leaves the memory
-idle. Arithmetic is fp32; norms round where LlamaRMSNorm does.
+up here. Arithmetic is fp32; norms round where LlamaRMSNorm does.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from eagle_fast_kernels.launch import device_guard, use_triton
-from eagle_fast_kernels.overlap import after_earlier_kernels, dependent_launch, fetch, fetch_ahead
+from eagle_fast_kernels.overlap import after_earlier_kernels, dependent_launch
 from eagle_fast_kernels.rms_norm import normalise, num_warps, rms_norm_ref, sum_parts
 from einops import rearrange
 from torch import Tensor
@@ -58,19 +57,13 @@ def _head_input_kernel(
 @triton.jit
 def _rope_append_kernel(
     qkv_ptr, positions_ptr, cos_ptr, sin_ptr, k_ptr, v_ptr, slots_ptr, q_norm_ptr, k_norm_ptr, q_ptr,
-    num_rows, num_programs, eps, next_ptr, next_rows, next_stride, fetch_programs,
-    stride_xs, stride_xb, stride_xt, stride_pb, stride_pt,
+    num_rows, eps, stride_xs, stride_xb, stride_xt, stride_pb, stride_pt,
     stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr,
-    INTERLEAVED: tl.constexpr, PARTS: tl.constexpr, NEXT_LINES: tl.constexpr, PDL: tl.constexpr,
+    INTERLEAVED: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     after_earlier_kernels(PDL)
-    program = tl.program_id(0)
-    if next_ptr is not None:  # noqa: SIM102  known at compile time
-        if program >= num_programs:
-            fetch(next_ptr, next_rows, next_stride, program - num_programs, fetch_programs, NEXT_LINES)
-            return
-    pid, head = (program // (HQ + 2 * HKV)).to(tl.int64), (program % (HQ + 2 * HKV)).to(tl.int64)
+    pid, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     sequence, row = pid // num_rows, pid % num_rows
     d = tl.arange(0, BLOCK_D)
     mask = d < D
@@ -131,14 +124,13 @@ def head_input(
 def rope_append(
     qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, k_slab: Tensor, v_slab: Tensor, slots: Tensor,
     num_heads: int, num_kv_heads: int, *, q_norm: Tensor | None = None, k_norm: Tensor | None = None,
-    eps: float = 1e-6, interleaved: bool = False, then: Tensor | None = None,
+    eps: float = 1e-6, interleaved: bool = False,
 ) -> Tensor:  # fmt: skip
     """Rotated queries [B, Hq, T, D] (a view of [B, T, Hq, D]); rotated keys and values go to the cache.
 
     qkv [B, T, (Hq + 2 Hkv) D], or parts of it [S, B, T, ...], which give queries in the cache's dtype; positions
     [B, T]; cos, sin [P, R], laid out as the dimensions they multiply, which are the first R <= D of a head: the others
     pass; k_slab, v_slab [B, Hkv, L, D] get rows slots[b] + t; q_norm, k_norm [D] are given together or not at all.
-    then: a weight whose rows are read after the attention (`linear.split_rows`), to be fetched ahead.
     """
     num_sequences, num_rows, width = qkv.shape[-3:]
     head_dim, rotary_dim = k_slab.shape[3], cos.shape[1]
@@ -158,15 +150,12 @@ def rope_append(
         )  # fmt: skip
     parts = qkv if qkv.dim() == 4 else qkv[None]
     q = qkv.new_empty(num_sequences, num_rows, num_heads, head_dim, dtype=_whole_dtype(qkv, k_slab))
-    num_programs, ahead = num_sequences * num_rows * (num_heads + 2 * num_kv_heads), fetch_ahead(then)
     with device_guard(qkv):
-        _rope_append_kernel[(num_programs + ahead["fetch_programs"],)](
-            qkv, positions, cos, sin, k_slab, v_slab, slots, q_norm, k_norm, q, num_rows, num_programs, eps,
-            *(ahead[key] for key in ("next_ptr", "next_rows", "next_stride", "fetch_programs")),
+        _rope_append_kernel[(num_sequences * num_rows, num_heads + 2 * num_kv_heads)](
+            qkv, positions, cos, sin, k_slab, v_slab, slots, q_norm, k_norm, q, num_rows, eps,
             *parts.stride()[:3], *positions.stride(), *k_slab.stride()[:3], *v_slab.stride()[:3],
             HQ=num_heads, HKV=num_kv_heads, D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), R=rotary_dim,
-            INTERLEAVED=interleaved, PARTS=len(parts), NEXT_LINES=ahead["NEXT_LINES"], num_warps=1,
-            **dependent_launch(qkv.device),
+            INTERLEAVED=interleaved, PARTS=len(parts), num_warps=1, **dependent_launch(qkv.device),
         )  # fmt: skip
     return q.transpose(1, 2)
 

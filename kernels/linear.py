@@ -88,12 +88,6 @@ def _most_splits(steps: int, most: int) -> int:
     return max((s for s in range(1, min(steps // 2, most) + 1) if steps % s == 0), default=1)
 
 
-def split_rows(weight: Tensor) -> Tensor:
-    """weight [N, K] as [N S, K / S]: a row for each place at which `few_rows_sums` begins to read it."""
-    splits = weight_tile(len(weight), weight.shape[1], weight, 1, split=True).splits
-    return weight.view(len(weight) * splits, -1) if weight.shape[1] % splits == 0 else weight
-
-
 @triton.jit
 def to_dtype(w, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
     """A tile of weights in the dtype of x; e4m3 to bf16 four at a time, by moving bits and times 2^120."""

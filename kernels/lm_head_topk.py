@@ -22,7 +22,7 @@ from .launch import device_guard, upcast, use_triton
 from .linear import few_rows_matmul, to_dtype
 from .noise import gumbel, gumbel_ref, gumbel_row_ref
 from .order_key import PACKED_ABSENT, pack, pack_ref, unpack, unpack_ref
-from .overlap import after_earlier_kernels, dependent_launch, fetch, fetch_ahead
+from .overlap import after_earlier_kernels, dependent_launch
 from .sample import GREEDY_TEMPERATURE
 
 
@@ -114,16 +114,10 @@ def _tile_topk_kernel(
 
 @triton.jit
 def _merge_kernel(
-    scores_ptr, tokens_ptr, packed_ptr, partial_ptr, token_ids_ptr, num_tiles, num_rows,
-    next_ptr, next_rows, next_stride, fetch_programs,
-    K: tl.constexpr, BLOCK_TILES: tl.constexpr, BLOCK_PACKED: tl.constexpr, NEXT_LINES: tl.constexpr,
-    PDL: tl.constexpr,
+    scores_ptr, tokens_ptr, packed_ptr, partial_ptr, token_ids_ptr, num_tiles,
+    K: tl.constexpr, BLOCK_TILES: tl.constexpr, BLOCK_PACKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     after_earlier_kernels(PDL)
-    if next_ptr is not None:  # noqa: SIM102  known at compile time
-        if tl.program_id(0) >= num_rows:
-            fetch(next_ptr, next_rows, next_stride, tl.program_id(0) - num_rows, fetch_programs, NEXT_LINES)
-            return
     row = tl.program_id(0).to(tl.int64)
     tiles = tl.arange(0, BLOCK_TILES)
     partial_ptrs = partial_ptr + (row * num_tiles + tiles) * 2
@@ -157,13 +151,11 @@ def lm_head_topk(
     positions: torch.Tensor | None = None,
     seeds: torch.Tensor | None = None,
     sequences: torch.Tensor | None = None,
-    then: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(scores [R, k] float32 log-probabilities in descending order, tokens [R, k] int64 target ids).
 
     bias and scale (of a quantised weight's rows) are [Vd]; token_ids [Vd] maps draft to target ids (None: the same).
-    temperature float32, positions, seeds and sequences int64 are [R], given together or not at all. then: a
-    weight whose rows are read next (`linear.split_rows`), to be fetched ahead while the tree grows.
+    temperature float32, positions, seeds and sequences int64 are [R], given together or not at all.
     """
     noise = (temperature, positions, seeds, sequences)
     if any(x is None for x in noise) and any(x is not None for x in noise):
@@ -194,9 +186,8 @@ def lm_head_topk(
             K=k, GREEDY_TEMPERATURE=GREEDY_TEMPERATURE, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
             UPCAST=upcast(hidden.dtype), num_warps=num_warps, num_stages=num_stages, **dependent_launch(hidden.device),
         )  # fmt: skip
-        ahead = fetch_ahead(then)
-        _merge_kernel[(num_rows + ahead["fetch_programs"],)](
-            scores, tokens, packed, partial, token_ids, num_tiles, num_rows, **ahead,
+        _merge_kernel[(num_rows,)](
+            scores, tokens, packed, partial, token_ids, num_tiles,
             K=k, BLOCK_TILES=triton.next_power_of_2(num_tiles), BLOCK_PACKED=block_packed,
             num_warps=min(32, max(4, block_packed // 512)), **dependent_launch(hidden.device),
         )  # fmt: skip

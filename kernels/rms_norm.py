@@ -71,7 +71,7 @@ def _add_rms_norm_kernel(
 
 def num_warps(block: int) -> int:
     """Warps for a program of a row of `block` elements."""
-    return min(16, max(1, block // 256))
+    return min(16, max(1, block // 512))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
