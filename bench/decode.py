@@ -100,7 +100,7 @@ def stock_speed(model: EaModel, prompts: list[list[int]], args, temperature: flo
     for index, prompt in enumerate([prompts[0], *prompts]):
         ids = torch.tensor([prompt], device=model.target.device)
         started = time.perf_counter()
-        out = model.base_model.generate(ids, max_new_tokens=args.stock_tokens if index else 4, **sampling)
+        out = model.base_model.generate(ids, max_new_tokens=args.stock_tokens, **sampling)
         out.tolist()
         if index:
             seconds += time.perf_counter() - started

@@ -87,25 +87,25 @@ def compare(model: EaModel, prompts: list[list[int]], args: argparse.Namespace, 
 
 
 def spread(partings: list[Parting]) -> dict:
-    """Median and largest of what a table shows of the partings, and all of them in order of their gap."""
+    """Of all partings: medians and largest values, how many are within a rounding, and the widest five."""
     row: dict = {}
     for name in ("token", "gap", "roundings"):
         values = [getattr(parting, name) for parting in partings]
         row[f"median_{name}"] = round(statistics.median(values), 4) if values else None
         row[f"largest_{name}"] = round(max(values), 4) if values else None
-    ordered = sorted(partings, key=lambda parting: parting.gap)
-    row["partings"] = [[round(value, 4) for value in parting] for parting in ordered]
+    row["within_a_rounding"] = sum(parting.roundings <= 1 for parting in partings)
+    widest = sorted(partings, key=lambda parting: -parting.gap)[:5]
+    row["widest"] = [{name: round(value, 4) for name, value in parting._asdict().items()} for parting in widest]
     return row
 
 
 def show(rows: list[dict], args: argparse.Namespace) -> None:
     print(f"{args.dtype}, {args.max_new_tokens} tokens; where texts part: median / largest")
-    print(f"{'T':>5}{'prompts':>9}{'same':>7}{'after tokens':>16}{'top-2 gap':>20}{'in roundings':>18}")
+    print(f"{'T':>5}{'prompts':>9}{'same':>7}{'after tokens':>16}{'top-2 gap':>20}{'in roundings':>18}{'within 1':>10}")
     for row in rows:
         cells = [f"{row[f'median_{name}']} / {row[f'largest_{name}']}" for name in ("token", "gap", "roundings")]
-        print(
-            f"{row['temperature']:>5.1f}{row['prompts']:>9}{row['same']:>7}{cells[0]:>16}{cells[1]:>20}{cells[2]:>18}"
-        )
+        texts = f"{row['temperature']:>5.1f}{row['prompts']:>9}{row['same']:>7}"
+        print(f"{texts}{cells[0]:>16}{cells[1]:>20}{cells[2]:>18}{row['within_a_rounding']:>10}")
 
 
 def main() -> int:
@@ -118,7 +118,7 @@ def main() -> int:
     rows = [compare(model, prompts, args, temperature) for temperature in args.temperature]
     show(rows, args)
     record = {"bench": "lossless", "dtype": args.dtype, "max_new_tokens": args.max_new_tokens, "rows": rows}
-    record |= {"hardware": hardware(model.target.device), "torch": torch.__version__, "parting": Parting._fields}
+    record |= {"hardware": hardware(model.target.device), "torch": torch.__version__}
     if args.out:
         args.out.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record))

@@ -16,9 +16,7 @@ from eagle_fast_kernels.sample import sample
 
 from eagle_fast.config import MAX_SEED, SamplingParams
 
-
-# Logits of a draft whose errors have scale 1 are worth so much more than they say: see `draft_scales`.
-SHARPNESS = 1.25
+SHARPNESS = 1.25  # k of `draft_scales`, measured
 
 
 class DraftScales(NamedTuple):
@@ -29,17 +27,20 @@ class DraftScales(NamedTuple):
 
 
 def draft_scales(temperature: float, shared_noise: bool) -> DraftScales:
-    """What makes a draft's scores the honest log-probabilities of the target's choice, argmax_v (t_v + T G_v).
+    """What makes a draft's scores honest: the log-probability that the target will choose v, as far as a draft knows.
 
-    A head trained on cross-entropy says z = log E[softmax(t)], which is flatter than the target's logits t: they are
-    about k z + e, k > 1, with an error e that the draft does not know. Its spread is that of a Gumbel variable of scale
-    1, so the target takes v with probability softmax(k z + T G)[v] where the draft knows the noise. Where it does not,
-    T G and e add up to a scale of about sqrt(1 + T^2), and the probability is softmax(k z / sqrt(1 + T^2))[v]. At T = 0
-    both are softmax(k z). Measured on SmolLM2-135M and its head: LOG.md.
+    The target chooses argmax_v (t_v + T G_v), the draft has z, not t. Cross-entropy makes z the logarithm of what the
+    target's probabilities are on average over all texts that look alike to the draft. An average is flatter than what
+    it is taken of: t is about k z + e with k > 1 and an error e, whose scale on trained heads is that of a standard
+    Gumbel variable. So, by the Gumbel-max rule once more, where the draft knows the noise the target chooses v with
+    probability softmax(k z + T G)[v], and at T = 0 with softmax(k z)[v].
+
+    Without the noise T G is one more error. At T = 1 the honest probability is softmax(z) then, by training. Variances
+    add up, and the gain goes with the inverse of a scale: 1 / gain^2 is 1 / k^2 at T = 0, 1 at T = 1, linear in T^2.
     """
     if shared_noise:
         return DraftScales(SHARPNESS, temperature)
-    return DraftScales(SHARPNESS / math.sqrt(1 + temperature**2), 0.0)
+    return DraftScales(1 / math.sqrt((1 - temperature**2) / SHARPNESS**2 + temperature**2), 0.0)
 
 
 class SamplingTensors:

@@ -1,7 +1,7 @@
 """The draft head's last step in one pass over its weights: logits, log-softmax and top-k, without writing the logits.
 
     z = hidden @ weight.T (* scale) (+ bias)                             hidden [R, H], weight [Vd, H]
-    y = gain z + share G(seed, sequence, position, target token)         gain, share [R]; G is the target's own noise
+    y = gain z + share G(seed, sequence, position, target token)         gain, share [R], G the target's own noise
     scores = the k largest of log_softmax(y), tokens = their target ids
 
 Bytes: the weights, Vd H elements, once for every 64 rows (EAGLE-3's 32000 x 4096 in bf16: 262 MB, 85 us at 3.08 TB/s;
