@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from eagle_fast_kernels.tree_attention import tree_attention
 from transformers import AttentionInterface
 
+from eagle_fast.transfers import packed_to
+
 IMPLEMENTATION = "eagle_fast"
 
 
@@ -78,10 +80,15 @@ class TreeStep(Step):
         """[B] cache row of each sequence's first row."""
         return self.lengths
 
+    def sent_to(self, device: torch.device, tokens: torch.Tensor) -> tuple[torch.Tensor, TreeStep]:
+        """(tokens [B, T], the step) on another device, sent as one copy."""
+        tokens, *step = packed_to(device, tokens, self.lengths, self.slots, self.ancestors, self.depths)
+        return tokens, TreeStep(*step)
+
 
 @dataclass
 class AttentionContext:
-    """What the current forward is, shared by the attention layers and the cache of one target."""
+    """What the current forward is, shared by a target's attention layers on one device and by its cache."""
 
     step: PrefillStep | TreeStep | None = None
 

@@ -27,7 +27,7 @@ class Drafter:
     """One head drafting for B sequences, with its own keys and values and the state that the next tree grows from."""
 
     def __init__(self, head: DraftHead, tree: TreeConfig, batch: int, capacity: int):
-        self.head, self.tree = head, tree
+        self.head, self.tree, self.device = head, tree, head.device
         device, config = head.device, head.config
         shape = LayerShape(config.num_kv_heads, config.head_dim, head.dtype, device)
         self.slab = KVSlab([shape] * config.num_layers, batch, capacity)

@@ -129,6 +129,8 @@ def fuse_layers(layers: nn.ModuleList) -> None:
     """Replace what can be fused in the twin's list of layers."""
     for index, layer in enumerate(layers):
         if can_fuse(layer):
-            layers[index] = FusedLayer(layer)
+            fused = layers[index] = FusedLayer(layer)
+            fused._forward_pre_hooks = layer._forward_pre_hooks
+            fused._forward_pre_hooks_with_kwargs = layer._forward_pre_hooks_with_kwargs
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # what the separate weights took, before the next layer is merged

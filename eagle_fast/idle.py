@@ -62,4 +62,4 @@ class IdleStates(list[Lease]):
             self.clear()
             torch.cuda.empty_cache()
             state = Round(*arguments)
-        return state, GraphedStep(state.step, self.target.device)
+        return state, GraphedStep(state.step, state.devices)

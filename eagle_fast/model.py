@@ -24,7 +24,7 @@ from eagle_fast.head import DraftHead
 from eagle_fast.hf_generate import HFGenerateMixin
 from eagle_fast.idle import IdleStates
 from eagle_fast.loading import HEAD_OPTIONS, HUB_OPTIONS, TOKENIZER_OPTIONS, known_path, load_head, load_target
-from eagle_fast.placement import warn_if_slow
+from eagle_fast.placement import device_map_of, resolve_device, warn_if_slow
 from eagle_fast.request import Request, end_of_turn, make_request, pad_id, padded, special_ids
 from eagle_fast.target import Target
 from eagle_fast.tune import pick_total_token
@@ -34,9 +34,10 @@ from eagle_fast.validate import check_positive
 class EaModel(HFGenerateMixin, nn.Module):
     """Speculative decoding of `base_model` with `ea_layer`; `base_model` itself stays usable and unchanged.
 
-    base_model: any stock causal LM whose attention goes through transformers' AttentionInterface, on one device. It
-    decodes in eval mode here whatever its own mode is.
-    ea_layer: the draft head, on the same device. Raises UnsupportedModel, with the reason, for other models.
+    base_model: any stock causal LM whose attention goes through transformers' AttentionInterface, on one device or
+    several. It decodes in eval mode here whatever its own mode is.
+    ea_layer: the draft head, on any device. Raises UnsupportedModel, with the reason, for other models.
+    device_map: where base_model lies, module by module with the embedding first; {"": device} on one device.
     Calls may run interleaved and in several threads; they take turns, a round each.
     """
 
@@ -47,9 +48,9 @@ class EaModel(HFGenerateMixin, nn.Module):
         self.base_model, self.ea_layer = base_model, ea_layer
         self.config = base_model.config
         self.tree = tree or TreeConfig()
-        self.target = Target(base_model, tuple(ea_layer.config.feature_layers))
+        self.target = Target(base_model, tuple(ea_layer.config.feature_layers), ea_layer.device)
         self.target.model.eval()  # the twin's mode; the user's model keeps its own
-        self.device_map: dict[str, Any] = {"": self.target.device}
+        self.device_map = device_map_of(base_model)
         self._name = name or getattr(base_model, "name_or_path", "")
         self._tokenizer: Any = None
         self._tokenizer_options: dict[str, Any] = {}
@@ -70,6 +71,8 @@ class EaModel(HFGenerateMixin, nn.Module):
         threshold: float = 1.0,
         *,
         device_map=None,
+        max_memory: dict | None = None,
+        draft_device=None,
         ea_revision: str | None = None,
         **kwargs,
     ) -> EaModel:
@@ -77,6 +80,8 @@ class EaModel(HFGenerateMixin, nn.Module):
 
         use_eagle3 None detects the kind of head from its tensors; a value that contradicts the file is an error.
         base_model_path may be a loaded model. threshold is accepted for SafeAILab/EAGLE's sake and changes nothing.
+        device_map: "auto" (one GPU if the pair fits on one), "balanced", "balanced_low_0", "sequential" with max_memory
+        as in transformers, a device, or a dict of module names; draft_device: the head's, by default the lm_head's.
         feature_layers, norm_before_residual, norm_output, rope_theta, rope_interleaved override what the head's config
         says; everything else (dtype or torch_dtype, quantization_config, revision, token, ...) goes to
         AutoModelForCausalLM.from_pretrained. Raises ValueError for what does not fit together.
@@ -85,8 +90,11 @@ class EaModel(HFGenerateMixin, nn.Module):
         tree = TreeConfig(total_token, depth, top_k)
         head_options = {key: kwargs.pop(key) for key in HEAD_OPTIONS if key in kwargs}
         head_options |= {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
-        base_model = load_target(base_model_path, device_map, kwargs)
-        head = load_head(head_path, base_model, use_eagle3=use_eagle3, revision=ea_revision, options=head_options)
+        there = None if draft_device is None else resolve_device(draft_device, "draft_device")
+        base_model = load_target(base_model_path, device_map, kwargs, max_memory)
+        head = load_head(
+            head_path, base_model, use_eagle3=use_eagle3, revision=ea_revision, options=head_options, device=there
+        )
         model = cls(base_model, head, tree=tree)
         model._tokenizer_options = {key: kwargs[key] for key in TOKENIZER_OPTIONS if key in kwargs}
         return model

@@ -10,6 +10,8 @@ B sequences, T tree nodes, A most nodes on a path (and most tokens a round emits
 
 The newest token, the root, is never in the cache: the first root is the last token of the prompt. Plain decoding is the
 same round with a tree of just the root. Nothing here reads a value on the host.
+
+The state lies on the device of the logits. A head elsewhere gets the roots and sends its tree, each as one copy.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from eagle_fast.draft import Drafter
 from eagle_fast.head import DraftHead
 from eagle_fast.sampling import SamplingTensors
 from eagle_fast.target import Target
+from eagle_fast.transfers import distinct, packed_to
 from eagle_fast.tree import Tree, root_only
 
 PREFILL_CHUNK = 1024
@@ -53,7 +56,11 @@ class Round:
         self.cache = target.new_cache(batch, capacity)
         self.drafter = Drafter(head, tree, batch, capacity) if head else None
         device = target.device
+        self.devices = distinct([*target.devices, self.drafter.device if self.drafter else device])
         self.sampling = SamplingTensors(batch, device)
+        self.draft_sampling = self.sampling
+        if self.drafter and self.drafter.device != device:
+            self.draft_sampling = SamplingTensors(batch, self.drafter.device)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)  # tokens in the cache
         self.roots = torch.zeros_like(self.lengths)  # the newest token, not in the cache
         self.ends = torch.zeros_like(self.lengths)  # length at which a sequence is done
@@ -70,11 +77,18 @@ class Round:
         tree, logits, features = self.propose()
         self.commit(self.accept(tree, logits), features)
 
+    def draft(self) -> Tree:
+        """The tree under the newest token of each sequence."""
+        if self.drafter is None:
+            return root_only(self.roots)
+        roots, lengths = packed_to(self.drafter.device, self.roots, self.lengths)
+        tree = self.drafter.grow(roots, lengths, self.draft_sampling)
+        return Tree(*packed_to(self.target.device, *tree))
+
     def propose(self) -> tuple[Tree, torch.Tensor, torch.Tensor]:
         """Draft and verify: the tree, the target's logits [B, T, V] and the features [B, T, F] of its nodes."""
         self.target.set_long_rope(self.long_rope)
-        drafter = self.drafter
-        tree = drafter.grow(self.roots, self.lengths, self.sampling) if drafter else root_only(self.roots)
+        tree = self.draft()
         slots = self.lengths[:, None] + self.node_slots
         step = TreeStep(self.lengths, slots, tree.ancestors, tree.depths)
         return tree, *self.target.verify(tree.tokens, step, self.cache)
@@ -91,8 +105,8 @@ class Round:
         self.cache.slab.compact(path, counts, self.lengths)
         tokens = emitted.clamp(min=0)  # -1 marks NaN logits, which the host reports
         if self.drafter:
-            taken = features.gather(1, path[..., None].expand(-1, -1, features.shape[-1]))
-            self.drafter.absorb(taken, tokens, counts, self.lengths)
+            nodes, *rows = packed_to(self.drafter.device, path, tokens, counts, self.lengths)
+            self.drafter.absorb(features.gather(1, nodes[..., None].expand(-1, -1, features.shape[-1])), *rows)
         newest = tokens.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]
         self.roots.copy_(torch.where(counts > 0, newest, self.roots))
         self.lengths.add_(counts)
@@ -116,14 +130,19 @@ class Round:
         if self.target.rope_switch is not None:
             self.long_rope.copy_(prompt_lengths > self.target.rope_switch)
         self.target.set_long_rope(self.long_rope)
+        lengths = self.lengths
         if self.drafter:
-            self.drafter.start_without_prefix(self.roots)
+            if self.draft_sampling is not self.sampling:
+                self.draft_sampling.copy_(self.sampling)
+            roots, lengths = packed_to(self.drafter.device, self.roots, lengths)
+            self.drafter.start_without_prefix(roots)
         prefix = tokens.shape[1] - 1
         for start in range(0, prefix, PREFILL_CHUNK):
             end = min(start + PREFILL_CHUNK, prefix)
             features = self.target.prefill(tokens[:, start:end], start, self.cache)
             if self.drafter:
-                self.drafter.absorb_prompt(features, tokens[:, start + 1 : end + 1], start, self.lengths)
+                following = tokens[:, start + 1 : end + 1].to(self.drafter.device)
+                self.drafter.absorb_prompt(features, following, start, lengths)
 
     def finish(self, row: int) -> None:
         """Emit nothing more for this sequence."""
@@ -139,6 +158,9 @@ class Round:
         self.sampling.adopt(rows, other.sampling)
         if self.drafter:
             assert other.drafter is not None
-            self.drafter.adopt(rows, other.drafter)
+            there = rows.to(self.drafter.device)
+            if self.draft_sampling is not self.sampling:
+                self.draft_sampling.adopt(there, other.draft_sampling)
+            self.drafter.adopt(there, other.drafter)
         for name in ("lengths", "roots", "ends", "long_rope"):
             getattr(self, name)[rows] = getattr(other, name)[: len(rows)]

@@ -46,6 +46,11 @@ class SamplingTensors:
             self.seeds.fill_(seed)
             self.sequences.copy_(torch.arange(batch, device=device))
 
+    def copy_(self, other: SamplingTensors) -> None:
+        """Take over the settings of `other`, of as many sequences on any device."""
+        for name, mine in vars(self).items():
+            mine.copy_(getattr(other, name))
+
     def adopt(self, rows: torch.Tensor, other: SamplingTensors) -> None:
         """Copy the settings of the first sequences of `other` to sequences `rows` [R] of this one."""
         for name, mine in vars(self).items():
