@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 
@@ -96,9 +96,17 @@ class GraphedStep:
                     home.wait_stream(other)
         except RuntimeError as error:
             self.eager = True
+            _abandon(graph, home.device)
             reason = str(error).strip().splitlines()[0]
             warnings.warn(f"rounds run without a CUDA graph, which is slower: {reason}", stacklevel=2)
             for device in self.devices:
                 torch.cuda.synchronize(device)
         else:
             self.graph, self.pools = graph, pools
+
+
+def _abandon(graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
+    """After a failed capture, torch's allocator would go on as if it were under way, and abort the process when a pool
+    on that device is freed."""
+    with suppress(RuntimeError):  # where it was not under way
+        torch._C._cuda_endAllocateToPool(device.index, graph.pool())

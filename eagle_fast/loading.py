@@ -77,7 +77,12 @@ def _placement(path: str, device_map, max_memory: dict | None, options: dict[str
         )
     if device_map == "auto" and set(placement) == {""} and torch.cuda.device_count() > 1:
         warnings.warn(f"the model fits on one GPU and is on {placement['']} alone; 'balanced' spreads it", stacklevel=4)
-    return {"device_map": placement}
+    return {"device_map": {name: _as_accelerate(device) for name, device in placement.items()}}
+
+
+def _as_accelerate(device: torch.device | str) -> int | str:
+    """A device as accelerate writes it: it compares them with "cpu" and "disk"."""
+    return str(device) if isinstance(device, str) or device.index is None else device.index
 
 
 def _dtype(options: dict[str, Any]) -> torch.dtype | None:
