@@ -15,14 +15,16 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 import transformers
 import triton
-from shapes import SHAPES, build_head, build_target, head_bytes, target_bytes
+from shapes import SHAPES, build_head, build_spread_target, build_target, head_bytes, plan_target, target_bytes
 
 from eagle_fast import EaModel, SamplingParams, TreeConfig
+from eagle_fast.graph import WARMUP_STEPS, GraphedStep
 from eagle_fast.round import Round
 
 
@@ -35,6 +37,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="with top-p 0.9 above 0")
     parser.add_argument("--tau", type=float, help="tokens a round to assume for tokens/s: forced, not measured")
     parser.add_argument("--repeats", type=int, default=50, metavar="N")
+    parser.add_argument("--device-map", default="0", help="a GPU count to spread over, or a strategy (default: GPU 0)")
     parser.add_argument("--commit", default="", help="to note in the record")
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     return parser.parse_args()
@@ -46,24 +49,27 @@ def bandwidth() -> float:
     return data.numel() * 4 / milliseconds(data.sum, 10) * 1e3
 
 
-def milliseconds(work: Callable[[], object], repeats: int) -> float:
+def graphed(work: Callable[[], object], devices: list[torch.device]) -> GraphedStep:
+    """`work` as a CUDA graph over its devices, captured."""
+    step = GraphedStep(work, devices)
+    for _ in range(WARMUP_STEPS + 1):
+        step()
+    assert step.graph is not None
+    return step
+
+
+def milliseconds(work: Callable[[], object], repeats: int, devices: list[torch.device] | None = None) -> float:
     """Median time of `work` as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        work()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
+    devices = devices or [torch.device("cuda", 0)]
+    step, times = graphed(work, devices), []
+    with torch.cuda.device(devices[0]):
+        for _ in range(repeats):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            step()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
     return statistics.median(times)
 
 
@@ -94,11 +100,28 @@ def phases(state: Round, repeats: int) -> dict[str, float]:
     accepted = state.accept(tree, logits)
     drafter = state.drafter
     assert drafter is not None
+    nothing = accepted._replace(counts=accepted.counts * 0)
     return {
-        "draft": milliseconds(lambda: drafter.grow(state.roots, state.lengths, state.sampling), repeats),
-        "draft_and_verify": milliseconds(state.propose, repeats),
-        "accept": milliseconds(lambda: state.accept(tree, logits), repeats),
-        "commit": milliseconds(lambda: state.commit(accepted._replace(counts=accepted.counts * 0), features), repeats),
+        "draft": milliseconds(state.draft, repeats, state.devices),
+        "draft_and_verify": milliseconds(state.propose, repeats, state.devices),
+        "accept": milliseconds(lambda: state.accept(tree, logits), repeats, state.devices),
+        "commit": milliseconds(lambda: state.commit(nothing, features), repeats, state.devices),
+    }
+
+
+def memory(model: EaModel, state: Round) -> dict[str, dict[str, float]]:
+    """Of each GPU, GiB: what weights, caches and head take, and the most that was allocated once they were there."""
+    slabs = [*state.cache.slab.slabs, *(state.drafter.slab.slabs if state.drafter else [])]
+    held = {}
+    for tensor in [*model.base_model.parameters(), *model.ea_layer.parameters(), *model.ea_layer.buffers(), *slabs]:
+        own = held.setdefault(tensor.device, {})
+        own[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return {
+        str(device): {
+            "held": round(sum(own.values()) / 2**30, 2),
+            "peak": round(torch.cuda.max_memory_allocated(device) / 2**30, 2),
+        }
+        for device, own in held.items()
     }
 
 
@@ -118,8 +141,13 @@ def main() -> None:
     args = parse()
     nodes, depth, top_k = args.tree
     tree = TreeConfig(nodes, depth, top_k)
-    target = build_target(args.shape, "cuda")
+    placement = plan_target(args.shape, args.device_map)
+    one = set(placement) == {""}
+    target = build_target(args.shape, placement[""]) if one else build_spread_target(args.shape, placement)
     model = EaModel(target, build_head(target), tree=tree)
+    devices = model.target.devices
+    for device in devices:
+        torch.cuda.reset_peak_memory_stats(device)
     rate = bandwidth()
     state = Round(model.target, model.ea_layer, tree, args.batch, args.context + tree.max_path)
     plain = Round(model.target, None, tree, args.batch, args.context + 1)
@@ -128,19 +156,19 @@ def main() -> None:
     kv_bytes = sum(slab[..., : args.context, :].numel() * slab.element_size() for slab in state.cache.slab.slabs)
     floor = (target_bytes(target) + head_bytes(model.ea_layer, depth) + kv_bytes) / rate * 1e3
     plain_floor = (target_bytes(target) + kv_bytes) / rate * 1e3
-    round_ms = milliseconds(repeatable(state), args.repeats)
-    plain_ms = milliseconds(repeatable(plain), args.repeats)
+    round_ms = milliseconds(repeatable(state), args.repeats, devices)
+    gibibytes = memory(model, state)
+    plain_ms = milliseconds(repeatable(plain), args.repeats, devices)
     split = phases(state, args.repeats)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
-        repeatable(state)()
+    step = graphed(repeatable(state), devices)
     record = {
         "bench": "round", "shape": args.shape, "tree": args.tree, "context": args.context, "batch": args.batch,
         "temperature": args.temperature, "round_ms": round(round_ms, 3), "floor_ms": round(floor, 3),
         "plain_ms": round(plain_ms, 3), "plain_floor_ms": round(plain_floor, 3),
         "round_over_plain": round(round_ms / plain_ms, 3), "phases_ms": {k: round(v, 3) for k, v in split.items()},
-        "host_ms": round(host_milliseconds(graph.replay), 3), "terabytes_per_second": round(rate / 1e12, 3),
-        "memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2), "hardware": torch.cuda.get_device_name(),
+        "host_ms": round(host_milliseconds(step), 3), "terabytes_per_second": round(rate / 1e12, 3),
+        "devices": len(devices), "boundaries": sum(a.device != b.device for a, b in pairwise(model.target.shards)),
+        "memory_gib": gibibytes, "hardware": torch.cuda.get_device_name(),
         "commit": args.commit,
         "torch": torch.__version__, "triton": triton.__version__, "transformers": transformers.__version__,
     }  # fmt: skip
@@ -165,6 +193,8 @@ def show(record: dict) -> None:
         f"    {'draft':<12}{split['draft']:>9.3f}\n    {'verify':<12}{split['draft_and_verify'] - split['draft']:>9.3f}"
     )
     print(f"    {'accept':<12}{split['accept']:>9.3f}\n    {'commit':<12}{split['commit']:>9.3f}")
+    for device, used in record["memory_gib"].items():
+        print(f"  {device}: weights, cache and head {used['held']:.2f} GiB, peak {used['peak']:.2f} GiB")
     print(f"  round / plain {record['round_over_plain']:.2f}, host {record['host_ms']:.3f} ms a round")
     if "forced_tau" in record:
         print(f"  forced tau {record['forced_tau']}: {record['forced_tokens_per_second']} tokens/s")

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from eagle_fast.head import DraftHead
 from eagle_fast.head_config import HeadConfig, default_feature_layers
+from eagle_fast.placement import Placement, plan_placement, skeleton
 
 
 def _llama(
@@ -47,6 +48,40 @@ def build_target(name: str, device: torch.device | str, dtype: torch.dtype = tor
     return model.eval()
 
 
+def device_map(text: str) -> Any:
+    """A --device-map as plan_placement takes it: a strategy, or a number of GPUs to spread over evenly."""
+    if not text.isdigit():
+        return text, None
+    return ("balanced" if int(text) > 1 else 0), {n: torch.cuda.mem_get_info(n)[0] for n in range(int(text))}
+
+
+def build_spread_target(name: str, placement: Placement, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """The same over several devices: every module is filled where it belongs."""
+    settings = dict(SHAPES[name])
+    model = skeleton(AutoConfig.for_model(settings.pop("model_type"), **settings), dtype)
+    for path, device in placement.items():
+        module = model.get_submodule(path)
+        if not list(module.parameters()):  # the rotary embedding, whose tables follow from the config
+            parent, _, leaf = path.rpartition(".")
+            with torch.device(device):
+                setattr(model.get_submodule(parent), leaf, type(module)(model.config))
+            continue
+        module.to_empty(device=device)
+        for key, parameter in module.named_parameters():
+            if "norm" in f"{path}.{key}":
+                torch.nn.init.ones_(parameter)
+            else:
+                torch.nn.init.normal_(parameter, std=0.02)
+    model.tie_weights()
+    return model.eval()
+
+
+def plan_target(name: str, text: str, dtype: torch.dtype = torch.bfloat16) -> Placement:
+    """Where a target of these shapes goes with this --device-map."""
+    settings = dict(SHAPES[name])
+    return plan_placement(AutoConfig.for_model(settings.pop("model_type"), **settings), *device_map(text), dtype)
+
+
 def build_head(target: PreTrainedModel) -> DraftHead:
     """An EAGLE-3 head of the usual size for a target: one layer of the target's widths, 32,000 draft tokens."""
     config = target.config
@@ -58,8 +93,8 @@ def build_head(target: PreTrainedModel) -> DraftHead:
         vocab_size=config.vocab_size, draft_vocab_size=min(DRAFT_VOCAB, config.vocab_size),
         num_target_layers=config.num_hidden_layers, feature_layers=default_feature_layers(config.num_hidden_layers),
     )  # fmt: skip
-    embedding = target.get_input_embeddings().weight
-    return DraftHead.random(head_config, embedding=embedding, dtype=embedding.dtype, device=embedding.device)
+    embedding, lm_head = target.get_input_embeddings().weight, target.get_output_embeddings().weight
+    return DraftHead.random(head_config, embedding=embedding, dtype=embedding.dtype, device=lm_head.device)
 
 
 def target_bytes(target: PreTrainedModel) -> int:
