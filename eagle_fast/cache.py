@@ -46,7 +46,7 @@ class KVSlab:
 
     def compact(self, path: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor) -> None:
         """Move tree rows path[b, r], r < counts[b], to rows lengths[b] + r, in every layer, on whichever device."""
-        moves = {path.device: (path, counts, lengths)}
+        moves: dict[torch.device, tuple[torch.Tensor, ...]] = {path.device: (path, counts, lengths)}
         for slab in self.slabs:
             if slab.device not in moves:
                 moves[slab.device] = packed_to(slab.device, path, counts, lengths)

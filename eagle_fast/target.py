@@ -9,7 +9,7 @@ exactly is refused with the reason. The features that a draft head reads are tak
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -121,7 +121,8 @@ class Target:
         """Make the twin run over the devices that it lies on, and return them."""
         if self.offloaded:  # as accelerate does it
             warnings.warn(OFFLOADED, stacklevel=4)
-            self.input_device = torch.device(self.model._hf_hook.execution_device)
+            root: Any = self.model
+            self.input_device = torch.device(root._hf_hook.execution_device)
             return [self.input_device, torch.device("cpu")]
         drop_accelerate_hooks(self.model)
         self.input_device = cast(torch.device, self.model.get_input_embeddings().weight.device)
