@@ -74,21 +74,20 @@ class GraphedStep:
             yield
 
     def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         home, *others = self.streams
         pools = []
         for device in self.devices:
             torch.cuda.synchronize(device)
         try:
             with ExitStack() as stack:
-                for stream in others:
-                    with torch.cuda.device(stream.device):
+                for other in others:
+                    with torch.cuda.device(other.device):  # a pool is one device's
                         pools.append(torch.cuda.MemPool())
-                    stack.enter_context(torch.cuda.use_mem_pool(pools[-1], device=stream.device))
-                stack.enter_context(torch.cuda.device(home.device))
-                # thread_local: other threads may copy and synchronise meanwhile
-                stack.enter_context(torch.cuda.graph(graph, stream=home, capture_error_mode="thread_local"))
+                    stack.enter_context(torch.cuda.use_mem_pool(pools[-1], device=other.device))
                 stack.enter_context(self._side_streams())
+                # thread_local: other threads may copy and synchronise meanwhile
+                stack.enter_context(torch.cuda.graph(graph, pool, home, capture_error_mode="thread_local"))
                 for other in others:
                     other.wait_stream(home)
                 self.step()
@@ -96,7 +95,7 @@ class GraphedStep:
                     home.wait_stream(other)
         except RuntimeError as error:
             self.eager = True
-            _abandon(graph, home.device)
+            _abandon(pool, home.device)
             reason = str(error).strip().splitlines()[0]
             warnings.warn(f"rounds run without a CUDA graph, which is slower: {reason}", stacklevel=2)
             for device in self.devices:
@@ -105,8 +104,9 @@ class GraphedStep:
             self.graph, self.pools = graph, pools
 
 
-def _abandon(graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
-    """After a failed capture, torch's allocator would go on as if it were under way, and abort the process when a pool
-    on that device is freed."""
-    with suppress(RuntimeError):  # where it was not under way
-        torch._C._cuda_endAllocateToPool(device.index, graph.pool())
+def _abandon(pool, device: torch.device) -> None:
+    """Tell torch's allocator that a capture is over. A failed one doesn't, and the process is aborted as soon as some
+    other memory pool is freed."""
+    with suppress(RuntimeError):  # where it ended before it failed
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_releasePool(device.index, pool)

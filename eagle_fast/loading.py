@@ -12,7 +12,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from eagle_fast.checkpoint import read_head
 from eagle_fast.head import DraftHead
-from eagle_fast.placement import GIB, STRATEGIES, model_bytes, plan_placement, resolve_device, skeleton
+from eagle_fast.placement import (
+    GIB,
+    STRATEGIES,
+    bytes_by_device,
+    model_bytes,
+    plan_placement,
+    resolve_device,
+    skeleton,
+)
 from eagle_fast.twin import stored_weight
 
 HEAD_OPTIONS = ("feature_layers", "norm_before_residual", "norm_output", "rope_theta", "rope_interleaved")
@@ -71,9 +79,11 @@ def _placement(path: str, device_map, max_memory: dict | None, options: dict[str
     model = skeleton(config, _dtype(options), **remote)
     placement = plan_placement(model, device_map, max_memory)
     if "disk" in placement.values() and "offload_folder" not in options:
+        whole, left = model_bytes(model), bytes_by_device(model, placement)["disk"]
         raise ValueError(
-            f"the model has {model_bytes(model) / GIB:.1f} GiB of weights, more than max_memory={max_memory} or this "
-            "machine has room for: use more GPUs, a smaller dtype, or pass offload_folder= to keep a part on disk"
+            f"device_map={device_map!r} finds no room for {left / GIB:.1f} of {whole / GIB:.1f} GiB of weights "
+            f"(max_memory={max_memory}): use more GPUs, a smaller dtype or 'balanced'; or keep that part on disk with "
+            "offload_folder="
         )
     if device_map == "auto" and set(placement) == {""} and torch.cuda.device_count() > 1:
         warnings.warn(f"the model fits on one GPU and is on {placement['']} alone; 'balanced' spreads it", stacklevel=4)

@@ -227,8 +227,8 @@ def head_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     return (11 * hidden**2 + 3 * hidden * inner + 32000 * hidden) * dtype.itemsize
 
 
-def _check_memory(model: PreTrainedModel, placement: Placement, max_memory: dict | None) -> None:
-    """ValueError, with the numbers, where a GPU cannot hold its weights."""
+def bytes_by_device(model: nn.Module, placement: Placement) -> dict[Any, int]:
+    """Bytes of weights on each device of a placement, tied ones once."""
     needed: dict[Any, int] = {}
     counted: set[int] = set()
     for name, device in placement.items():
@@ -236,8 +236,13 @@ def _check_memory(model: PreTrainedModel, placement: Placement, max_memory: dict
             if id(parameter) not in counted:
                 counted.add(id(parameter))
                 needed[device] = needed.get(device, 0) + parameter.numel() * parameter.element_size()
+    return needed
+
+
+def _check_memory(model: PreTrainedModel, placement: Placement, max_memory: dict | None) -> None:
+    """ValueError, with the numbers, where a GPU cannot hold its weights."""
     limits = get_max_memory(dict(max_memory)) if max_memory else {}
-    for device, count in needed.items():
+    for device, count in bytes_by_device(model, placement).items():
         if getattr(device, "type", None) != "cuda":
             continue
         room = limits.get(device.index, free_bytes(device))

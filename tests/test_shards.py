@@ -7,6 +7,7 @@ import tempfile
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from decoders import TREE, batch_of, prompt
 from fake_devices import FakeDevices, layers_map, place, routes
 from often_right import write_often_right_head, write_random_head
@@ -177,6 +178,28 @@ def test_no_transfer_hides_inside_a_layer(name):
     hidden = [(3, 0), (0, 1), (1, 2), (2, 0), (0, 3), (3, 4)]
     features = [(2, 1)]  # layer 2's input is on its way there, layer 3's is there
     assert sorted(routes(copies).elements()) == sorted([*tree, *hidden, *features]), "\n".join(map(str, copies))
+
+
+def test_hooks_of_accelerate_stay_on_the_users_model():
+    """As from_pretrained leaves a model over several devices: its own `generate` goes on working, the twin has none."""
+    model = make("llama")
+    places = layers_map([0, 0, 1, 1, 2, 0], embedding=1, norm=2, head=1)
+    ids = prompt(11, torch.device("cpu"))
+    expected = model.generate(ids, do_sample=False, max_new_tokens=8)
+    with tempfile.TemporaryDirectory() as folder, FakeDevices():
+        write_often_right_head(copy.deepcopy(model), folder)
+        place(model, places)
+        dispatch_model(model, {name: f"cpu:{number}" for name, number in places.items() if name}, force_hooks=True)
+        decoder = EaModel.from_pretrained(base_model_path=model, ea_model_path=folder, **TREE)
+        assert torch.equal(decoder.eagenerate(ids, max_new_tokens=8), expected)
+        assert torch.equal(model.generate(ids.to("cpu:1"), do_sample=False, max_new_tokens=8).cpu(), expected)
+    assert decoder.device_map == {name: torch.device("cpu", number) for name, number in places.items() if name}
+    assert next(iter(decoder.device_map)) == "model.embed_tokens"
+    assert all(hasattr(module, "_hf_hook") for module in model.modules() if list(module.parameters(recurse=False)))
+    left = [
+        each for each in decoder.target.model.modules() if {"_hf_hook", "_old_forward", "forward"} & set(vars(each))
+    ]
+    assert not left
 
 
 def test_a_layer_on_two_devices_is_refused():
