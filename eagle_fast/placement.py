@@ -19,7 +19,7 @@ SLOW_CPU_PARAMETERS = 50_000_000
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 LAYER_LISTS = ("layers", "h", "blocks", "block")
 CACHED_TOKENS = 4096  # room for their keys and values, when "auto" asks whether one GPU is enough
-WORKSPACE_BYTES = 2**30  # for kernels, graphs and the activations of a prompt chunk
+WORKSPACE_BYTES = 2 * 2**30  # for kernels, graphs and the activations of a prompt chunk
 GIB = 2**30
 
 Placement = dict[str, Any]  # module name -> torch.device or "disk"

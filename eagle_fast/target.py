@@ -9,24 +9,24 @@ exactly is refused with the reason. The features that a draft head reads are tak
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from eagle_fast.attention import IMPLEMENTATION, AttentionContext, LayerBinding, PrefillStep, TreeStep
-from eagle_fast.cache import KVSlab, LayerShape, SlabCache
+from eagle_fast.cache import KVSlab, SlabCache
 from eagle_fast.experts import ExpertChoice
 from eagle_fast.fused import fuse_layers
 from eagle_fast.linear import use_few_rows_linear
 from eagle_fast.placement import layer_list
+from eagle_fast.probe import AttentionCall, UnsupportedModel, probe
 from eagle_fast.rope import LongRope, freeze_longrope, rope_types
-from eagle_fast.shards import connect, shards_of
+from eagle_fast.shards import Shard, connect, shards_of
 from eagle_fast.transfers import Transfers, distinct
 from eagle_fast.twin import drop_accelerate_hooks, is_offloaded, twin
 
-PROBE = "eagle_fast_probe"
 NO_SOFTCAP = (
     "the model caps its attention scores, and its sdpa implementation leaves the cap out: decoding does the same, to "
     "give the model's own text. Load it with attn_implementation='eager' for the cap"
@@ -36,31 +36,6 @@ OFFLOADED = (
     "times slower, without CUDA graphs and fused layers"
 )
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
-
-
-class UnsupportedModel(ValueError):
-    """The model cannot be decoded exactly with a tree; the message says why."""
-
-
-class AttentionCall(NamedTuple):
-    """One attention call of the probe forward."""
-
-    module: nn.Module
-    shape: LayerShape
-    mask: torch.Tensor | None
-    options: dict
-
-
-def _probe_attention(module, query, key, value, attention_mask, **options):
-    shape = LayerShape(key.shape[1], key.shape[-1], key.dtype, key.device)
-    if key.shape != value.shape:
-        raise UnsupportedModel("its keys and values differ in shape (multi-head latent attention)")
-    module.eagle_probe.append(AttentionCall(module, shape, attention_mask, options))
-    groups = query.shape[1] // key.shape[1]
-    return value.repeat_interleave(groups, 1)[:, :, : query.shape[2]].transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(PROBE, _probe_attention)
 
 
 class Target:
@@ -88,7 +63,8 @@ class Target:
         self.transfers = Transfers()
         self.offloaded = is_offloaded(model)
         devices = self._connect()
-        calls = self._probe()
+        calls, self.device = probe(self.model, self.config, self.input_device)
+        self.transfers.forget()
         self.devices = distinct([self.device, *devices])
         self.layer_shapes = [call.shape for call in calls]
         self.contexts = {device: AttentionContext() for device in distinct(shape.device for shape in self.layer_shapes)}
@@ -119,6 +95,7 @@ class Target:
 
     def _connect(self) -> list[torch.device]:
         """Make the twin run over the devices that it lies on, and return them."""
+        self.shards: list[Shard] = []
         if self.offloaded:  # as accelerate does it
             warnings.warn(OFFLOADED, stacklevel=4)
             root: Any = self.model
@@ -127,45 +104,8 @@ class Target:
         drop_accelerate_hooks(self.model)
         self.input_device = cast(torch.device, self.model.get_input_embeddings().weight.device)
         self.shards = shards_of(self._decoder_layers())
-        return connect(
-            self.model, self.transfers, distinct([self.input_device, *(each.device for each in self.shards)])
-        )
-
-    def _probe(self) -> list[AttentionCall]:
-        """Run one token through the twin and record every attention call."""
-        calls: list[AttentionCall] = []
-        name = type(self.model).__name__
-        for module in self.model.modules():
-            module.__dict__["eagle_probe"] = calls
-        self.model.config._attn_implementation = PROBE
-        token = torch.ones(1, 1, dtype=torch.long, device=self.input_device)
-        try:
-            with torch.no_grad():
-                out = self.model(input_ids=token, position_ids=torch.zeros_like(token), use_cache=False)
-            self.device = cast(torch.device, out.logits.device)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise UnsupportedModel(
-                f"{name} needs masks that it builds itself ({type(error).__name__}: {error})"
-            ) from error
-        finally:
-            self.transfers.forget()
-        for module in self.model.modules():
-            del module.eagle_probe
-        num_layers = self.config.num_hidden_layers
-        if not calls:
-            raise UnsupportedModel(f"{name} does not route attention through AttentionInterface")
-        if len(calls) != num_layers:
-            raise UnsupportedModel(
-                f"{len(calls)} attention calls for {num_layers} layers: not every layer is attention"
-            )
-        if any(call.mask is not None for call in calls):
-            raise UnsupportedModel("it builds an attention mask of its own")
-        order = [getattr(call.module, "layer_idx", None) for call in calls]
-        if order != list(range(num_layers)):
-            raise UnsupportedModel(f"its attention layers run in the order {order}")
-        if getattr(self.config, "num_kv_shared_layers", 0):
-            raise UnsupportedModel("some of its layers share the keys and values of others")
-        return calls
+        local = distinct([self.input_device, *(shard.device for shard in self.shards)])
+        return connect(self.model, self.transfers, local)
 
     def _bind(self, calls: list[AttentionCall]) -> None:
         window, chunk = getattr(self.config, "sliding_window", None), getattr(self.config, "attention_chunk_size", None)
