@@ -6,6 +6,7 @@ decoder layer, what stands beside them), so that what was planned is what is loa
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -64,6 +65,7 @@ def _device(value: Any, name: str) -> torch.device:
 
 def skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None, **options) -> PreTrainedModel:
     """The model of a config without its weights, on the meta device."""
+    config = copy.deepcopy(config)  # from_config notes the dtype in it
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32, **options)
     model.tie_weights()

@@ -178,6 +178,8 @@ def test_a_skeleton_has_no_weights():
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert model.dtype == torch.bfloat16
     assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert skeleton(QWEN3_4B, torch.float32).dtype == torch.float32
+    assert QWEN3_4B.dtype == torch.bfloat16, "the config is as it was"
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------

@@ -180,6 +180,30 @@ def test_no_transfer_hides_inside_a_layer(name):
     assert sorted(routes(copies).elements()) == sorted([*tree, *hidden, *features]), "\n".join(map(str, copies))
 
 
+def test_a_fault_inside_a_shard_leaves_the_model_usable():
+    """Out of memory in the fifth layer: once in a prompt, once in a round."""
+
+    def failing_after(passes):
+        left = iter(range(passes))
+
+        def fail(module, args):
+            if next(left, None) is None:
+                raise torch.OutOfMemoryError("no memory for the fifth layer")
+
+        return fail
+
+    with spread(make("llama"), "halves") as (decoder, single, _):
+        ids = prompt(11, torch.device("cpu"))
+        expected = single.eagenerate(ids, max_new_tokens=8)
+        for passes in (0, 1):
+            failing = decoder.target._decoder_layers()[4].register_forward_pre_hook(failing_after(passes))
+            with pytest.raises(torch.OutOfMemoryError, match="fifth layer"):
+                decoder.eagenerate(ids, max_new_tokens=8)
+            failing.remove()
+            assert not decoder.target.transfers._sent
+            assert torch.equal(decoder.eagenerate(ids, max_new_tokens=8), expected)
+
+
 def test_hooks_of_accelerate_stay_on_the_users_model():
     """As from_pretrained leaves a model over several devices: its own `generate` goes on working, the twin has none."""
     model = make("llama")
