@@ -24,6 +24,7 @@ from eagle_fast.head import DraftHead
 from eagle_fast.hf_generate import HFGenerateMixin
 from eagle_fast.idle import IdleStates
 from eagle_fast.loading import HEAD_OPTIONS, HUB_OPTIONS, TOKENIZER_OPTIONS, known_path, load_head, load_target
+from eagle_fast.old_options import modern
 from eagle_fast.placement import warn_if_slow
 from eagle_fast.request import Request, end_of_turn, make_request, pad_id, padded, special_ids
 from eagle_fast.target import Target
@@ -81,6 +82,7 @@ class EaModel(HFGenerateMixin, nn.Module):
         says; everything else (dtype or torch_dtype, quantization_config, revision, token, ...) goes to
         AutoModelForCausalLM.from_pretrained. Raises ValueError for what does not fit together.
         """
+        kwargs = modern(kwargs)
         head_path = known_path("ea_model_path", ea_model_path)
         tree = TreeConfig(total_token, depth, top_k)
         head_options = {key: kwargs.pop(key) for key in HEAD_OPTIONS if key in kwargs}
@@ -132,6 +134,7 @@ class EaModel(HFGenerateMixin, nn.Module):
             logits_processor, stopping_criteria   lists as for transformers' generate; they run on the host, see one
                             sequence at a time, without padding, and with a state of its own for each
             return_dict_in_generate
+            use_distributed accepted for older scripts and without effect: a model over several GPUs needs no word here
         A text ends before max_new_tokens at max_length, or where a model with learned positions has no more of them.
         Raises ValueError for arguments that cannot be meant, NaNLogitsError.
         """
