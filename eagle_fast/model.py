@@ -243,7 +243,9 @@ class EaModel(HFGenerateMixin, nn.Module):
 
     # -- behind them -----------------------------------------------------------------------------------------------
 
-    def _prepare(self, input_ids, *, is_llama3=False, eos_token_id=None, **options) -> tuple[Request, torch.Tensor]:
+    def _prepare(
+        self, input_ids, *, is_llama3=False, eos_token_id=None, use_distributed=False, **options
+    ) -> tuple[Request, torch.Tensor]:
         """Check everything a call brings: the request, and input_ids on the CPU."""
         if eos_token_id is None:
             eos_token_id = special_ids(self.base_model, "eos_token_id")

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from accelerate import infer_auto_device_map
+from accelerate.utils import get_balanced_memory, get_max_memory
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 SLOW_CPU_PARAMETERS = 50_000_000
+STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
+LAYER_LISTS = ("layers", "h", "blocks", "block")
+ONE_GPU_SHARE = 0.85  # of a GPU's free memory, for weights: the rest is for caches and the head
 
 
 def resolve_device(device_map) -> torch.device:
@@ -55,3 +62,54 @@ def warn_if_slow(model: PreTrainedModel) -> None:
             "device_map with a GPU",
             stacklevel=3,
         )
+
+
+def skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None, **options) -> PreTrainedModel:
+    """The model of a config without its weights, on the meta device."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32, **options)
+    model.tie_weights()
+    return model
+
+
+def layer_list(decoder: nn.Module, num_layers: int) -> tuple[str, nn.ModuleList] | None:
+    """(name, module) of the list of decoder layers within `decoder`."""
+    for name, module in decoder.named_modules():
+        is_list = isinstance(module, nn.ModuleList) and len(module) == num_layers
+        if is_list and name.rpartition(".")[2] in LAYER_LISTS:
+            return name, module
+    return None
+
+
+def cache_bytes(config: PreTrainedConfig, tokens: int) -> int:
+    """Bytes of the keys and values of so many tokens."""
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    dtype: Any = config.dtype or torch.float32
+    return 2 * text.num_hidden_layers * heads * head_dim * tokens * dtype.itemsize
+
+
+def plan_placement(
+    config: PreTrainedConfig | PreTrainedModel, device_map: Any, max_memory: dict | None = None, dtype=None
+) -> dict[str, Any]:
+    """Where each module of a causal LM would go: module name -> device, 'cpu' or 'disk'.
+
+    config: of the model, or the model itself, on the meta device perhaps. device_map: one of `STRATEGIES`, or what
+    names a device. max_memory: bytes or "80GiB" by GPU index, by default what is free. A model that fits on one GPU
+    stays on it with "auto".
+    """
+    if device_map not in STRATEGIES:
+        return {"": resolve_device(device_map)}
+    model = config if isinstance(config, nn.Module) else skeleton(config, dtype)
+    memory = get_max_memory(max_memory)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    if device_map == "auto":
+        fitting = [index for index in memory if isinstance(index, int) and size < ONE_GPU_SHARE * memory[index]]
+        if fitting:
+            return {"": torch.device("cuda", fitting[0])}
+    whole = list(model._no_split_modules or [])
+    if device_map != "sequential":
+        memory = get_balanced_memory(model, memory, whole, low_zero=device_map == "balanced_low_0")
+    plan = infer_auto_device_map(model, memory, whole)
+    return {name: torch.device("cuda", where) if isinstance(where, int) else where for name, where in plan.items()}

@@ -51,12 +51,8 @@ def make_request(
     logits_processor=None,
     stopping_criteria=None,
     show_padding: bool = False,
-    use_distributed: bool = False,
 ) -> tuple[Request, torch.Tensor]:
-    """Check everything that a call brings: the request, and input_ids on the CPU. Raises ValueError.
-
-    use_distributed says nothing: where the model's parts lie was settled when it was loaded.
-    """
+    """Check everything that a call brings: the request, and input_ids on the CPU. Raises ValueError."""
     ids, prompts, padding = check_prompts(input_ids, attention_mask, target.vocab_size)
     request = Request(
         prompts=prompts,
