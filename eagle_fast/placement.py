@@ -81,15 +81,6 @@ def layer_list(decoder: nn.Module, num_layers: int) -> tuple[str, nn.ModuleList]
     return None
 
 
-def cache_bytes(config: PreTrainedConfig, tokens: int) -> int:
-    """Bytes of the keys and values of so many tokens."""
-    text = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    dtype: Any = config.dtype or torch.float32
-    return 2 * text.num_hidden_layers * heads * head_dim * tokens * dtype.itemsize
-
-
 def plan_placement(
     config: PreTrainedConfig | PreTrainedModel, device_map: Any, max_memory: dict | None = None, dtype=None
 ) -> dict[str, Any]:

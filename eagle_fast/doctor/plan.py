@@ -23,7 +23,7 @@ from eagle_fast.checkpoint import read_head
 from eagle_fast.config import TreeConfig
 from eagle_fast.doctor.measure import GpuFigures, Link
 from eagle_fast.loading import known_path
-from eagle_fast.placement import cache_bytes, layer_list, plan_placement, skeleton
+from eagle_fast.placement import layer_list, plan_placement, skeleton
 
 
 @dataclass(frozen=True)
@@ -105,15 +105,18 @@ def sizes(model: PreTrainedModel, context: int) -> Sizes:
     if found is None:
         raise ValueError(f"{type(model).__name__} has no list of decoder layers: eagle_fast does not support it")
     layers = [f"{found[0]}.{index}" for index in range(text.num_hidden_layers)]
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    dtype = cast(torch.dtype, model.config.dtype)
     embedding, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
     name_of = {module: name for name, module in model.named_modules()}
     return Sizes(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        dtype=cast(torch.dtype, model.config.dtype),
+        dtype=dtype,
         hidden_size=text.hidden_size,
         path=(name_of[embedding], *layers, name_of[lm_head]),
         weights={name: weight.numel() * weight.element_size() for name, weight in model.named_parameters()},
-        cache=dict.fromkeys(layers, cache_bytes(model.config, context) // len(layers)),
+        cache=dict.fromkeys(layers, 2 * kv_heads * head_dim * dtype.itemsize * context),
         unread=None if embedding.weight is lm_head.weight else f"{name_of[embedding]}.weight",
     )
 
