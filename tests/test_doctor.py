@@ -376,6 +376,7 @@ def test_a_kernel_that_fails_or_is_wrong(monkeypatch):
 
 @pytest.mark.gpu
 def test_measurements_of_a_gpu(monkeypatch):
+    torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved(0)
     found = measure.gpu_figures(0)
     assert found.problem == ""
@@ -395,12 +396,15 @@ def test_measurements_of_a_gpu(monkeypatch):
 
 @pytest.mark.multi_gpu
 def test_measurements_of_a_link():
+    torch.cuda.empty_cache()
+    before = [torch.cuda.memory_reserved(index) for index in (0, 1)]
     for pair in ((0, 1), (1, 0)):
         small, large = (measure.link(*pair, small_bytes=size) for size in (8, 4 * 2**20))
         assert small.intact
         assert large.intact
         assert 1e-7 < small.small_seconds < large.small_seconds < 1e-2
         assert 1e9 < small.rate < 2e12
+    assert all(torch.cuda.memory_reserved(index) <= before[index] for index in (0, 1))
     kinds = environment.link_types(environment.gpus())
     assert kinds.get((0, 1)) == kinds.get((1, 0))
 

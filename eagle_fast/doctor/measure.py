@@ -17,7 +17,7 @@ from eagle_fast_kernels.rms_norm import rms_norm
 STREAM_BYTES = 4 * 2**30  # far more than a cache holds
 COPY_BYTES = 256 * 2**20
 SMALL_BYTES = 2**20
-REPEATS, SMALL_COPIES = 10, 20
+WARMUPS, REPEATS, SMALL_COPIES = 8, 20, 20  # a GPU that idled takes some milliseconds to reach its clocks
 QUEUE_CYCLES = 3_000_000  # about 2 ms: the host queues small copies meanwhile, so that its own pace is not measured
 KERNEL_TOLERANCE = 1e-5  # float32 values of size 1
 
@@ -68,36 +68,44 @@ def gpu_figures(index: int) -> GpuFigures:
     if size < COPY_BYTES:
         return GpuFigures(problem=f"only {free / 2**20:.0f} MiB are free, too little to measure")
     try:
-        data = torch.ones(size // 4, device=device)
-        read = data.numel() * 4 / _seconds(device, data.sum)
-        del data
-        host = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
-        there = torch.empty_like(host, device=device)
-        from_host = COPY_BYTES / _seconds(device, lambda: there.copy_(host, non_blocking=True))
-        return GpuFigures(read, from_host)
+        return GpuFigures(_read_rate(device, size), _host_rate(device))
     except RuntimeError as error:  # out of memory, a device fault
         return GpuFigures(problem=_first_line(error))
     finally:
         torch.cuda.empty_cache()
 
 
+def _read_rate(device: torch.device, size: int) -> float:
+    data = torch.ones(size // 4, device=device)
+    return data.numel() * 4 / _seconds(device, data.sum)
+
+
+def _host_rate(device: torch.device) -> float:
+    host = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty_like(host, device=device)
+    return COPY_BYTES / _seconds(device, lambda: there.copy_(host, non_blocking=True))
+
+
 def link(source: int, target: int, kind: str | None = None, small_bytes: int = SMALL_BYTES) -> Link:
     """Copies from GPU `source` to GPU `target`, as the engine makes them."""
     peer = torch.cuda.can_device_access_peer(target, source)
-    here, there = torch.device("cuda", source), torch.device("cuda", target)
     try:
-        data, expected = (torch.arange(COPY_BYTES // 8, device=device) for device in (here, there))
-        copy = torch.zeros_like(expected)
-        rate = COPY_BYTES / _seconds(here, lambda: copy.copy_(data, non_blocking=True))
-        intact = torch.equal(copy, expected)
-        little, small = data[: -(-small_bytes // 8)], torch.zeros_like(expected[: -(-small_bytes // 8)])
-        seconds = _seconds(here, lambda: small.copy_(little, non_blocking=True), inner=SMALL_COPIES)
-        intact = intact and torch.equal(small, expected[: len(small)])
+        seconds, rate, intact = _copies(torch.device("cuda", source), torch.device("cuda", target), small_bytes)
         return Link(source, target, kind, peer, small_bytes, seconds, rate, intact)
     except RuntimeError as error:
         return Link(source, target, kind, peer, small_bytes, problem=_first_line(error))
     finally:
         torch.cuda.empty_cache()
+
+
+def _copies(here: torch.device, there: torch.device, small_bytes: int) -> tuple[float, float, bool]:
+    """Seconds of a small copy, bytes a second of a large one, and whether both arrived as they were."""
+    data, expected = (torch.arange(COPY_BYTES // 8, device=device) for device in (here, there))
+    count = -(-small_bytes // 8)
+    little, copy, small = data[:count], torch.zeros_like(expected), torch.zeros_like(expected[:count])
+    rate = COPY_BYTES / _seconds(here, lambda: copy.copy_(data, non_blocking=True))
+    seconds = _seconds(here, lambda: small.copy_(little, non_blocking=True), inner=SMALL_COPIES)
+    return seconds, rate, torch.equal(copy, expected) and torch.equal(small, expected[:count])
 
 
 def kernel_check(device: torch.device) -> KernelCheck:
@@ -122,7 +130,7 @@ def kernel_check(device: torch.device) -> KernelCheck:
 def _seconds(device: torch.device, work: Callable[[], object], inner: int = 1) -> float:
     """Median time of `work` on a GPU, of `inner` runs in a row each time."""
     with torch.cuda.device(device):
-        for _ in range(2):
+        for _ in range(WARMUPS):
             work()
         torch.cuda.synchronize(device)
         times = []
