@@ -1,4 +1,4 @@
-"""Loading options that transformers 5 no longer takes, in the words that it takes."""
+"""Loading options of older transformers, in the words that transformers 5 takes without a complaint."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ QUANTIZED = ("load_in_4bit", "load_in_8bit")
 
 
 def modern(options: dict[str, Any]) -> dict[str, Any]:
-    """options of from_pretrained with load_in_4bit and load_in_8bit as a quantization_config; False leaves them out.
+    """options of from_pretrained: load_in_4bit and load_in_8bit become a quantization_config, torch_dtype becomes dtype.
 
-    Raises ValueError if they are given beside a quantization_config.
+    Raises ValueError for what is said in both words.
     """
     asked = [name for name in QUANTIZED if options.get(name)]
     options = {name: value for name, value in options.items() if name not in QUANTIZED}
+    if "torch_dtype" in options:
+        if "dtype" in options:
+            raise ValueError("dtype and torch_dtype are the same: pass one of them")
+        options["dtype"] = options.pop("torch_dtype")
     if not asked:
         return options
     if options.get("quantization_config") is not None:

@@ -162,7 +162,7 @@ def pair(folders, **options):
     )
 
 
-def test_quantization_in_the_words_of_older_transformers(folders, monkeypatch):
+def test_options_in_the_words_of_older_transformers(folders, monkeypatch):
     seen = {}
 
     def load(path, device_map, options):
@@ -174,10 +174,13 @@ def test_quantization_in_the_words_of_older_transformers(folders, monkeypatch):
         with pytest.raises(InterruptedError):
             pair(folders, **{given: True, "torch_dtype": "float16"})
         assert getattr(seen["quantization_config"], expected)
-        assert set(seen) == {"quantization_config", "torch_dtype"}
+        assert seen.keys() == {"quantization_config", "dtype"}
+        assert seen["dtype"] == "float16"
         seen.clear()
     with pytest.raises(ValueError, match=r"\['load_in_8bit'\] beside quantization_config"):
         pair(folders, load_in_8bit=True, quantization_config=object())
+    with pytest.raises(ValueError, match="dtype and torch_dtype are the same"):
+        pair(folders, dtype="float16", torch_dtype="float32")
 
 
 # -- the two functions -----------------------------------------------------------------------------------------------
@@ -192,7 +195,17 @@ def guide_scripts():
     return scripts
 
 
-@pytest.mark.parametrize(("number", "device_map"), [(0, "auto"), (1, "cpu"), (1, None)])
+CUSTOM = {
+    "model.embed_tokens": 0, **{f"model.layers.{i}": int(i > 2) for i in range(6)}, "model.norm": 1, "lm_head": 1,
+}  # fmt: skip
+SPREAD = [
+    pytest.param(number, device_map, marks=pytest.mark.multi_gpu, id=f"{number}-{name}")
+    for number in (0, 1)
+    for name, device_map in {"balanced": "balanced", "balanced_low_0": "balanced_low_0", "custom": CUSTOM}.items()
+]
+
+
+@pytest.mark.parametrize(("number", "device_map"), [(0, "auto"), (1, "cpu"), (1, None), *SPREAD])
 def test_scripts_of_the_guide_run_unchanged(number, device_map, folders, stock, tmp_path, monkeypatch, capsys):
     """Other names of the pair, the device and the prompt; nothing else."""
     script = guide_scripts()[number]
