@@ -10,7 +10,7 @@ QUANTIZED = ("load_in_4bit", "load_in_8bit")
 
 
 def modern(options: dict[str, Any]) -> dict[str, Any]:
-    """options of from_pretrained: load_in_4bit and load_in_8bit become a quantization_config, torch_dtype becomes dtype.
+    """options of from_pretrained: load_in_4bit or load_in_8bit as a quantization_config, torch_dtype as dtype.
 
     Raises ValueError for what is said in both words.
     """
