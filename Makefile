@@ -11,7 +11,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: test demo check format clean
+.PHONY: test demo bench check format clean
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
@@ -20,6 +20,11 @@ test: check
 demo: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable '.[demo]'
 	$(BIN)/eagle-fast demo
+
+# On a machine with a GPU: every record in bench/results, and the README's tables. The pair is measured too where the demo
+# has run before and prompt files are named: PROMPTS="a.jsonl b.jsonl". BENCH holds more options of bench/suite.py.
+bench: $(INSTALLED)
+	$(BIN)/python bench/suite.py --prompts $(PROMPTS) $(BENCH)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check

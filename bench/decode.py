@@ -37,6 +37,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=80, metavar="N", help="prompts a file (default %(default)s)")
     parser.add_argument("--timed", type=int, default=8, metavar="N", help="prompts a file timed one by one (default 8)")
     parser.add_argument("--stock", type=int, default=2, metavar="N", help="of these, also run by stock generate (2)")
+    parser.add_argument("--stock-tokens", type=int, default=64, metavar="N", help="new tokens of each (default 64)")
     parser.add_argument("--batch", type=int, default=16, metavar="B", help="prompts at once where tau is counted (16)")
     parser.add_argument("--temperature", nargs="+", type=float, default=[0.0, 1.0], metavar="T")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
@@ -99,12 +100,16 @@ def stock_speed(model: EaModel, prompts: list[list[int]], args, temperature: flo
     for index, prompt in enumerate([prompts[0], *prompts]):
         ids = torch.tensor([prompt], device=model.target.device)
         started = time.perf_counter()
-        out = model.base_model.generate(ids, max_new_tokens=args.max_new_tokens, **sampling)
+        out = model.base_model.generate(ids, max_new_tokens=args.stock_tokens, **sampling)
         out.tolist()
         if index:
             seconds += time.perf_counter() - started
             tokens += out.shape[1] - len(prompt)
     return tokens / seconds
+
+
+def hardware(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def measure(model: EaModel, name: str, prompts: list[list[int]], args, temperature: float) -> dict:
@@ -176,12 +181,11 @@ def main() -> None:
         taus = [row["tau"] for row in rows if row["temperature"] == temperature]
         print(f"mean tau at T={temperature:g}: {sum(taus) / len(taus):.3f}")
     show(rows)
-    device = model.target.device
     record = {
         "bench": "decode", "model": args.model, "head": args.head, "tree": args.tree, "dtype": args.dtype,
         "max_new_tokens": args.max_new_tokens, "shared_noise": not args.no_shared_noise, "rows": rows,
-        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "torch": torch.__version__, "transformers": transformers.__version__,
+        "hardware": hardware(model.target.device), "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }  # fmt: skip
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -2,28 +2,55 @@
 
     python bench/round.py llama-3.1-8b --context 512 --tree 60 7 10
 
-A round's time does not depend on acceptance, so random weights tell it. Everything is timed as CUDA graphs. The floor
-is the weights and the keys and values that a round must read, over the bandwidth measured on this GPU in the same run.
-With --tau, prints the tokens per second that this acceptance would give (forced, not measured). Ends with one line of
-JSON.
+A round's time does not depend on acceptance, so random weights tell it.
+
+    round    a round on the device, as a CUDA graph; split into its phases, which are graphs of their own
+    floor    the weights and the keys and values that a round must read, over the bandwidth measured in the same run
+    loop     a round in `eagenerate`'s own loop, by the clock: what it takes longer than the round is lost to the host
+    host     what the host takes to launch a round; hidden behind the device as long as it is less than a round
+    plain    the same for one token of plain decoding, by the same engine
+    prefill  of the whole context, by the clock: with the head, without, and by the stock model with SDPA
+
+With --tau, prints the tokens per second that this acceptance would give (forced, not measured). With --upstream, a
+checkout of SafeAILab/EAGLE decodes at the same shapes in the same run. Ends with one line of JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import shlex
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
-import transformers
-import triton
-from shapes import SHAPES, build_head, build_target, head_bytes, target_bytes
+from records import environment, git_commit, write
+from shapes import (
+    DRAFT_VOCAB,
+    SHAPES,
+    build_head,
+    build_spread_target,
+    build_target,
+    head_bytes,
+    plan_target,
+    target_bytes,
+)
+from timing import bandwidth, milliseconds, synchronize, wall_milliseconds
 
 from eagle_fast import EaModel, SamplingParams, TreeConfig
+from eagle_fast.reports import ReportRing
 from eagle_fast.round import Round
+
+LOOP_ROUNDS = 128
+UPSTREAM_NEEDS = (
+    "SafeAILab/EAGLE at cb7e084 runs on transformers 4.53 only. Make it an environment of its own, say\n"
+    "    python3 -m venv up && up/bin/pip install torch transformers==4.53.1 accelerate\n"
+    "and pass --upstream-python up/bin/python"
+)
 
 
 def parse() -> argparse.Namespace:
@@ -35,45 +62,31 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="with top-p 0.9 above 0")
     parser.add_argument("--tau", type=float, help="tokens a round to assume for tokens/s: forced, not measured")
     parser.add_argument("--repeats", type=int, default=50, metavar="N")
-    parser.add_argument("--commit", default="", help="to note in the record")
+    parser.add_argument("--device-map", default="0", help="a GPU count to spread over, or a strategy (default: GPU 0)")
+    parser.add_argument("--upstream", type=Path, metavar="PATH", help="a checkout of SafeAILab/EAGLE, timed too")
+    parser.add_argument(
+        "--upstream-python", default=sys.executable, metavar="COMMAND", help="a Python that has its dependencies"
+    )
+    parser.add_argument("--commit", default="", help="to note in the record, instead of what git says")
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.upstream and not (args.upstream / "eagle" / "model" / "ea_model.py").is_file():
+        parser.error(f"--upstream {args.upstream}: no checkout of SafeAILab/EAGLE there (eagle/model/ea_model.py)")
+    return args
 
 
-def bandwidth() -> float:
-    """Bytes a second of a read-only stream on this GPU."""
-    data = torch.ones(2**30, device="cuda")
-    return data.numel() * 4 / milliseconds(data.sum, 10) * 1e3
+def prompt(model: EaModel, args: argparse.Namespace) -> torch.Tensor:
+    """Random tokens [B, L], on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, model.target.vocab_size, (args.batch, args.context), generator=generator)
 
 
-def milliseconds(work: Callable[[], object], repeats: int) -> float:
-    """Median time of `work` as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        work()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
-def begin(state: Round, context: int, temperature: float) -> None:
-    """Prefill random tokens."""
-    vocab = state.target.vocab_size
-    tokens = torch.randint(0, vocab, (state.batch, context), generator=torch.Generator().manual_seed(0))
+def begin(state: Round, tokens: torch.Tensor, temperature: float) -> None:
+    """Prefill [B, L] tokens."""
+    batch, context = tokens.shape
     top_p = 0.9 if temperature else 0.0
     state.sampling.load(SamplingParams(temperature=temperature, top_p=top_p, seed=0), shared_noise=True)
-    state.begin(tokens, torch.full((state.batch,), context), torch.full((state.batch,), state.max_length - 1))
+    state.begin(tokens, torch.full((batch,), context), torch.full((batch,), state.max_length - 1))
 
 
 def repeatable(state: Round) -> Callable[[], None]:
@@ -92,82 +105,162 @@ def phases(state: Round, repeats: int) -> dict[str, float]:
     """Milliseconds of the parts of a round; each part is a graph of its own, so they add up to a little more."""
     tree, logits, features = state.propose()
     accepted = state.accept(tree, logits)
-    drafter = state.drafter
-    assert drafter is not None
+    parts = {
+        "draft": state.draft,
+        "draft_and_verify": state.propose,
+        "accept": lambda: state.accept(tree, logits),
+        "commit": lambda: state.commit(accepted._replace(counts=accepted.counts * 0), features),
+    }
+    return {name: round(milliseconds(part, repeats, state.devices), 3) for name, part in parts.items()}
+
+
+def loop_milliseconds(generate: Callable, tokens: torch.Tensor, temperature: float) -> float:
+    """A round of the real loop: launching, waiting and reading included, the prefill not."""
+    options = {
+        "temperature": temperature, "top_p": 0.9 if temperature else 0.0, "seed": 0, "eos_token_id": [],
+        "max_length": tokens.shape[1] + 2 * LOOP_ROUNDS, "return_dict_in_generate": True,
+    }  # fmt: skip
+    generate(tokens, max_new_tokens=LOOP_ROUNDS, **options)  # captures
+    statistics = generate(tokens, max_new_tokens=LOOP_ROUNDS, **options).statistics
+    return statistics.decode_seconds / statistics.rounds * 1e3
+
+
+def host_milliseconds(state: Round, step: Callable[[], None], rounds: int = 16) -> float:
+    """Host time to launch one round and the copy of its report."""
+    reports = ReportRing(state.report, rounds)
+    synchronize(state.devices)
+    started = time.perf_counter()
+    for _ in range(rounds):
+        step()
+        reports.send()
+    launched = time.perf_counter() - started
+    synchronize(state.devices)
+    return launched / rounds * 1e3
+
+
+def measure(model: EaModel, speculative: bool, args: argparse.Namespace) -> dict:
+    """Milliseconds of a round, with the head or without, in the state that a call of this size would use."""
+    tokens = prompt(model, args)
+    loop = loop_milliseconds(model.eagenerate if speculative else model.naivegenerate, tokens, args.temperature)
+    with model._idle.lease(speculative, args.batch, args.context + LOOP_ROUNDS) as (state, step):
+        prefill = wall_milliseconds(lambda: begin(state, tokens, args.temperature), devices=state.devices)
+        device = milliseconds(repeatable(state), args.repeats, state.devices)
+        split = {"phases_ms": phases(state, args.repeats)} if speculative else {}
+        host = host_milliseconds(state, step)
+    figures = {"round_ms": device, "loop_ms": loop, "host_ms": host, "prefill_ms": prefill}
+    return {**{name: round(value, 3) for name, value in figures.items()}, **split}
+
+
+def stock_prefill_milliseconds(model: EaModel, args: argparse.Namespace) -> float:
+    """The stock model over the same prompt, with a cache and the logits of the last token."""
+    tokens = prompt(model, args).cuda()
+    assert model.base_model.config._attn_implementation == "sdpa"
+    return round(wall_milliseconds(lambda: model.base_model(tokens, use_cache=True, logits_to_keep=1)), 3)
+
+
+def memory(model: EaModel) -> dict[str, dict[str, float]]:
+    """Of each GPU, GiB: what weights and caches take, and the most that was allocated since they are there."""
+    slabs = [slab for state, _ in model._idle for slab in state.cache.slab.slabs]
+    slabs += [slab for state, _ in model._idle if state.drafter for slab in state.drafter.slab.slabs]
+    held: dict[torch.device, dict[int, int]] = {}
+    for tensor in [*model.base_model.parameters(), *model.ea_layer.parameters(), *model.ea_layer.buffers(), *slabs]:
+        storage = tensor.untyped_storage()
+        held.setdefault(tensor.device, {})[storage.data_ptr()] = storage.nbytes()
     return {
-        "draft": milliseconds(lambda: drafter.grow(state.roots, state.lengths, state.sampling), repeats),
-        "draft_and_verify": milliseconds(state.propose, repeats),
-        "accept": milliseconds(lambda: state.accept(tree, logits), repeats),
-        "commit": milliseconds(lambda: state.commit(accepted._replace(counts=accepted.counts * 0), features), repeats),
+        str(device): {
+            "held": round(sum(own.values()) / 2**30, 2),
+            "peak": round(torch.cuda.max_memory_allocated(device) / 2**30, 2),
+        }
+        for device, own in held.items()
     }
 
 
-def host_milliseconds(graph: Callable[[], object], repeats: int = 20) -> float:
-    """Host time to launch one round."""
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    for _ in range(repeats):
-        graph()
-    launched = time.perf_counter() - started
-    torch.cuda.synchronize()
-    return launched / repeats * 1e3
+def upstream(args: argparse.Namespace) -> dict:
+    """The checkout's own round and plain token; where it does not run, the last line of why."""
+    settings = {
+        "shape": SHAPES[args.shape], "draft_vocab": min(DRAFT_VOCAB, SHAPES[args.shape]["vocab_size"]),
+        "tree": args.tree, "context": args.context, "temperature": args.temperature, "dtype": "bfloat16",
+        "device": "cuda",
+    }  # fmt: skip
+    script = Path(__file__).with_name("upstream.py")
+    command = [*shlex.split(args.upstream_python), str(script), str(args.upstream), json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    record = {"checkout": git_commit(args.upstream) or args.upstream.name}
+    if done.returncode == 0:
+        return record | json.loads(done.stdout.splitlines()[-1])
+    return record | {"error": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
 
 
 @torch.no_grad()
 def main() -> None:
     args = parse()
     nodes, depth, top_k = args.tree
-    tree = TreeConfig(nodes, depth, top_k)
-    target = build_target(args.shape, "cuda")
-    model = EaModel(target, build_head(target), tree=tree)
+    placement = plan_target(args.shape, args.device_map)
+    one = set(placement) == {""}
+    target = build_target(args.shape, placement[""]) if one else build_spread_target(args.shape, placement)
+    model = EaModel(target, build_head(target), tree=TreeConfig(nodes, depth, top_k))
     rate = bandwidth()
-    state = Round(model.target, model.ea_layer, tree, args.batch, args.context + tree.max_path)
-    plain = Round(model.target, None, tree, args.batch, args.context + 1)
-    for each in (state, plain):
-        begin(each, args.context, args.temperature)
-    kv_bytes = sum(slab[..., : args.context, :].numel() * slab.element_size() for slab in state.cache.slab.slabs)
-    floor = (target_bytes(target) + head_bytes(model.ea_layer, depth) + kv_bytes) / rate * 1e3
-    plain_floor = (target_bytes(target) + kv_bytes) / rate * 1e3
-    round_ms = milliseconds(repeatable(state), args.repeats)
-    plain_ms = milliseconds(repeatable(plain), args.repeats)
-    split = phases(state, args.repeats)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
-        repeatable(state)()
+    for device in model.target.devices:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    figures, plain = measure(model, True, args), measure(model, False, args)
+    gibibytes = memory(model)
+    shapes = model.target.layer_shapes
+    kv_bytes = sum(2 * each.num_heads * each.head_dim * each.dtype.itemsize for each in shapes)
+    weights, kv_bytes = target_bytes(target), kv_bytes * args.context * args.batch
     record = {
         "bench": "round", "shape": args.shape, "tree": args.tree, "context": args.context, "batch": args.batch,
-        "temperature": args.temperature, "round_ms": round(round_ms, 3), "floor_ms": round(floor, 3),
-        "plain_ms": round(plain_ms, 3), "plain_floor_ms": round(plain_floor, 3),
-        "round_over_plain": round(round_ms / plain_ms, 3), "phases_ms": {k: round(v, 3) for k, v in split.items()},
-        "host_ms": round(host_milliseconds(graph.replay), 3), "terabytes_per_second": round(rate / 1e12, 3),
-        "memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2), "hardware": torch.cuda.get_device_name(),
-        "commit": args.commit,
-        "torch": torch.__version__, "triton": triton.__version__, "transformers": transformers.__version__,
+        "temperature": args.temperature, **figures,
+        "floor_ms": round((weights + head_bytes(model.ea_layer, depth) + kv_bytes) / rate * 1e3, 3),
+        **{f"plain_{name.removeprefix('round_')}": value for name, value in plain.items()},
+        "plain_floor_ms": round((weights + kv_bytes) / rate * 1e3, 3),
+        **({"stock_prefill_ms": stock_prefill_milliseconds(model, args)} if one else {}),
+        "round_over_plain": round(figures["round_ms"] / plain["round_ms"], 3),
+        "terabytes_per_second": round(rate / 1e12, 3),
+        "devices": len(model.target.devices),
+        "boundaries": sum(a.device != b.device for a, b in pairwise(model.target.shards)),
+        "memory_gib": gibibytes, **environment(args.commit),
     }  # fmt: skip
     if args.tau:
         record["forced_tau"] = args.tau
-        record["forced_tokens_per_second"] = round(args.tau * args.batch / round_ms * 1e3, 1)
+        record["forced_tokens_per_second"] = round(args.tau * args.batch / record["loop_ms"] * 1e3, 1)
+    if args.upstream:
+        record["upstream"] = upstream(args)
     show(record)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        write(record, args.out)
     print(json.dumps(record))
 
 
 def show(record: dict) -> None:
     print(f"{record['shape']}, tree {record['tree']}, context {record['context']}, batch {record['batch']}, "
           f"T={record['temperature']:g}, {record['hardware']}, {record['terabytes_per_second']:.2f} TB/s")  # fmt: skip
-    for name, key, floor in (("round", "round_ms", "floor_ms"), ("plain token", "plain_ms", "plain_floor_ms")):
-        share = record[floor] / record[key]
-        print(f"  {name:<14}{record[key]:>9.3f} ms   floor {record[floor]:.3f} ms, {share:.0%} of the bandwidth")
+    for name, key in (("round", ""), ("plain token", "plain_")):
+        took = record["plain_ms" if key else "round_ms"]
+        floor, loop, host = (record[f"{key}{each}_ms"] for each in ("floor", "loop", "host"))
+        print(f"  {name:<13}{took:>9.3f} ms   floor {floor:.3f} ms, {floor / took:.0%} of the bandwidth")
+        print(f"    in the loop{loop:>9.3f} ms   {loop - took:+.3f} ms; the host launches it in {host:.3f} ms")
     split = record["phases_ms"]
-    print(
-        f"    {'draft':<12}{split['draft']:>9.3f}\n    {'verify':<12}{split['draft_and_verify'] - split['draft']:>9.3f}"
-    )
-    print(f"    {'accept':<12}{split['accept']:>9.3f}\n    {'commit':<12}{split['commit']:>9.3f}")
-    print(f"  round / plain {record['round_over_plain']:.2f}, host {record['host_ms']:.3f} ms a round")
+    verify = {"draft": split["draft"], "verify": split["draft_and_verify"] - split["draft"]}
+    for name, took in {**verify, "accept": split["accept"], "commit": split["commit"]}.items():
+        print(f"    {name:<11}{took:>9.3f} ms")
+    print(f"  round / plain {record['round_over_plain']:.2f}")
+    print(f"  prefill {record['prefill_ms']:.2f} ms with the head, {record['plain_prefill_ms']:.2f} without"
+          + (f", {record['stock_prefill_ms']:.2f} stock" if "stock_prefill_ms" in record else ""))  # fmt: skip
+    for device, used in record["memory_gib"].items():
+        print(f"  {device}: weights and caches {used['held']:.2f} GiB, peak {used['peak']:.2f} GiB")
     if "forced_tau" in record:
         print(f"  forced tau {record['forced_tau']}: {record['forced_tokens_per_second']} tokens/s")
+    if "upstream" in record:
+        show_upstream(record["upstream"])
+
+
+def show_upstream(record: dict) -> None:
+    if "error" in record:
+        print(f"  SafeAILab/EAGLE ({record['checkout']}) did not run: {record['error']}\n{UPSTREAM_NEEDS}")
+    else:
+        print(f"  SafeAILab/EAGLE ({record['checkout']}), by the clock: round {record['round_ms']:.2f} ms, "
+              f"plain token {record['plain_ms']:.2f} ms, over {record['rounds']} rounds")  # fmt: skip
 
 
 if __name__ == "__main__":

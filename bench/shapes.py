@@ -9,6 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from eagle_fast.head import DraftHead
 from eagle_fast.head_config import HeadConfig, default_feature_layers
+from eagle_fast.loading import runs_in_fp8
+from eagle_fast.placement import Placement, plan_placement, skeleton
 
 
 def _llama(
@@ -47,8 +49,45 @@ def build_target(name: str, device: torch.device | str, dtype: torch.dtype = tor
     return model.eval()
 
 
-def build_head(target: PreTrainedModel) -> DraftHead:
-    """An EAGLE-3 head of the usual size for a target: one layer of the target's widths, 32,000 draft tokens."""
+def device_map(text: str) -> Any:
+    """A --device-map as plan_placement takes it: a strategy, or a number of GPUs to spread over evenly."""
+    if not text.isdigit():
+        return text, None
+    return ("balanced" if int(text) > 1 else 0), {n: torch.cuda.mem_get_info(n)[0] for n in range(int(text))}
+
+
+def build_spread_target(name: str, placement: Placement, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """The same over several devices: every module is filled where it belongs."""
+    settings = dict(SHAPES[name])
+    model = skeleton(AutoConfig.for_model(settings.pop("model_type"), **settings), dtype)
+    for path, device in placement.items():
+        module = model.get_submodule(path)
+        if not list(module.parameters()):  # the rotary embedding, whose tables follow from the config
+            parent, _, leaf = path.rpartition(".")
+            with torch.device(device):
+                setattr(model.get_submodule(parent), leaf, type(module)(model.config))
+            continue
+        module.to_empty(device=device)
+        for key, parameter in module.named_parameters():
+            if "norm" in f"{path}.{key}":
+                torch.nn.init.ones_(parameter)
+            else:
+                torch.nn.init.normal_(parameter, std=0.02)
+    model.tie_weights()
+    return model.eval()
+
+
+def plan_target(name: str, text: str, dtype: torch.dtype = torch.bfloat16) -> Placement:
+    """Where a target of these shapes goes with this --device-map."""
+    settings = dict(SHAPES[name])
+    return plan_placement(AutoConfig.for_model(settings.pop("model_type"), **settings), *device_map(text), dtype)
+
+
+def build_head(target: PreTrainedModel, *, fp8: bool | None = None) -> DraftHead:
+    """An EAGLE-3 head of the usual size for a target: one layer of the target's widths, 32,000 draft tokens.
+
+    fp8: as `draft_fp8` of EaModel.from_pretrained.
+    """
     config = target.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     head_config = HeadConfig(
@@ -58,8 +97,11 @@ def build_head(target: PreTrainedModel) -> DraftHead:
         vocab_size=config.vocab_size, draft_vocab_size=min(DRAFT_VOCAB, config.vocab_size),
         num_target_layers=config.num_hidden_layers, feature_layers=default_feature_layers(config.num_hidden_layers),
     )  # fmt: skip
-    embedding = target.get_input_embeddings().weight
-    return DraftHead.random(head_config, embedding=embedding, dtype=embedding.dtype, device=embedding.device)
+    embedding, lm_head = target.get_input_embeddings().weight, target.get_output_embeddings().weight
+    head = DraftHead.random(head_config, embedding=embedding, dtype=embedding.dtype, device=lm_head.device)
+    if runs_in_fp8(head, fp8):
+        head.quantise()
+    return head
 
 
 def target_bytes(target: PreTrainedModel) -> int:

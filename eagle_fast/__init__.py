@@ -8,6 +8,17 @@ output_ids = model.eagenerate(input_ids, temperature=0.0, max_new_tokens=512)
 from eagle_fast.config import SamplingParams, TreeConfig
 from eagle_fast.generation import Generation, NaNLogitsError, Statistics
 from eagle_fast.model import EaModel
+from eagle_fast.multi_gpu import run_multi_gpu_inference, setup_multi_gpu_inference
 from eagle_fast.target import UnsupportedModel
 
-__all__ = ["EaModel", "Generation", "NaNLogitsError", "SamplingParams", "Statistics", "TreeConfig", "UnsupportedModel"]
+__all__ = [
+    "EaModel",
+    "Generation",
+    "NaNLogitsError",
+    "SamplingParams",
+    "Statistics",
+    "TreeConfig",
+    "UnsupportedModel",
+    "run_multi_gpu_inference",
+    "setup_multi_gpu_inference",
+]

@@ -10,13 +10,19 @@ families drop unknown keywords of forward. No mask function is registered under 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from eagle_fast_kernels.tree_attention import tree_attention
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
+from eagle_fast.transfers import packed_to
+
 IMPLEMENTATION = "eagle_fast"
+BLOCK = 1024  # queries that share a mask
 
 
 @dataclass(kw_only=True)
@@ -30,6 +36,14 @@ class Step:
         if self.rows is None:
             self.rows = torch.arange(batch * count, device=device).view(batch, count)
         return self.rows
+
+
+class Block(NamedTuple):
+    """Queries at positions first .. high-1 of a prompt, over the keys low .. high-1."""
+
+    first: int
+    low: int
+    high: int
 
 
 @dataclass
@@ -47,15 +61,15 @@ class PrefillStep(Step):
         """[B] cache row of each sequence's first row."""
         return torch.full((batch,), self.start, device=device)
 
-    def mask(self, window: int, chunk: int, device: torch.device) -> torch.Tensor | None:
-        """[count, start+count] bool of visible keys; None where plain causal attention of SDPA says the same."""
-        end = self.start + self.count
-        if self.start == 0 and (window == 0 or window >= end) and (chunk == 0 or chunk >= end):
+    def mask(self, block: Block, window: int, chunk: int, device: torch.device) -> torch.Tensor | None:
+        """Visible keys of a block, bool [its queries, its keys]; None where plain causal attention says the same."""
+        first, low, high = block
+        if first == low == 0 and (window == 0 or window >= high) and (chunk == 0 or chunk >= high):
             return None
-        key = (window, chunk, device)
+        key = (block, window, chunk, device)
         if key not in self.masks:
-            q = torch.arange(self.start, end, device=device)[:, None]
-            k = torch.arange(end, device=device)[None]
+            q = torch.arange(first, high, device=device)[:, None]
+            k = torch.arange(low, high, device=device)[None]
             visible = k <= q
             if window:
                 visible &= q - k < window
@@ -78,10 +92,15 @@ class TreeStep(Step):
         """[B] cache row of each sequence's first row."""
         return self.lengths
 
+    def sent_to(self, device: torch.device, tokens: torch.Tensor) -> tuple[torch.Tensor, TreeStep]:
+        """(tokens [B, T], the step) on another device, sent as one copy."""
+        tokens, *step = packed_to(device, tokens, self.lengths, self.slots, self.ancestors, self.depths)
+        return tokens, TreeStep(*step)
+
 
 @dataclass
 class AttentionContext:
-    """What the current forward is, shared by the attention layers and the cache of one target."""
+    """What the current forward is, shared by a target's attention layers on one device and by its cache."""
 
     step: PrefillStep | TreeStep | None = None
 
@@ -97,25 +116,55 @@ class LayerBinding:
 
 
 def prefill_attention(q, k, v, step: PrefillStep, *, scale, window=0, chunk=0, softcap=0.0, sinks=None):
-    """Causal attention of a prompt chunk. q [B, Hq, T, D]; k, v [B, Hkv, >= start+T, D] -> [B, T, Hq, D]."""
-    end = step.start + step.count
-    k, v = k[:, :, :end], v[:, :, :end]
-    mask = step.mask(window, chunk, q.device)
-    if softcap or sinks is not None:
-        out = _explicit_attention(q, k, v, step, mask, scale, softcap, sinks)
-    else:
-        grouped = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
-        )
-    return out.transpose(1, 2).contiguous()
+    """Causal attention of a prompt chunk. q [B, Hq, T, D]; k, v [B, Hkv, >= start+T, D] -> [B, T, Hq, D].
+
+    In one call where a kernel needs no mask, else in blocks of queries, each with the keys that it can reach: neither
+    masks nor scores of a long chunk are ever held at once.
+    """
+    start, end = step.start, step.start + step.count
+    explicit = bool(softcap) or sinks is not None
+    local = 0 < window < end or 0 < chunk < end
+    grouped = q.shape[1] != k.shape[1]
+    if not explicit and not local:
+        whole = {"scale": scale, "enable_gqa": grouped}
+        if start == 0 and not (q.is_cuda and grouped and q.dtype == torch.float32):
+            out = F.scaled_dot_product_attention(q, k[:, :, :end], v[:, :, :end], is_causal=True, **whole)
+            return out.transpose(1, 2).contiguous()
+        if start and _takes_flash(q, k, v, grouped):
+            aligned = causal_lower_right(step.count, end)
+            out = F.scaled_dot_product_attention(q, k[:, :, :end], v[:, :, :end], attn_mask=aligned, **whole)
+            return out.transpose(1, 2).contiguous()
+    outs = []
+    for first in range(start, end, BLOCK):
+        block = Block(first, _first_key(first, window, chunk), min(first + BLOCK, end))
+        queries, keys = slice(first - start, block.high - start), slice(block.low, block.high)
+        mask = step.mask(block, window, chunk, q.device)
+        if explicit:
+            out = _explicit_attention(q[:, :, queries], k[:, :, keys], v[:, :, keys], mask, scale, softcap, sinks)
+        else:
+            out = F.scaled_dot_product_attention(
+                q[:, :, queries], k[:, :, keys], v[:, :, keys], attn_mask=mask, is_causal=mask is None, scale=scale,
+                enable_gqa=grouped,
+            )  # fmt: skip
+        outs.append(out.transpose(1, 2))
+    return torch.cat(outs, 1).contiguous()
 
 
-def _explicit_attention(q, k, v, step, mask, scale, softcap, sinks):
+def _first_key(position: int, window: int, chunk: int) -> int:
+    """The first key that a query at this position, and so any later one, can see."""
+    low = max(0, position - window + 1) if window else 0
+    return max(low, position // chunk * chunk) if chunk else low
+
+
+def _takes_flash(q, k, v, grouped: bool) -> bool:
+    """Whether a kernel runs a causal chunk that starts behind other keys without a mask in memory."""
+    return q.is_cuda and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, grouped))
+
+
+def _explicit_attention(q, k, v, mask, scale, softcap, sinks):
     """What SDPA has no argument for: a soft cap on the scores, a sink logit in the denominator."""
     if mask is None:
-        end = step.start + step.count
-        mask = torch.ones(step.count, end, dtype=torch.bool, device=q.device).tril(step.start)
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     groups = q.shape[1] // k.shape[1]
     scores = (q @ k.repeat_interleave(groups, 1).transpose(-1, -2)).float() * scale
     if softcap:

@@ -14,6 +14,7 @@ from eagle_fast_kernels.compact_kv import compact_kv
 from transformers.cache_utils import Cache
 
 from eagle_fast.attention import AttentionContext, PrefillStep, TreeStep
+from eagle_fast.transfers import packed_to
 
 
 class LayerShape(NamedTuple):
@@ -44,22 +45,25 @@ class KVSlab:
                 self.keys[index], self.values[index] = slab[2 * place], slab[2 * place + 1]
 
     def compact(self, path: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor) -> None:
-        """Move tree rows path[b, r], r < counts[b], to rows lengths[b] + r, in every layer."""
+        """Move tree rows path[b, r], r < counts[b], to rows lengths[b] + r, in every layer, on whichever device."""
+        moves: dict[torch.device, tuple[torch.Tensor, ...]] = {path.device: (path, counts, lengths)}
         for slab in self.slabs:
-            compact_kv(slab, path, counts, lengths)
+            if slab.device not in moves:
+                moves[slab.device] = packed_to(slab.device, path, counts, lengths)
+            compact_kv(slab, *moves[slab.device])
 
     def adopt(self, rows: torch.Tensor, other: KVSlab) -> None:
         """Copy the first sequences of `other`, a slab of the same layers, to sequences `rows` [R] of this one."""
         shared = min(self.capacity, other.capacity)
         for mine, theirs in zip(self.slabs, other.slabs, strict=True):
-            mine[:, :, :, :shared].index_copy_(1, rows, theirs[:, : len(rows), :, :shared])
+            mine[:, :, :, :shared].index_copy_(1, rows.to(mine.device), theirs[:, : len(rows), :, :shared])
 
 
 class SlabCache(Cache):
     """The slab as transformers sees it. Only `update` does work; the other answers keep stock code from asking more."""
 
-    def __init__(self, slab: KVSlab, context: AttentionContext):
-        self.slab, self.context = slab, context
+    def __init__(self, slab: KVSlab, contexts: dict[torch.device, AttentionContext]):
+        self.slab, self.contexts = slab, contexts
         self.layers: list = []
         self.layer_class_to_replicate = None
         self.offloading = False
@@ -67,7 +71,7 @@ class SlabCache(Cache):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """Write k, v [B, Hkv, T, D] of this forward; return the layer's whole slab views [B, Hkv, L, D]."""
         keys, values = self.slab.keys[layer_idx], self.slab.values[layer_idx]
-        step = self.context.step
+        step = self.contexts[keys.device].step
         if isinstance(step, PrefillStep):
             keys[:, :, step.start : step.start + step.count] = key_states
             values[:, :, step.start : step.start + step.count] = value_states

@@ -27,7 +27,7 @@ class Drafter:
     """One head drafting for B sequences, with its own keys and values and the state that the next tree grows from."""
 
     def __init__(self, head: DraftHead, tree: TreeConfig, batch: int, capacity: int):
-        self.head, self.tree = head, tree
+        self.head, self.tree, self.device = head, tree, head.device
         device, config = head.device, head.config
         shape = LayerShape(config.num_kv_heads, config.head_dim, head.dtype, device)
         self.slab = KVSlab([shape] * config.num_layers, batch, capacity)
@@ -38,6 +38,8 @@ class Drafter:
         self.path_rows = torch.arange(path, device=device)
         self.path_masks = chain_masks(path, device).repeat(batch, 1, 1)
         self.level_slots = torch.arange(max(tree.depth, 1) * k, device=device)
+        self.level_depths = self.level_slots.div(k, rounding_mode="floor")
+        self.levels = torch.arange(tree.depth + 1, device=device)[:, None]
         self.first_beam = self.level_slots[:k].repeat(batch, 1)
         self.first_masks = own_bits(k, self.level_slots.numel(), device).repeat(batch, 1, 1)
 
@@ -47,14 +49,17 @@ class Drafter:
         """The tree of T nodes under roots [B], whose position is lengths [B]."""
         k, batch = self.tree.top_k, roots.numel()
         candidates = self._candidate_buffers(batch)
+        positions, slots = lengths + self.levels, lengths + self.levels * k  # [depth + 1, B]
         scores, tokens = self._propose(self.states[:, None], lengths, sampling)
         scores, tokens = scores[:, 0], tokens[:, 0]
         candidates[0][:, :k], candidates[1][:, :k] = scores, tokens
         hidden = self.hidden[:, None].expand(-1, k, -1)
         beam, masks = self.first_beam, self.first_masks
         for level in range(1, self.tree.depth + 1):
-            hidden, states = self._level(level, tokens, hidden, lengths, masks)
-            child_scores, child_tokens = self._propose(states, lengths + level, sampling)
+            attend = self._tree_attend(lengths, masks, self.level_depths, (level - 1) * k, slots[level - 1])
+            rows_at = positions[level - 1][:, None].expand_as(tokens)
+            hidden, states = self.head(tokens, hidden, rows_at, attend, parts=True)
+            child_scores, child_tokens = self._propose(states, positions[level], sampling)
             tokens, scores, beam, rows, masks = grow(
                 child_scores, child_tokens, scores, beam, masks, level, *candidates
             )
@@ -74,28 +79,23 @@ class Drafter:
             self.head.lm_head_weight,
             self.tree.top_k,
             bias=self.head.lm_head_bias,
+            scale=self.head.lm_head_scale,
             token_ids=self.head.token_ids,
-            temperature=sampling.draft_temperature.repeat_interleave(rows),
+            gain=sampling.draft_gain.repeat_interleave(rows),
+            share=sampling.draft_share.repeat_interleave(rows),
             positions=positions.repeat_interleave(rows),
             seeds=sampling.seeds.repeat_interleave(rows),
             sequences=sampling.sequences.repeat_interleave(rows),
         )
         return scores.view(batch, rows, -1), tokens.view(batch, rows, -1)
 
-    def _level(self, level, tokens, hidden, lengths, masks):
-        """Run the head over the k rows of a level, which see the prefix and their ancestors among earlier levels."""
-        k = self.tree.top_k
-        first = (level - 1) * k
-        positions = (lengths + level - 1)[:, None].expand_as(tokens)
-        depths = self.level_slots.div(k, rounding_mode="floor")
-        return self.head(tokens, hidden, positions, self._tree_attend(lengths, masks, depths, first))
-
-    def _tree_attend(self, lengths, masks, depths, first):
+    def _tree_attend(self, lengths, masks, depths, first, slots):
+        """Attention of rows that stand at cache rows slots [B] on, tree slots `first` on, and see prefix and masks."""
         scale = self.head.config.head_dim**-0.5
         depths = depths.expand(lengths.numel(), -1)
 
         def attend(index, layer, qkv, positions):
-            query = self._append(index, layer, qkv, positions, lengths + first)
+            query = self._append(index, layer, qkv, positions, slots)
             keys, values = self.slab.keys[index], self.slab.values[index]
             local = {"window": layer.window, "depths": depths} if layer.window else {}
             return tree_attention(query, keys, values, lengths, masks, scale=scale, first=first, **local).flatten(2)
@@ -119,8 +119,8 @@ class Drafter:
         Rows r >= counts[b] are computed too; what they write lies past the new length and is written over later.
         """
         positions = lengths[:, None] + self.path_rows
-        attend = self._tree_attend(lengths, self.path_masks, self.path_rows, 0)
-        hidden, states = self.head(tokens, self.head.embed_features(features), positions, attend)
+        attend = self._tree_attend(lengths, self.path_masks, self.path_rows, 0, lengths)
+        hidden, states = self.head(tokens, self.head.embed_features(features), positions, attend, parts=True)
         last = (counts - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1])
         self.hidden.copy_(hidden.gather(1, last)[:, 0])
         self.states.copy_(states.gather(1, last)[:, 0])
@@ -137,7 +137,7 @@ class Drafter:
             keys, values = self.slab.keys[index], self.slab.values[index]
             return prefill_attention(query, keys, values, step, scale=scale, window=layer.window).flatten(2)
 
-        hidden, states = self.head(tokens, self.head.embed_features(features), positions, attend)
+        hidden, states = self.head(tokens, self.head.embed_features(features), positions, attend, parts=True)
         last = lengths - 1 - start
         here = ((last >= 0) & (last < count))[:, None]
         last = last.clamp(0, count - 1)[:, None, None].expand(-1, 1, hidden.shape[-1])

@@ -1,28 +1,36 @@
-"""The host's side of decoding: run rounds, read what each emitted, stop every sequence where it must end.
+"""The host's side of decoding: launch rounds, read what each emitted, stop every sequence where it must end.
 
-A sequence ends with the first stop token, at its token budget, or where a stopping criterion says so; what the round
-emitted past that point is dropped. Logits processors and stopping criteria are Python code of the user: they see one
-sequence at a time, once for every token that is kept and in order, as in transformers' own loop.
+A sequence ends with the first stop token, at its token budget, or where a stopping criterion says so. On a GPU the host
+runs ahead: it launches a round before it has read the one before, so it learns of a stop token while one more round is
+under way; whatever was emitted past the end is dropped. Budgets the device knows itself.
+
+Logits processors and stopping criteria are Python code of the user: they see one sequence at a time, once for every
+token that is kept and in order, as in transformers' own loop. With them, a round is read before the next is launched.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
 from transformers.utils import ModelOutput
 
 from eagle_fast.processors import copies_for_rows, walk_processed
+from eagle_fast.reports import ReportRing
 from eagle_fast.request import Request
 from eagle_fast.round import Round
+
+ROUNDS_UNDER_WAY = 2  # one that the host waits for, and one to keep the device busy meanwhile
 
 
 @dataclass
 class Statistics:
     """What one call did. `accepted[n]` counts the rounds, over all sequences, that gave a sequence n + 1 tokens: n
-    drafted ones that were accepted and one of the target's own. Tokens dropped behind a stop are not counted."""
+    drafted ones that were accepted and one of the target's own. Tokens dropped behind a stop are not counted, nor are
+    rounds that brought none. Seconds are those that the call itself took, without its consumer's between rounds."""
 
     rounds: int = 0
     accepted: list[int] = field(default_factory=list)
@@ -56,19 +64,36 @@ class NaNLogitsError(RuntimeError):
     """The target's logits were NaN or infinite, or a logits processor left no token."""
 
 
+def rounds_under_way(request: Request, device: torch.device) -> int:
+    """How many rounds may be launched before the first of them is read."""
+    host_decides = bool(request.processors or request.criteria)
+    return 1 if host_decides or device.type == "cpu" else ROUNDS_UNDER_WAY
+
+
 class Generator:
     """Decodes one request with a `Round`: `begin`, then `advance` until `finished`.
 
     texts: prompt and new tokens of each sequence. done: which sequences have ended.
+    turn: entered around everything that is launched, see `IdleStates.turn`.
     """
 
-    def __init__(self, state: Round, step: Callable[[], None], request: Request):
-        self.state, self.step, self.request = state, step, request
+    def __init__(
+        self,
+        state: Round,
+        step: Callable[[], None],
+        request: Request,
+        turn: Callable[[], AbstractContextManager[None]],
+    ):
+        self.state, self.step, self.request, self.turn = state, step, request, turn
         batch = len(request.prompts)
         self.texts = [list(prompt) for prompt in request.prompts]
         self.starts = [len(prompt) for prompt in request.prompts]
         self.ends = [start + budget for start, budget in zip(self.starts, request.budgets, strict=True)]
+        self.limits = self.ends  # text lengths at which the device stops by itself, for now
         self.done = [budget == 0 for budget in request.budgets]
+        self.stopped: list[int] = []  # sequences that ended earlier, and that the device does not know of
+        self.ahead = rounds_under_way(request, state.report.device)
+        self.reports = ReportRing(state.report, self.ahead)
         self.padding = request.padding or [[] for _ in range(batch)]
         self.processors = copies_for_rows(request.processors, batch)
         self.criteria = copies_for_rows(request.criteria, batch)
@@ -86,34 +111,38 @@ class Generator:
     def begin(self) -> None:
         """Load the sampling settings and prefill."""
         started = time.perf_counter()
-        self.state.sampling.load(self.request.sampling, self.request.shared_noise)
-        self._prefill()
-        if self.state.target.device.type == "cuda":
-            torch.cuda.synchronize(self.state.target.device)
+        with self.turn():
+            self.state.sampling.load(self.request.sampling, self.request.shared_noise)
+            self._prefill()
+        device = self.state.target.device
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
         self.statistics.prefill_seconds = time.perf_counter() - started
 
-    def advance(self) -> None:
-        """One round: every sequence that is not done gets at least one token."""
+    def advance(self) -> bool:
+        """Take in one more round; False where it brought nothing, else some sequence got at least one token."""
         started = time.perf_counter()
-        before = [len(text) for text in self.texts]
-        if self.processors:
-            tree, logits, features = self.state.propose()
-            accepted = walk_processed(self.state, tree, logits, self._process, self._take)
-            self.state.commit(accepted, features)
-        else:
-            self.step()
+        lengths = [len(text) for text in self.texts]
+        with self.turn():
+            self._settle()
+            if self.processors:
+                self._processed_round()
+            else:
+                self._launch()
+        if not self.processors:
             self._read()
-        statistics = self.statistics
-        statistics.rounds += 1
-        for row, (text, length) in enumerate(zip(self.texts, before, strict=True)):
-            count = len(text) - length
-            statistics.new_tokens[row] += count
+        counts = [len(text) - length for text, length in zip(self.texts, lengths, strict=True)]
+        self._count(counts)
+        self.statistics.decode_seconds += time.perf_counter() - started
+        return any(counts)
+
+    def _count(self, counts: list[int]) -> None:
+        """Add a round that brought each sequence so many tokens to the statistics."""
+        self.statistics.rounds += any(counts)
+        for row, count in enumerate(counts):
+            self.statistics.new_tokens[row] += count
             if count:
-                statistics.accepted[count - 1] += 1
-                if self.done[row]:
-                    self.state.finish(row)
-        self._switch_rope()
-        statistics.decode_seconds += time.perf_counter() - started
+                self.statistics.accepted[count - 1] += 1
 
     # -- prompts ---------------------------------------------------------------------------------------------------
 
@@ -123,7 +152,9 @@ class Generator:
         tokens = torch.zeros(len(self.texts), int(lengths.max()), dtype=torch.long)
         for row, text in enumerate(self.texts):
             tokens[row, : len(text)] = torch.tensor(text)
-        self.state.begin(tokens, lengths, torch.tensor([self._end(row) for row in range(len(self.texts))]))
+        ends = [self._end(row) for row in range(len(self.texts))]
+        self.state.begin(tokens, lengths, torch.tensor(ends))
+        self.limits = [end + 1 for end in ends]
 
     def _end(self, row: int) -> int:
         """The cache length at which a sequence stops for now: all of its tokens but the newest."""
@@ -132,22 +163,47 @@ class Generator:
         end, switch = self.ends[row] - 1, self.state.target.rope_switch
         return min(end, switch) if switch is not None and len(self.texts[row]) <= switch else end
 
-    def _switch_rope(self) -> None:
-        switch = self.state.target.rope_switch
-        if switch is not None and any(
-            not done and len(text) == switch + 1 for text, done in zip(self.texts, self.done, strict=True)
-        ):
+    # -- rounds ----------------------------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Before more is launched: tell the device which sequences ended, and prefill again where longrope switches.
+
+        A live sequence without room is one that stands at the switch.
+        """
+        for row in self.stopped:
+            self.state.finish(row)
+        self.stopped.clear()
+        if 0 in self._rooms() and not self.reports:
             self._prefill()
 
-    # -- tokens ----------------------------------------------------------------------------------------------------
+    def _launch(self) -> None:
+        """Launch rounds until enough are under way. Each brings every live sequence a token or more, so none is
+        launched where those under way end all of them for certain, nor where longrope's switch is due."""
+        rooms = self._rooms()
+        while len(self.reports) < self.ahead and min(rooms) > 0 and max(rooms) > len(self.reports):
+            self.step()
+            self.reports.send()
+
+    def _rooms(self) -> list[int]:
+        """Of every live sequence, how many tokens its text lacks to the length at which the device stops it."""
+        rows = zip(self.texts, self.limits, self.done, strict=True)
+        return [limit - len(text) for text, limit, done in rows if not done]
 
     def _read(self) -> None:
-        """The one host read of a round: what it emitted."""
-        packed = torch.cat([self.state.counts[:, None], self.state.emitted], 1).tolist()
-        for row, (count, *emitted) in enumerate(packed):
-            for token in emitted[:count]:
-                if not self._take(row, token):
-                    break
+        """Take in the oldest round under way. What it emitted for a sequence that had ended is dropped."""
+        for row, (count, *emitted) in enumerate(self.reports.read()):
+            if not self.done[row]:
+                for token in emitted[:count]:
+                    if not self._take(row, token):
+                        break
+
+    def _processed_round(self) -> None:
+        """A whole round with logits processors, which choose every token on the host."""
+        tree, logits, features = self.state.propose()
+        accepted = walk_processed(self.state, tree, logits, self._process, self._take)
+        self.state.commit(accepted, features)
+
+    # -- tokens ----------------------------------------------------------------------------------------------------
 
     def _take(self, row: int, token: int) -> bool:
         """Append a token to a sequence; False where that ends it."""
@@ -158,7 +214,10 @@ class Generator:
         stopped = token in self.request.stop_ids
         if self.criteria:
             stopped |= bool(self.criteria[row](self._seen(row), None).all())  # type: ignore[arg-type]
-        self.done[row] = stopped or len(text) >= self.ends[row]
+        full = len(text) >= self.ends[row]  # which the device knows
+        if stopped and not full:
+            self.stopped.append(row)
+        self.done[row] = stopped or full
         return not self.done[row]
 
     def _process(self, row: int, logits: torch.Tensor) -> torch.Tensor:

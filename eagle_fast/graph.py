@@ -1,13 +1,18 @@
-"""A step as one CUDA graph.
+"""A step as one CUDA graph, over one device or several.
 
-The step must read and write only tensors whose addresses stay, and never wait for the device. It runs eagerly first (as
+The step must read and write only tensors whose addresses stay, and never wait for a device. It runs eagerly first (as
 real rounds, which compile kernels and warm libraries up), then is captured once and replayed.
+
+One graph may span devices: streams of the others are forked off the capturing stream by events and joined to it at the
+end, and copies between devices become edges of the graph. The host launches it once, as on one device. What the step
+allocates on other devices comes from memory pools that live as long as the graph, as CUDAGraph's own does.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 
@@ -15,47 +20,97 @@ WARMUP_STEPS = 2
 
 
 class GraphedStep:
-    """Calls `step`, from the third call on by replaying a graph of it. On a CPU it just calls it."""
+    """Calls `step`, from the third call on by replaying a graph of it. With a CPU among the devices it just calls it.
 
-    def __init__(self, step: Callable[[], None], device: torch.device):
-        self.step, self.device = step, device
+    devices: all that the step works on; the first is the one whose current stream the caller's other work is on.
+    """
+
+    def __init__(self, step: Callable[[], None], devices: Sequence[torch.device]):
+        self.step, self.devices = step, list(devices)
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.pools: list[torch.cuda.MemPool] = []
         self.calls = 0
-        self.eager = device.type != "cuda"
+        self.eager = any(device.type != "cuda" for device in devices)
+        # a stream each, of that very device: on any other, a capture records nothing and says nothing
+        self.streams = [] if self.eager else [torch.cuda.Stream(device) for device in devices]
 
     def __call__(self) -> None:
         self.calls += 1
         if not self.eager and self.graph is None and self.calls > WARMUP_STEPS:
             self._capture()
         if self.graph is not None:
-            self.graph.replay()
+            self._replay(self.graph)
         elif self.eager:
             self.step()
         else:
             self._warm_up()
 
+    def _replay(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Launch on the first device, after and before what other devices' current streams are given."""
+        home, *others = [torch.cuda.current_stream(device) for device in self.devices]
+        for other in others:
+            home.wait_stream(other)
+        graph.replay()
+        for other in others:
+            other.wait_stream(home)
+
     def _warm_up(self) -> None:
-        """Run for real on a side stream, as a capture will."""
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            self.step()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
+        """Run for real on side streams, as a capture will."""
+        currents = [torch.cuda.current_stream(device) for device in self.devices]
+        for stream, current in zip(self.streams, currents, strict=True):
+            stream.wait_stream(current)
+        try:
+            with self._side_streams():
+                self.step()
+        finally:  # what comes next uses the same buffers, even if the step was launched in part only
+            for stream, current in zip(self.streams, currents, strict=True):
+                current.wait_stream(stream)
+
+    @contextmanager
+    def _side_streams(self) -> Iterator[None]:
+        """The side streams are current, and the first device is."""
+        with ExitStack() as stack:
+            for stream in self.streams:
+                stack.enter_context(torch.cuda.stream(stream))
+            stack.enter_context(torch.cuda.device(self.devices[0]))
+            yield
 
     def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize(self.device)
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        home, *others = self.streams
+        pools = []
+        for device in self.devices:
+            torch.cuda.synchronize(device)
         try:
-            # without a stream of this device, a capture on a second device records nothing and says nothing
-            stream = torch.cuda.Stream(self.device)
-            # thread_local: other threads may copy and synchronise meanwhile
-            captured = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
-            with torch.cuda.device(self.device), captured:
+            with ExitStack() as stack:
+                for other in others:
+                    with torch.cuda.device(other.device):  # a pool is one device's
+                        pools.append(torch.cuda.MemPool())
+                    stack.enter_context(torch.cuda.use_mem_pool(pools[-1], device=other.device))
+                stack.enter_context(self._side_streams())
+                # thread_local: other threads may copy and synchronise meanwhile
+                stack.enter_context(torch.cuda.graph(graph, pool, home, capture_error_mode="thread_local"))
+                for other in others:
+                    other.wait_stream(home)
                 self.step()
+                for other in others:
+                    home.wait_stream(other)
         except RuntimeError as error:
+            _abandon(pool, home.device)
+            for device in self.devices:
+                torch.cuda.synchronize(device)
+            if isinstance(error.__context__, KeyboardInterrupt):  # all that is wrong with the capture
+                raise error.__context__ from None
             self.eager = True
             reason = str(error).strip().splitlines()[0]
             warnings.warn(f"rounds run without a CUDA graph, which is slower: {reason}", stacklevel=2)
-            torch.cuda.synchronize(self.device)
         else:
-            self.graph = graph
+            self.graph, self.pools = graph, pools
+
+
+def _abandon(pool, device: torch.device) -> None:
+    """Tell torch's allocator that a capture is over. A failed one doesn't, and the process is aborted as soon as some
+    other memory pool is freed."""
+    with suppress(RuntimeError):  # where it ended before it failed
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_releasePool(device.index, pool)

@@ -23,13 +23,15 @@ from pathlib import Path
 from typing import TypeGuard, cast
 
 import torch
-from eagle_fast_kernels.draft_head import add_rms_norm, head_input, rms_norm_ref, silu_mul
+from eagle_fast_kernels.draft_head import head_input
+from eagle_fast_kernels.rms_norm import add_rms_norm, rms_norm_ref
 from torch import Tensor, nn
 
 from eagle_fast.checkpoint import HeadCheckpoint, write_head
 from eagle_fast.head_config import HeadConfig, tensor_shapes
 from eagle_fast.head_layer import DraftLayer, frozen, merged_linear, optional, split_linear, weight_and_bias
 from eagle_fast.head_rope import rope_table
+from eagle_fast.linear import FewRowsLinear, QuantisedLinear, quantise
 
 Attend = Callable[[int, DraftLayer, Tensor, Tensor], Tensor]
 
@@ -44,6 +46,7 @@ class DraftHead(nn.Module):
     embedding: Tensor  # [V, E]
     lm_head_weight: Tensor  # [Vd, H]
     lm_head_bias: Tensor | None  # [Vd]
+    lm_head_scale: Tensor | None  # [Vd] of a quantised lm_head
     token_ids: Tensor | None  # [Vd] target id of each draft id, None where they are the same
 
     def __init__(
@@ -83,6 +86,7 @@ class DraftHead(nn.Module):
             self.lm_head_bias = optional(tensors, "lm_head.bias")
         else:
             self._share_lm_head(lm_head_weight, lm_head_bias, dtype, device)
+        self.register_buffer("lm_head_scale", None)
 
     def _add_embedding(self, own: Tensor | None, targets: Tensor | None, dtype, device) -> None:
         shape = (self.config.vocab_size, self.config.embedding_size)
@@ -186,11 +190,13 @@ class DraftHead(nn.Module):
         features = rms_norm_ref(features, self.feature_norm, eps)
         return features if self.fc is None else self.fc(features)
 
-    def forward(self, tokens: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, tokens: Tensor, hidden: Tensor, positions: Tensor, attend: Attend, *, parts: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """One pass over rows of tokens [B, T] with hidden states [B, T, H] of the tokens before them.
 
         attend(layer index, layer, qkv [B, T, (Hq + 2 Hkv) D], positions [B, T]) -> [B, T, Hq D] norms q and k, rotates
-        them, stores keys and values and attends.
+        them, stores keys and values and attends. parts: it also takes qkv as `few_rows_sums` gives it, [S, B, T, ...].
 
         Returns (next hidden [B, T, H], fed back when drafting goes on; states [B, T, H], what lm_head reads).
         """
@@ -199,11 +205,12 @@ class DraftHead(nn.Module):
         for index, layer in enumerate(self._layers()):
             if index:
                 x, residual = self._add_norm(out, residual, layer.input_norm)
-            attended = attend(index, layer, layer.qkv(x), positions)
-            x, residual = self._add_norm(layer.o(attended), residual, layer.post_norm)
-            out = layer.down(self._silu_mul(layer.gate_up(x)))
+            attended = attend(index, layer, layer.qkv.sums(x) if parts else layer.qkv(x), positions)
+            x, residual = self._add_norm(layer.o.sums(attended), residual, layer.post_norm)
+            out = layer.down.sums(layer.gate_up.gated(x))
         if self.norm is None:
-            output = out + residual
+            whole = out if out.dim() == residual.dim() else out.sum(0)
+            output = (whole + residual).to(residual.dtype)
             return output, output
         states, output = self._add_norm(out, residual, self.norm)
         return (states if self.config.norm_output else output), states
@@ -226,15 +233,25 @@ class DraftHead(nn.Module):
         return cast("list[DraftLayer]", self.layers)
 
     def _add_norm(self, x: Tensor, residual: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(RMSNorm(x + residual), x + residual), all [B, T, H]."""
+        """(RMSNorm(x + residual), x + residual), all [B, T, H]; x may come in parts, [S, B, T, H]."""
         assert weight is not None
-        flat = x.reshape(-1, x.shape[-1]), residual.reshape(-1, x.shape[-1])
+        flat = x.flatten(-3, -2), residual.reshape(-1, residual.shape[-1])
         normed, total = add_rms_norm(*flat, weight, self.config.rms_norm_eps)
-        return normed.view(x.shape), total.view(x.shape)
+        return normed.view(residual.shape), total.view(residual.shape)
 
-    @staticmethod
-    def _silu_mul(gate_up: Tensor) -> Tensor:
-        return silu_mul(gate_up.reshape(-1, gate_up.shape[-1])).view(*gate_up.shape[:-1], -1)
+    def quantise(self) -> None:
+        """Turn the weights of all products into fp8 with a scale for each output, for good: no training, no export.
+
+        What is drafted changes a little, the text does not. Norms, biases and the embedding stay as they are; an
+        lm_head shared with the target gets a copy of its own.
+        """
+        for module in list(self.modules()):
+            for name, child in module._modules.items():
+                if isinstance(child, FewRowsLinear):
+                    module._modules[name] = QuantisedLinear(child)
+        weight, scale = quantise(self.lm_head_weight)
+        del self.lm_head_weight  # a parameter or a buffer
+        self.lm_head_weight, self.lm_head_scale = frozen(weight), scale
 
     def checkpoint(self) -> HeadCheckpoint:
         """The head as `read_head` gives it; tensors are views where weights are merged. Needs 16- or 32-bit weights."""

@@ -25,7 +25,7 @@ class DraftLayer(nn.Module):
         def norm(name: str) -> nn.Parameter | None:
             return optional(tensors, f"layers.{index}.{name}.weight")
 
-        def linear(*names: str) -> nn.Linear:
+        def linear(*names: str) -> FewRowsLinear:
             return merged_linear(*(weight_and_bias(tensors, f"layers.{index}.{name}") for name in names))
 
         self.input_norm = norm("input_layernorm")  # in EAGLE-3's first layer on the embedding
@@ -66,7 +66,7 @@ def weight_and_bias(tensors: dict[str, Tensor], name: str) -> tuple[Tensor, Tens
     return tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
 
 
-def merged_linear(*parts: tuple[Tensor, Tensor | None]) -> nn.Linear:
+def merged_linear(*parts: tuple[Tensor, Tensor | None]) -> FewRowsLinear:
     """One frozen linear layer from the rows of several."""
     weights, biases = [weight for weight, _ in parts], [bias for _, bias in parts if bias is not None]
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]

@@ -13,6 +13,7 @@ from eagle_fast.graph import GraphedStep
 from eagle_fast.head import DraftHead
 from eagle_fast.round import Round
 from eagle_fast.target import Target
+from eagle_fast.transfers import distinct
 
 LENGTH_STEP = 1024
 Lease = tuple[Round, GraphedStep]
@@ -21,20 +22,35 @@ Lease = tuple[Round, GraphedStep]
 class IdleStates(list[Lease]):
     """The states that no call uses at the moment; two running calls never share one.
 
-    Calls may run interleaved or in several threads, one round at a time: whoever runs a round holds `lock`, because the
-    model's layers learn from one place which step they belong to.
+    Calls may run interleaved or in several threads, one round at a time: whoever launches a round takes a `turn`,
+    because the model's layers learn from one place which step they belong to.
     """
 
     def __init__(self, target: Target, head: DraftHead, tree: TreeConfig):
         super().__init__()
         self.target, self.head, self.tree = target, head, tree
         self.lock = threading.RLock()
+        gpus = [device for device in distinct([*target.devices, head.device]) if device.type == "cuda"]
+        self.launched = {device: torch.cuda.Event() for device in gpus}
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Hold the lock and launch. What was launched in earlier turns, on whatever streams, runs first."""
+        with self.lock:
+            streams = {device: torch.cuda.current_stream(device) for device in self.launched}
+            for device, stream in streams.items():
+                stream.wait_event(self.launched[device])
+            try:
+                yield
+            finally:
+                for device, stream in streams.items():
+                    self.launched[device].record(stream)
 
     @contextmanager
     def lease(self, speculative: bool, batch: int, max_length: int) -> Iterator[Lease]:
         """A state for `batch` sequences of up to `max_length` tokens: an idle one, or a new one in place of one too
-        small. It is idle again after the block."""
-        with self.lock:
+        small. It is idle again after the block, even with a round under way: the next one comes behind it."""
+        with self.turn():
             leased = self._take(speculative, batch, max_length) or self._new(speculative, batch, max_length)
         try:
             yield leased
@@ -62,4 +78,4 @@ class IdleStates(list[Lease]):
             self.clear()
             torch.cuda.empty_cache()
             state = Round(*arguments)
-        return state, GraphedStep(state.step, self.target.device)
+        return state, GraphedStep(state.step, state.devices)

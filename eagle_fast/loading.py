@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any, cast
 
+import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from eagle_fast.checkpoint import read_head
 from eagle_fast.head import DraftHead
-from eagle_fast.placement import resolve_device
+from eagle_fast.placement import (
+    GIB,
+    STRATEGIES,
+    bytes_by_device,
+    model_bytes,
+    plan_placement,
+    resolve_device,
+    skeleton,
+)
+from eagle_fast.twin import stored_weight
 
 HEAD_OPTIONS = ("feature_layers", "norm_before_residual", "norm_output", "rope_theta", "rope_interleaved")
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only")
+CONFIG_OPTIONS = (*HUB_OPTIONS, "revision", "subfolder", "trust_remote_code")
 TOKENIZER_OPTIONS = (*HUB_OPTIONS, "revision", "subfolder", "trust_remote_code", "gguf_file")
 
 
@@ -30,20 +42,63 @@ def known_path(name: str, path: Any) -> str:
     return expanded
 
 
-def load_target(path_or_model: Any, device_map, options: dict[str, Any]) -> PreTrainedModel:
+def load_target(
+    path_or_model: Any, device_map, options: dict[str, Any], max_memory: dict | None = None
+) -> PreTrainedModel:
     """The target: a model as it is, or one from the hub or a folder with options of AutoModelForCausalLM."""
     if isinstance(path_or_model, nn.Module):  # a PreTrainedModel, or a wrapper of one as PEFT's
-        if options or device_map is not None:
-            names = sorted([*options, *(["device_map"] if device_map is not None else [])])
+        given = options | {"device_map": device_map, "max_memory": max_memory}
+        names = sorted(name for name, value in given.items() if name in options or value is not None)
+        if names:
             raise ValueError(f"{names} cannot change a model that is loaded already: pass them where you load it")
         return cast(PreTrainedModel, path_or_model)
-    path, device = known_path("base_model_path", path_or_model), resolve_device(device_map)
-    placed = options | {"device_map": {"": device}} if device.type == "cuda" else options
-    model = AutoModelForCausalLM.from_pretrained(path, **placed)
+    path = known_path("base_model_path", path_or_model)
+    model = AutoModelForCausalLM.from_pretrained(path, **options, **_placement(path, device_map, max_memory, options))
     capped = getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None)
     if capped and "attn_implementation" not in options:
         model.set_attn_implementation("eager")  # the default, SDPA, leaves the softcap out
     return model
+
+
+def _placement(path: str, device_map, max_memory: dict | None, options: dict[str, Any]) -> dict[str, Any]:
+    """What to tell AutoModelForCausalLM about devices: nothing for the CPU, else a map that was checked."""
+    strategy = isinstance(device_map, str) and device_map in STRATEGIES
+    several = isinstance(device_map, dict) and set(device_map) != {""}
+    if not (several or (strategy and (torch.cuda.is_available() or max_memory))):
+        device = torch.device("cpu") if strategy else resolve_device(device_map)
+        if device.type == "cpu":
+            return {}
+        device_map = {"": device}
+    if "gguf_file" in options or "quantization_config" in options:  # sizes are only known to those who load them
+        return {"device_map": device_map, "max_memory": max_memory}
+    hub = {key: options[key] for key in CONFIG_OPTIONS if key in options}
+    config = options.get("config") or AutoConfig.from_pretrained(path, **hub)
+    if getattr(config, "quantization_config", None) is not None:
+        return {"device_map": device_map, "max_memory": max_memory}
+    remote = {"trust_remote_code": True} if options.get("trust_remote_code") else {}
+    model = skeleton(config, _dtype(options), **remote)
+    placement = plan_placement(model, device_map, max_memory)
+    if "disk" in placement.values() and "offload_folder" not in options:
+        whole, left = model_bytes(model), bytes_by_device(model, placement)["disk"]
+        raise ValueError(
+            f"device_map={device_map!r} finds no room for {left / GIB:.1f} of {whole / GIB:.1f} GiB of weights "
+            f"(max_memory={max_memory}): use more GPUs, a smaller dtype or 'balanced'; or keep that part on disk with "
+            "offload_folder="
+        )
+    if device_map == "auto" and set(placement) == {""} and torch.cuda.device_count() > 1:
+        warnings.warn(f"the model fits on one GPU and is on {placement['']} alone; 'balanced' spreads it", stacklevel=4)
+    return {"device_map": {name: _as_accelerate(device) for name, device in placement.items()}}
+
+
+def _as_accelerate(device: torch.device | str) -> int | str:
+    """A device as accelerate writes it: it compares them with "cpu" and "disk"."""
+    return str(device) if isinstance(device, str) or device.index is None else device.index
+
+
+def _dtype(options: dict[str, Any]) -> torch.dtype | None:
+    """The dtype that the weights will have; None for the checkpoint's own."""
+    dtype = options.get("dtype", options.get("torch_dtype"))
+    return getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
 
 
 def load_head(
@@ -53,15 +108,16 @@ def load_head(
     use_eagle3: bool | None = None,
     revision: str | None = None,
     options: dict[str, Any] | None = None,
+    device: torch.device | None = None,
 ) -> DraftHead:
-    """The draft head for a target, beside its lm_head. options: `HEAD_OPTIONS` and `HUB_OPTIONS`."""
-    embedding: Any = base_model.get_input_embeddings()
+    """The draft head for a target, by default beside the lm_head. options: `HEAD_OPTIONS` and `HUB_OPTIONS`."""
     lm_head: Any = base_model.get_output_embeddings()
+    embedding, logits = (stored_weight(each) for each in (base_model.get_input_embeddings(), lm_head))
     config = base_model.config.get_text_config(decoder=True)
     checkpoint = read_head(
         path,
         target_hidden_size=config.hidden_size,
-        target_vocab_size=lm_head.weight.shape[0],
+        target_vocab_size=logits.shape[0],
         num_target_layers=config.num_hidden_layers,
         use_eagle3=use_eagle3,
         revision=revision,
@@ -69,9 +125,24 @@ def load_head(
     )
     return DraftHead(
         checkpoint,
-        embedding=embedding.weight,
-        lm_head_weight=lm_head.weight,
+        embedding=embedding,
+        lm_head_weight=logits,
         lm_head_bias=getattr(lm_head, "bias", None),
-        dtype=lm_head.weight.dtype,
-        device=lm_head.weight.device,
+        dtype=logits.dtype,
+        device=device or logits.device,
     )
+
+
+def runs_in_fp8(head: DraftHead, wanted: bool | None) -> bool:
+    """Whether the head's weights become fp8: `wanted`, or None for where the GPU has it and the head is in 16 bits.
+
+    Raises ValueError where it is wanted and cannot be.
+    """
+    has_fp8 = head.device.type == "cuda" and torch.cuda.get_device_capability(head.device) >= (8, 9)
+    able = has_fp8 and head.dtype in (torch.bfloat16, torch.float16)
+    if wanted and not able:
+        raise ValueError(
+            f"draft_fp8=True, but the head runs in {head.dtype} on {head.device}: fp8 needs a GPU of compute "
+            "capability 8.9 or newer and a target in bfloat16 or float16; leave draft_fp8 out"
+        )
+    return able if wanted is None else wanted

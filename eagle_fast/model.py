@@ -23,8 +23,17 @@ from eagle_fast.graph import WARMUP_STEPS
 from eagle_fast.head import DraftHead
 from eagle_fast.hf_generate import HFGenerateMixin
 from eagle_fast.idle import IdleStates
-from eagle_fast.loading import HEAD_OPTIONS, HUB_OPTIONS, TOKENIZER_OPTIONS, known_path, load_head, load_target
-from eagle_fast.placement import warn_if_slow
+from eagle_fast.loading import (
+    HEAD_OPTIONS,
+    HUB_OPTIONS,
+    TOKENIZER_OPTIONS,
+    known_path,
+    load_head,
+    load_target,
+    runs_in_fp8,
+)
+from eagle_fast.old_options import modern
+from eagle_fast.placement import device_map_of, resolve_device, warn_if_slow
 from eagle_fast.request import Request, end_of_turn, make_request, pad_id, padded, special_ids
 from eagle_fast.target import Target
 from eagle_fast.tune import pick_total_token
@@ -34,10 +43,11 @@ from eagle_fast.validate import check_positive
 class EaModel(HFGenerateMixin, nn.Module):
     """Speculative decoding of `base_model` with `ea_layer`; `base_model` itself stays usable and unchanged.
 
-    base_model: any stock causal LM whose attention goes through transformers' AttentionInterface, on one device. It
-    decodes in eval mode here whatever its own mode is.
-    ea_layer: the draft head, on the same device. Raises UnsupportedModel, with the reason, for other models.
-    Calls may run interleaved and in several threads; they take turns, a round each.
+    base_model: any stock causal LM whose attention goes through transformers' AttentionInterface, on one device or
+    several. It decodes in eval mode here whatever its own mode is.
+    ea_layer: the draft head, on any device. Raises UnsupportedModel, with the reason, for other models.
+    device_map: where base_model lies, module by module with the embedding first; {"": device} on one device.
+    Calls may run interleaved and in several threads; they take turns to launch their rounds.
     """
 
     def __init__(
@@ -47,9 +57,9 @@ class EaModel(HFGenerateMixin, nn.Module):
         self.base_model, self.ea_layer = base_model, ea_layer
         self.config = base_model.config
         self.tree = tree or TreeConfig()
-        self.target = Target(base_model, tuple(ea_layer.config.feature_layers))
+        self.target = Target(base_model, tuple(ea_layer.config.feature_layers), ea_layer.device)
         self.target.model.eval()  # the twin's mode; the user's model keeps its own
-        self.device_map: dict[str, Any] = {"": self.target.device}
+        self.device_map = device_map_of(base_model)
         self._name = name or getattr(base_model, "name_or_path", "")
         self._tokenizer: Any = None
         self._tokenizer_options: dict[str, Any] = {}
@@ -70,23 +80,36 @@ class EaModel(HFGenerateMixin, nn.Module):
         threshold: float = 1.0,
         *,
         device_map=None,
+        max_memory: dict | None = None,
+        draft_device=None,
         ea_revision: str | None = None,
+        draft_fp8: bool | None = None,
         **kwargs,
     ) -> EaModel:
         """Load a target and a head from the hub or from folders.
 
         use_eagle3 None detects the kind of head from its tensors; a value that contradicts the file is an error.
+        draft_fp8: the head's weights in fp8 (e4m3), which changes how much is accepted by a little and the text not at
+        all; None does it where the GPU has fp8 and the target runs in 16 bits.
         base_model_path may be a loaded model. threshold is accepted for SafeAILab/EAGLE's sake and changes nothing.
+        device_map: "auto" (one GPU if the pair fits on one), "balanced", "balanced_low_0", "sequential" with max_memory
+        as in transformers, a device, or a dict of module names; draft_device: the head's, by default the lm_head's.
         feature_layers, norm_before_residual, norm_output, rope_theta, rope_interleaved override what the head's config
         says; everything else (dtype or torch_dtype, quantization_config, revision, token, ...) goes to
         AutoModelForCausalLM.from_pretrained. Raises ValueError for what does not fit together.
         """
+        kwargs = modern(kwargs)
         head_path = known_path("ea_model_path", ea_model_path)
         tree = TreeConfig(total_token, depth, top_k)
         head_options = {key: kwargs.pop(key) for key in HEAD_OPTIONS if key in kwargs}
         head_options |= {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
-        base_model = load_target(base_model_path, device_map, kwargs)
-        head = load_head(head_path, base_model, use_eagle3=use_eagle3, revision=ea_revision, options=head_options)
+        there = None if draft_device is None else resolve_device(draft_device, "draft_device")
+        base_model = load_target(base_model_path, device_map, kwargs, max_memory)
+        head = load_head(
+            head_path, base_model, use_eagle3=use_eagle3, revision=ea_revision, options=head_options, device=there
+        )
+        if runs_in_fp8(head, draft_fp8):
+            head.quantise()
         model = cls(base_model, head, tree=tree)
         model._tokenizer_options = {key: kwargs[key] for key in TOKENIZER_OPTIONS if key in kwargs}
         return model
@@ -132,6 +155,7 @@ class EaModel(HFGenerateMixin, nn.Module):
             logits_processor, stopping_criteria   lists as for transformers' generate; they run on the host, see one
                             sequence at a time, without padding, and with a state of its own for each
             return_dict_in_generate
+            use_distributed accepted for older scripts and without effect: a model over several GPUs needs no word here
         A text ends before max_new_tokens at max_length, or where a model with learned positions has no more of them.
         Raises ValueError for arguments that cannot be meant, NaNLogitsError.
         """
@@ -240,7 +264,9 @@ class EaModel(HFGenerateMixin, nn.Module):
 
     # -- behind them -----------------------------------------------------------------------------------------------
 
-    def _prepare(self, input_ids, *, is_llama3=False, eos_token_id=None, **options) -> tuple[Request, torch.Tensor]:
+    def _prepare(
+        self, input_ids, *, is_llama3=False, eos_token_id=None, use_distributed=False, **options
+    ) -> tuple[Request, torch.Tensor]:
         """Check everything a call brings: the request, and input_ids on the CPU."""
         if eos_token_id is None:
             eos_token_id = special_ids(self.base_model, "eos_token_id")
@@ -251,16 +277,14 @@ class EaModel(HFGenerateMixin, nn.Module):
     @torch.inference_mode(False)  # buffers live longer than a call, and an inference tensor can't be written outside
     @torch.no_grad()
     def _rounds(self, speculative: bool, request: Request, max_length: int = 0) -> abc.Generator[Generator, None, None]:
-        """Run a request; yields its `Generator` after each round, and frees the state when closed."""
+        """Run a request; yields its `Generator` with the tokens of each round, and frees the state when closed."""
         longest = max(request.longest, max_length)
         with self._idle.lease(speculative, len(request.prompts), longest) as (state, step):
-            generator = Generator(state, step, request)
-            with self._idle.lock:
-                generator.begin()
+            generator = Generator(state, step, request, self._idle.turn)
+            generator.begin()
             while not generator.finished:
-                with self._idle.lock:
-                    generator.advance()
-                yield generator
+                if generator.advance():
+                    yield generator
 
     def _collect(self, speculative: bool, log: bool, input_ids, return_dict_in_generate: bool = False, **options):
         request, ids = self._prepare(input_ids, **options)

@@ -1,48 +1,265 @@
-"""Where the target is loaded."""
+"""Where a target goes: device maps as transformers and accelerate understand them, checked before anything is loaded.
+
+accelerate decides what the strategies mean. A map over several devices is written out in full (the embedding, every
+decoder layer, what stands beside them), so that what was planned is what is loaded.
+"""
 
 from __future__ import annotations
 
+import copy
 import warnings
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from accelerate import infer_auto_device_map
+from accelerate.utils import get_balanced_memory, get_max_memory
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 SLOW_CPU_PARAMETERS = 50_000_000
+STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
+LAYER_LISTS = ("layers", "h", "blocks", "block")
+CACHED_TOKENS = 4096  # room for their keys and values, when "auto" asks whether one GPU is enough
+WORKSPACE_BYTES = 2 * 2**30  # for kernels, graphs and the activations of a prompt chunk
+GIB = 2**30
+
+Placement = dict[str, Any]  # module name -> torch.device or "disk"
 
 
-def resolve_device(device_map) -> torch.device:
+def resolve_device(device_map, name: str = "device_map") -> torch.device:
     """The one device that a device_map names: None, "cpu", "cuda", "cuda:N", an index, a device or {"": device}.
 
-    "auto" is the first GPU, or the CPU where there is none.
+    "auto" is the first GPU, or the CPU where there is none. name: the argument, for the ValueError.
     """
-    if isinstance(device_map, dict):
-        if set(device_map) != {""}:
-            raise ValueError("a device_map over several devices is not supported yet: pass one device, as 'cuda:0'")
+    if isinstance(device_map, dict) and set(device_map) == {""}:
         device_map = device_map[""]
     if device_map is None:
         return torch.device("cpu")
     if device_map == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    if isinstance(device_map, int) and not isinstance(device_map, bool):
-        device_map = f"cuda:{device_map}"
+    return _device(device_map, f"{name}={device_map!r}")
+
+
+def _device(value: Any, name: str) -> torch.device:
+    """The device that an entry of a device_map names, which has to be there."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = f"cuda:{value}"
     try:
-        device = torch.device(device_map)
+        device = torch.device(value)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device_map={device_map!r}: use 'auto', 'cpu', 'cuda' or 'cuda:N'") from error
+        raise ValueError(f"{name}: use 'auto', 'cpu', 'cuda' or 'cuda:N', 'balanced' and its like for GPUs") from error
     if device.type == "cuda":
-        _check_gpu(device)
+        count = torch.cuda.device_count()
+        if count == 0:
+            raise ValueError(f"{name}: {str(device)!r}, but torch sees no GPU: pass 'cpu', or install a CUDA build")
+        if (device.index or 0) >= count:
+            raise ValueError(f"{name}: {str(device)!r}, but torch sees {count} GPU(s), cuda:0 to cuda:{count - 1}")
         return torch.device("cuda", device.index or 0)
     if device.type != "cpu":
-        raise ValueError(f"device_map={device_map!r}: eagle_fast runs on CUDA GPUs and on the CPU")
+        raise ValueError(f"{name}: eagle_fast runs on CUDA GPUs and on the CPU")
     return device
 
 
-def _check_gpu(device: torch.device) -> None:
-    count = torch.cuda.device_count()
-    if count == 0:
-        raise ValueError(f"device_map={str(device)!r}, but torch sees no GPU: pass 'cpu', or install a CUDA build")
-    if (device.index or 0) >= count:
-        raise ValueError(f"device_map={str(device)!r}, but torch sees {count} GPU(s), cuda:0 to cuda:{count - 1}")
+# -- what a model consists of ------------------------------------------------------------------------------------------
+
+
+def skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None, **options) -> PreTrainedModel:
+    """The model of a config without its weights, on the meta device."""
+    config = copy.deepcopy(config)  # from_config notes the dtype in it
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32, **options)
+    model.tie_weights()
+    return model
+
+
+def layer_list(decoder: nn.Module, num_layers: int) -> tuple[str, nn.ModuleList] | None:
+    """(name, module) of the list of decoder layers within `decoder`."""
+    for name, module in decoder.named_modules():
+        is_list = isinstance(module, nn.ModuleList) and len(module) == num_layers
+        if is_list and name.rpartition(".")[2] in LAYER_LISTS:
+            return name, module
+    return None
+
+
+def placed_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """What a written-out map names: the embedding first, then every decoder layer and all that stands beside them."""
+    found = layer_list(model, model.config.get_text_config(decoder=True).num_hidden_layers)
+    if found is None:
+        return {"": model}
+    path, modules = found[0].split("."), {}
+    for depth in range(len(path) + 1):
+        prefix = ".".join(path[:depth])
+        for name, child in model.get_submodule(prefix).named_children():
+            if depth == len(path) or name != path[depth]:
+                modules[f"{prefix}.{name}".lstrip(".")] = child
+    embedding = model.get_input_embeddings()
+    order = {name: at for at, name in enumerate(name for name, _ in model.named_modules())}
+    names = sorted(modules, key=lambda name: (embedding not in modules[name].modules(), order[name]))
+    return {name: modules[name] for name in names}
+
+
+def device_map_of(model: PreTrainedModel) -> Placement:
+    """Where a loaded model lies, the embedding first: {"": device} for one device."""
+    offloaded = getattr(model, "hf_device_map", None) or {}
+    placement = {}
+    for name, module in placed_modules(model).items():
+        tensors = [*module.parameters(), *module.buffers()]
+        if any(each.is_meta for each in tensors):
+            entry = _longest(offloaded, name)
+            placement[name] = entry if entry == "disk" else torch.device(entry)
+        elif tensors:
+            placement[name] = tensors[0].device
+    devices = set(placement.values())
+    return {"": devices.pop()} if len(devices) == 1 else placement
+
+
+# -- plans -------------------------------------------------------------------------------------------------------------
+
+
+def plan_placement(
+    config: PreTrainedConfig | PreTrainedModel,
+    device_map: Any,
+    max_memory: dict | None = None,
+    dtype: torch.dtype | None = None,
+) -> Placement:
+    """Where each module of a target would go, without loading it: {"": device}, or a map written out in full.
+
+    config: of the model, or the model itself, on the meta device perhaps. device_map: a strategy of accelerate, a
+    device, or a map by module names. max_memory: bytes or "70GiB" by GPU index or "cpu"; default: what is free.
+    "auto" is one GPU if the model, a head and a cache of some thousand tokens fit on one. Entries may be "cpu" or
+    "disk" where the GPUs do not suffice. ValueError, with names and numbers, for what cannot be.
+    """
+    model = config if isinstance(config, nn.Module) else skeleton(config, dtype)
+    if isinstance(device_map, str) and device_map in STRATEGIES:
+        placement = _by_strategy(model, device_map, max_memory)
+    elif isinstance(device_map, dict) and set(device_map) != {""}:
+        placement = _by_names(model, device_map)
+    else:
+        placement = {"": resolve_device(device_map)}
+    _check_memory(model, placement, max_memory)
+    return placement
+
+
+def _by_strategy(model: PreTrainedModel, strategy: str, max_memory: dict | None) -> Placement:
+    budgets = get_max_memory(None if max_memory is None else dict(max_memory))
+    gpus = [index for index in budgets if isinstance(index, int)]
+    for index in gpus:
+        _device(index, f"max_memory[{index}]")
+    if not gpus:
+        return {"": torch.device("cpu")}
+    if strategy == "auto":
+        fitting = [index for index in gpus if bytes_on_one_gpu(model) <= budgets[index]]
+        if fitting:
+            return {"": torch.device("cuda", fitting[0])}
+    whole = list(model._no_split_modules or [])
+    if max_memory is None:  # all that is free: leave some of it
+        for index in gpus:
+            budgets[index] = max(0, budgets[index] - WORKSPACE_BYTES - cache_bytes(model.config, model.dtype))
+    if strategy != "sequential":
+        budgets = get_balanced_memory(model, budgets, whole, low_zero=strategy == "balanced_low_0")
+    found = infer_auto_device_map(model, budgets, whole)
+    return _by_names(model, found)
+
+
+def _by_names(model: PreTrainedModel, device_map: dict[str, Any]) -> Placement:
+    """The map written out. Modules that only hold buffers go with the first layer where the map leaves them out."""
+    names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    unknown = sorted(set(device_map) - names)
+    if unknown:
+        raise ValueError(f"device_map names {_listed(unknown)}, which {type(model).__name__} does not have")
+    resolved = {
+        name: "disk" if value == "disk" else _device(value, f"device_map[{name!r}]={value!r}")
+        for name, value in device_map.items()
+    }
+    placement: Placement = {}
+    missing = []
+    for name, module in placed_modules(model).items():
+        parts = [f"{name}.{each}" for each, _ in module.named_parameters()]
+        places = {_longest(resolved, part) for part in parts or [name]}
+        if len(places) > 1:
+            found = ", ".join(sorted(str(each) for each in places))
+            raise ValueError(f"device_map spreads {name} over {found}: give it one device")
+        place = places.pop()
+        if place is None and parts:
+            missing.append(name)
+        placement[name] = place
+    if missing:
+        raise ValueError(f"device_map gives no device to {_listed(missing)}")
+    first = next(device for device in placement.values() if device is not None)
+    return {name: first if device is None else device for name, device in placement.items()}
+
+
+def _longest(device_map: dict[str, Any], name: str) -> Any:
+    """The entry for a module or parameter: that of the longest name that it is part of; None if there is none."""
+    while name and name not in device_map:
+        name = name.rpartition(".")[0]
+    return device_map.get(name)
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of all weights, tied ones once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def bytes_on_one_gpu(model: PreTrainedModel) -> int:
+    """What a target takes with a head, a cache of CACHED_TOKENS tokens and room to work."""
+    parts = head_bytes(model.config, model.dtype), cache_bytes(model.config, model.dtype)
+    return model_bytes(model) + sum(parts) + WORKSPACE_BYTES
+
+
+def cache_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of CACHED_TOKENS tokens."""
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * heads * head_dim * CACHED_TOKENS * dtype.itemsize
+
+
+def head_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes of an EAGLE-3 head of the usual size, before its file is read: one layer, fc, 32,000 draft tokens."""
+    text = config.get_text_config(decoder=True)
+    hidden, inner = text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    return (11 * hidden**2 + 3 * hidden * inner + 32000 * hidden) * dtype.itemsize
+
+
+def bytes_by_device(model: nn.Module, placement: Placement) -> dict[Any, int]:
+    """Bytes of weights on each device of a placement, tied ones once."""
+    needed: dict[Any, int] = {}
+    counted: set[int] = set()
+    for name, device in placement.items():
+        for parameter in model.get_submodule(name).parameters():
+            if id(parameter) not in counted:
+                counted.add(id(parameter))
+                needed[device] = needed.get(device, 0) + parameter.numel() * parameter.element_size()
+    return needed
+
+
+def _check_memory(model: PreTrainedModel, placement: Placement, max_memory: dict | None) -> None:
+    """ValueError, with the numbers, where a GPU cannot hold its weights."""
+    limits = get_max_memory(dict(max_memory)) if max_memory else {}
+    for device, count in bytes_by_device(model, placement).items():
+        if getattr(device, "type", None) != "cuda":
+            continue
+        room = limits.get(device.index, free_bytes(device))
+        if count > room:
+            raise ValueError(
+                f"{device} would have to hold {count / GIB:.1f} GiB of weights and has room for {room / GIB:.1f} GiB "
+                f"(the whole model: {model_bytes(model) / GIB:.1f} GiB): use more GPUs (device_map='auto'), a smaller "
+                "dtype or quantized weights"
+            )
+
+
+def free_bytes(device: torch.device) -> int:
+    """What a GPU can still hold: free memory, and what torch keeps reserved without using it."""
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reserved
 
 
 def warn_if_slow(model: PreTrainedModel) -> None:

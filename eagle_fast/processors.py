@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from eagle_fast_kernels.accept import Accepted
 from torch import nn
 from transformers import (
     LogitsProcessorList,
@@ -25,7 +26,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from eagle_fast.round import Accepted, Round
+from eagle_fast.round import Round
 from eagle_fast.tree import Tree
 
 _ORDER = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)

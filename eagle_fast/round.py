@@ -10,14 +10,14 @@ B sequences, T tree nodes, A most nodes on a path (and most tokens a round emits
 
 The newest token, the root, is never in the cache: the first root is the last token of the prompt. Plain decoding is the
 same round with a tree of just the root. Nothing here reads a value on the host.
+
+The state lies on the device of the logits. A head elsewhere gets the roots and sends its tree, each as one copy.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
-from eagle_fast_kernels.accept import accept
+from eagle_fast_kernels.accept import Accepted, accept
 
 from eagle_fast.attention import TreeStep
 from eagle_fast.config import TreeConfig
@@ -25,17 +25,10 @@ from eagle_fast.draft import Drafter
 from eagle_fast.head import DraftHead
 from eagle_fast.sampling import SamplingTensors
 from eagle_fast.target import Target
+from eagle_fast.transfers import distinct, packed_to
 from eagle_fast.tree import Tree, root_only
 
-PREFILL_CHUNK = 1024
-
-
-class Accepted(NamedTuple):
-    """Where the walk down each tree went, and the token that the target put after each node on the way."""
-
-    path: torch.Tensor  # [B, A] nodes, root first
-    counts: torch.Tensor  # [B] nodes on the path, 0 for a sequence that is done
-    emitted: torch.Tensor  # [B, A]
+PREFILL_CHUNK = 8192  # prompt rows of all sequences that one forward takes: bounds its activations
 
 
 class Round:
@@ -53,14 +46,18 @@ class Round:
         self.cache = target.new_cache(batch, capacity)
         self.drafter = Drafter(head, tree, batch, capacity) if head else None
         device = target.device
+        self.devices = distinct([*target.devices, self.drafter.device if self.drafter else device])
         self.sampling = SamplingTensors(batch, device)
+        self.draft_sampling = self.sampling
+        if self.drafter and self.drafter.device != device:
+            self.draft_sampling = SamplingTensors(batch, self.drafter.device)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)  # tokens in the cache
         self.roots = torch.zeros_like(self.lengths)  # the newest token, not in the cache
         self.ends = torch.zeros_like(self.lengths)  # length at which a sequence is done
         self.long_rope = torch.zeros(batch, dtype=torch.bool, device=device)
         self.node_slots = torch.arange(self.num_nodes, device=device)
-        self.emitted = torch.zeros(batch, self.max_path, dtype=torch.long, device=device)
-        self.counts = torch.zeros_like(self.lengths)
+        self.report = torch.zeros(batch, 1 + self.max_path, dtype=torch.long, device=device)  # what the host reads
+        self.counts, self.emitted = self.report[:, 0], self.report[:, 1:]
 
     # -- one round -------------------------------------------------------------------------------------------------
 
@@ -70,11 +67,18 @@ class Round:
         tree, logits, features = self.propose()
         self.commit(self.accept(tree, logits), features)
 
+    def draft(self) -> Tree:
+        """The tree under the newest token of each sequence."""
+        if self.drafter is None:
+            return root_only(self.roots)
+        roots, lengths = packed_to(self.drafter.device, self.roots, self.lengths)
+        tree = self.drafter.grow(roots, lengths, self.draft_sampling)
+        return Tree(*packed_to(self.target.device, *tree))
+
     def propose(self) -> tuple[Tree, torch.Tensor, torch.Tensor]:
         """Draft and verify: the tree, the target's logits [B, T, V] and the features [B, T, F] of its nodes."""
         self.target.set_long_rope(self.long_rope)
-        drafter = self.drafter
-        tree = drafter.grow(self.roots, self.lengths, self.sampling) if drafter else root_only(self.roots)
+        tree = self.draft()
         slots = self.lengths[:, None] + self.node_slots
         step = TreeStep(self.lengths, slots, tree.ancestors, tree.depths)
         return tree, *self.target.verify(tree.tokens, step, self.cache)
@@ -82,7 +86,7 @@ class Round:
     def accept(self, tree: Tree, logits: torch.Tensor) -> Accepted:
         chosen = self.sampling.choose(logits, self.lengths[:, None] + tree.depths)
         active = self.ends > self.lengths
-        return Accepted(*accept(tree.tokens, tree.parents, chosen, active, self.max_path))
+        return accept(tree.tokens, tree.parents, chosen, active, self.max_path)
 
     def commit(self, accepted: Accepted, features: torch.Tensor) -> None:
         """Compact, absorb and move on, by no more tokens than each sequence may still get."""
@@ -91,8 +95,8 @@ class Round:
         self.cache.slab.compact(path, counts, self.lengths)
         tokens = emitted.clamp(min=0)  # -1 marks NaN logits, which the host reports
         if self.drafter:
-            taken = features.gather(1, path[..., None].expand(-1, -1, features.shape[-1]))
-            self.drafter.absorb(taken, tokens, counts, self.lengths)
+            nodes, *rows = packed_to(self.drafter.device, path, tokens, counts, self.lengths)
+            self.drafter.absorb(features.gather(1, nodes[..., None].expand(-1, -1, features.shape[-1])), *rows)
         newest = tokens.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]
         self.roots.copy_(torch.where(counts > 0, newest, self.roots))
         self.lengths.add_(counts)
@@ -116,18 +120,24 @@ class Round:
         if self.target.rope_switch is not None:
             self.long_rope.copy_(prompt_lengths > self.target.rope_switch)
         self.target.set_long_rope(self.long_rope)
+        lengths = self.lengths
         if self.drafter:
-            self.drafter.start_without_prefix(self.roots)
+            if self.draft_sampling is not self.sampling:
+                self.draft_sampling.copy_(self.sampling)
+            roots, lengths = packed_to(self.drafter.device, self.roots, lengths)
+            self.drafter.start_without_prefix(roots)
         prefix = tokens.shape[1] - 1
-        for start in range(0, prefix, PREFILL_CHUNK):
-            end = min(start + PREFILL_CHUNK, prefix)
+        chunk = max(1, PREFILL_CHUNK // self.batch)
+        for start in range(0, prefix, chunk):
+            end = min(start + chunk, prefix)
             features = self.target.prefill(tokens[:, start:end], start, self.cache)
             if self.drafter:
-                self.drafter.absorb_prompt(features, tokens[:, start + 1 : end + 1], start, self.lengths)
+                following = tokens[:, start + 1 : end + 1].to(self.drafter.device)
+                self.drafter.absorb_prompt(features, following, start, lengths)
 
     def finish(self, row: int) -> None:
         """Emit nothing more for this sequence."""
-        self.ends[row] = 0
+        self.ends[row].zero_()  # assigning a number would wait for the device: it is copied there
 
     @torch.no_grad()
     def adopt(self, rows: torch.Tensor, other: Round) -> None:
@@ -139,6 +149,9 @@ class Round:
         self.sampling.adopt(rows, other.sampling)
         if self.drafter:
             assert other.drafter is not None
-            self.drafter.adopt(rows, other.drafter)
+            there = rows.to(self.drafter.device)
+            if self.draft_sampling is not self.sampling:
+                self.draft_sampling.adopt(there, other.draft_sampling)
+            self.drafter.adopt(there, other.drafter)
         for name in ("lengths", "roots", "ends", "long_rope"):
             getattr(self, name)[rows] = getattr(other, name)[: len(rows)]

@@ -8,18 +8,48 @@ with and without speculation gives the same tokens for the same seed.
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from eagle_fast_kernels.sample import sample
 
 from eagle_fast.config import MAX_SEED, SamplingParams
 
+SHARPNESS = 1.25  # k of `draft_scales`, measured
+
+
+class DraftScales(NamedTuple):
+    """How a draft scores the token v after a node: log_softmax(gain z + share G)[v], z its logits, G the noise."""
+
+    gain: float
+    share: float
+
+
+def draft_scales(temperature: float, shared_noise: bool) -> DraftScales:
+    """What makes a draft's scores honest: the log-probability that the target will choose v, as far as a draft knows.
+
+    The target chooses argmax_v (t_v + T G_v), the draft has z, not t. Cross-entropy makes z the logarithm of what the
+    target's probabilities are on average over all texts that look alike to the draft. An average is flatter than what
+    it is taken of: t is about k z + e with k > 1 and an error e, whose scale on trained heads is that of a standard
+    Gumbel variable. So, by the Gumbel-max rule once more, where the draft knows the noise the target chooses v with
+    probability softmax(k z + T G)[v], and at T = 0 with softmax(k z)[v].
+
+    Without the noise T G is one more error. At T = 1 the honest probability is softmax(z) then, by training. Variances
+    add up, and the gain goes with the inverse of a scale: 1 / gain^2 is 1 / k^2 at T = 0, 1 at T = 1, linear in T^2.
+    """
+    if shared_noise:
+        return DraftScales(SHARPNESS, temperature)
+    return DraftScales(1 / math.sqrt((1 - temperature**2) / SHARPNESS**2 + temperature**2), 0.0)
+
 
 class SamplingTensors:
-    """Per-sequence settings [B]. `draft_temperature` is 0 where the draft ranks by its own probabilities alone."""
+    """Per-sequence settings [B]; `draft_gain` and `draft_share` are those of `DraftScales`."""
 
     def __init__(self, batch: int, device: torch.device):
         self.temperature = torch.zeros(batch, device=device)
-        self.draft_temperature = torch.zeros(batch, device=device)
+        self.draft_gain = torch.ones(batch, device=device)
+        self.draft_share = torch.zeros(batch, device=device)
         self.top_k = torch.zeros(batch, dtype=torch.long, device=device)
         self.top_p = torch.ones(batch, device=device)
         self.min_p = torch.zeros(batch, device=device)
@@ -30,7 +60,9 @@ class SamplingTensors:
         """Fill in place. One seed: its streams differ by sequence; a seed per sequence: each as if it ran alone."""
         batch, device = self.seeds.numel(), self.seeds.device
         self.temperature.fill_(params.temperature)
-        self.draft_temperature.fill_(params.temperature if shared_noise else 0.0)
+        gain, share = draft_scales(params.temperature, shared_noise)
+        self.draft_gain.fill_(gain)
+        self.draft_share.fill_(share)
         self.top_k.fill_(params.top_k)
         self.top_p.fill_(params.top_p or 1.0)
         self.min_p.fill_(params.min_p)
@@ -45,6 +77,11 @@ class SamplingTensors:
                 seed = int(torch.randint(MAX_SEED, ()).item()) if params.temperature > 0 else 0
             self.seeds.fill_(seed)
             self.sequences.copy_(torch.arange(batch, device=device))
+
+    def copy_(self, other: SamplingTensors) -> None:
+        """Take over the settings of `other`, of as many sequences on any device."""
+        for name, mine in vars(self).items():
+            mine.copy_(getattr(other, name))
 
     def adopt(self, rows: torch.Tensor, other: SamplingTensors) -> None:
         """Copy the settings of the first sequences of `other` to sequences `rows` [R] of this one."""

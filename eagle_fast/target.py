@@ -9,51 +9,33 @@ exactly is refused with the reason. The features that a draft head reads are tak
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from eagle_fast.attention import IMPLEMENTATION, AttentionContext, LayerBinding, PrefillStep, TreeStep
-from eagle_fast.cache import KVSlab, LayerShape, SlabCache
+from eagle_fast.cache import KVSlab, SlabCache
 from eagle_fast.experts import ExpertChoice
 from eagle_fast.fused import fuse_layers
 from eagle_fast.linear import use_few_rows_linear
+from eagle_fast.placement import layer_list
+from eagle_fast.probe import AttentionCall, UnsupportedModel, probe
 from eagle_fast.rope import LongRope, freeze_longrope, rope_types
-from eagle_fast.twin import twin
+from eagle_fast.shards import Shard, connect, shards_of
+from eagle_fast.transfers import Transfers, distinct
+from eagle_fast.twin import drop_accelerate_hooks, is_offloaded, twin
 
-PROBE = "eagle_fast_probe"
 NO_SOFTCAP = (
     "the model caps its attention scores, and its sdpa implementation leaves the cap out: decoding does the same, to "
     "give the model's own text. Load it with attn_implementation='eager' for the cap"
 )
+OFFLOADED = (
+    "some of the weights lie on the CPU or on disk: accelerate brings them in for every forward, and rounds run many "
+    "times slower, without CUDA graphs and fused layers"
+)
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
-
-
-class UnsupportedModel(ValueError):
-    """The model cannot be decoded exactly with a tree; the message says why."""
-
-
-class AttentionCall(NamedTuple):
-    """One attention call of the probe forward."""
-
-    module: nn.Module
-    shape: LayerShape
-    mask: torch.Tensor | None
-    options: dict
-
-
-def _probe_attention(module, query, key, value, attention_mask, **options):
-    shape = LayerShape(key.shape[1], key.shape[-1], key.dtype, key.device)
-    if key.shape != value.shape:
-        raise UnsupportedModel("its keys and values differ in shape (multi-head latent attention)")
-    module.eagle_probe.append(AttentionCall(module, shape, attention_mask, options))
-    groups = query.shape[1] // key.shape[1]
-    return value.repeat_interleave(groups, 1)[:, :, : query.shape[2]].transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(PROBE, _probe_attention)
 
 
 class Target:
@@ -61,26 +43,38 @@ class Target:
 
     feature_layers: boundaries whose hidden states the draft head reads (k = input of decoder layer k, number of layers
     = output of the last one); empty for the last hidden state after the final norm (EAGLE-1/2).
-    Raises UnsupportedModel.
+    draft_device: where the features go, by default to the device of the logits.
+    The model may lie on several devices, with one for each layer. `device` is that of the logits, `input_device` that
+    of the embedding, `devices` are all of them, that of the logits first. Raises UnsupportedModel.
     """
 
-    def __init__(self, model: PreTrainedModel, feature_layers: tuple[int, ...] = ()):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        feature_layers: tuple[int, ...] = (),
+        draft_device: torch.device | None = None,
+    ):
         self.config = model.config.get_text_config(decoder=True)
-        self.device = cast(torch.device, model.get_input_embeddings().weight.device)
-        self.context = AttentionContext()
         self.capped = model.config._attn_implementation != "sdpa"  # SDPA has no softcap: such a model runs without it
         self.model = twin(model)
+        self.decoder = self.model.get_decoder()
         self.experts = ExpertChoice(self.model, self.config)
         self.rope_switch = self._check_rope()
-        calls = self._probe()
+        self.transfers = Transfers()
+        self.offloaded = is_offloaded(model)
+        devices = self._connect()
+        calls, self.device = probe(self.model, self.config, self.input_device)
+        self.transfers.forget()
+        self.devices = distinct([self.device, *devices])
         self.layer_shapes = [call.shape for call in calls]
+        self.contexts = {device: AttentionContext() for device in distinct(shape.device for shape in self.layer_shapes)}
         self._bind(calls)
-        self.decoder = self.model.get_decoder()
-        fuse_layers(self._decoder_layers())
-        if self.device.type == "cpu":
+        if not self.offloaded:
+            fuse_layers(self._decoder_layers(), self.decoder)
             use_few_rows_linear(self.model)
         self.vocab_size = model.get_output_embeddings().weight.shape[0]
         self.dtype = model.get_output_embeddings().weight.dtype
+        self.draft_device = draft_device or self.device
         self._taken: dict[int, torch.Tensor] = {}
         self._order = feature_layers
         self._take_features()
@@ -98,38 +92,19 @@ class Target:
             )
         return freeze_longrope(self.model, self.config) if "longrope" in types else None
 
-    def _probe(self) -> list[AttentionCall]:
-        """Run one token through the twin and record every attention call."""
-        calls: list[AttentionCall] = []
-        name = type(self.model).__name__
-        for module in self.model.modules():
-            module.__dict__["eagle_probe"] = calls
-        self.model.config._attn_implementation = PROBE
-        token = torch.ones(1, 1, dtype=torch.long, device=self.device)
-        try:
-            with torch.no_grad():
-                self.model(input_ids=token, position_ids=torch.zeros_like(token), use_cache=False)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise UnsupportedModel(
-                f"{name} needs masks that it builds itself ({type(error).__name__}: {error})"
-            ) from error
-        for module in self.model.modules():
-            del module.eagle_probe
-        num_layers = self.config.num_hidden_layers
-        if not calls:
-            raise UnsupportedModel(f"{name} does not route attention through AttentionInterface")
-        if len(calls) != num_layers:
-            raise UnsupportedModel(
-                f"{len(calls)} attention calls for {num_layers} layers: not every layer is attention"
-            )
-        if any(call.mask is not None for call in calls):
-            raise UnsupportedModel("it builds an attention mask of its own")
-        order = [getattr(call.module, "layer_idx", None) for call in calls]
-        if order != list(range(num_layers)):
-            raise UnsupportedModel(f"its attention layers run in the order {order}")
-        if getattr(self.config, "num_kv_shared_layers", 0):
-            raise UnsupportedModel("some of its layers share the keys and values of others")
-        return calls
+    def _connect(self) -> list[torch.device]:
+        """Make the twin run over the devices that it lies on, and return them."""
+        self.shards: list[Shard] = []
+        if self.offloaded:  # as accelerate does it
+            warnings.warn(OFFLOADED, stacklevel=4)
+            root: Any = self.model
+            self.input_device = torch.device(root._hf_hook.execution_device)
+            return [self.input_device, torch.device("cpu")]
+        drop_accelerate_hooks(self.model)
+        self.input_device = cast(torch.device, self.model.get_input_embeddings().weight.device)
+        self.shards = shards_of(self._decoder_layers())
+        local = distinct([self.input_device, *(shard.device for shard in self.shards)])
+        return connect(self.model, self.transfers, local)
 
     def _bind(self, calls: list[AttentionCall]) -> None:
         window, chunk = getattr(self.config, "sliding_window", None), getattr(self.config, "attention_chunk_size", None)
@@ -143,7 +118,7 @@ class Target:
             if call.options.get("softcap") and not self.capped:
                 warnings.warn(NO_SOFTCAP, stacklevel=4)
             call.module.__dict__["eagle_binding"] = LayerBinding(
-                self.context,
+                self.contexts[call.shape.device],
                 window=expected or 0,
                 chunk=(chunk or 0) if kind == "chunked_attention" else 0,
                 capped=self.capped,
@@ -166,27 +141,29 @@ class Target:
         return list(types)
 
     def _decoder_layers(self) -> nn.ModuleList:
-        for name, module in self.decoder.named_modules():
-            is_list = isinstance(module, nn.ModuleList) and len(module) == self.config.num_hidden_layers
-            if is_list and name.rpartition(".")[2] in ("layers", "h", "blocks", "block"):
-                return module
-        raise UnsupportedModel("no list of decoder layers was found")
+        found = layer_list(self.decoder, self.config.num_hidden_layers)
+        if found is None:
+            raise UnsupportedModel("no list of decoder layers was found")
+        return found[1]
 
     def _take_features(self) -> None:
         """Keep, on each forward, the hidden states that the draft head reads."""
         layers = self._decoder_layers()
 
+        def keep(boundary, hidden):
+            self._taken[boundary] = self.transfers.to(hidden, self.draft_device)
+
         def keep_input(boundary):
             def hook(module, args, kwargs):
-                self._taken[boundary] = args[0] if args else kwargs["hidden_states"]
+                keep(boundary, args[0] if args else kwargs["hidden_states"])
 
             return hook
 
         def keep_output(module, args, output):
-            self._taken[len(layers)] = output[0] if isinstance(output, tuple) else output
+            keep(len(layers), output[0] if isinstance(output, tuple) else output)
 
         def keep_final(module, args, output):
-            self._taken[-1] = output[0]
+            keep(-1, output[0])
 
         for boundary in set(self._order):
             if not 0 <= boundary <= len(layers):
@@ -194,7 +171,7 @@ class Target:
             if boundary == len(layers):
                 layers[-1].register_forward_hook(keep_output)
             else:
-                layers[boundary].register_forward_pre_hook(keep_input(boundary), with_kwargs=True)
+                layers[boundary].register_forward_pre_hook(keep_input(boundary), with_kwargs=True, prepend=True)
         if not self._order:
             self.decoder.register_forward_hook(keep_final)
 
@@ -209,35 +186,31 @@ class Target:
     # -- each call -------------------------------------------------------------------------------------------------
 
     def new_cache(self, batch: int, capacity: int) -> SlabCache:
-        return SlabCache(KVSlab(self.layer_shapes, batch, capacity), self.context)
+        return SlabCache(KVSlab(self.layer_shapes, batch, capacity), self.contexts)
 
     def set_long_rope(self, long: torch.Tensor | None) -> None:
         """[B] bool: which sequences are past the longrope switch. Only for targets with a `rope_switch`."""
         if self.rope_switch is not None:
             for module in self.model.modules():
                 if isinstance(module, LongRope):
-                    module.long_rows = long
+                    module.long_rows = None if long is None else long.to(module.long_inv_freq.device, non_blocking=True)
 
     @torch.no_grad()
     def prefill(self, tokens: torch.Tensor, start: int, cache: SlabCache) -> torch.Tensor:
         """Run tokens [B, C] at positions start.. into the cache; returns features [B, C, F]. No logits are computed."""
-        batch, count = tokens.shape
-        self.context.step = PrefillStep(start, count)
         self.experts.for_rows(None)
-        positions = torch.arange(start, start + count, device=tokens.device).expand(batch, count)
-        self.decoder(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True)
-        return self._features()
+        return self._run_prompt(self.decoder, tokens, start, cache)[1]
 
     @torch.no_grad()
     def verify(self, tokens: torch.Tensor, step: TreeStep, cache: SlabCache) -> tuple[torch.Tensor, torch.Tensor]:
         """Run tree nodes [B, T], which write their K and V after the prefix; returns (logits [B, T, V], features)."""
-        self.context.step = step
         self.experts.for_rows(tokens.numel())
-        positions = step.lengths[:, None] + step.depths
-        if self.max_positions is not None:
-            positions = positions.clamp(max=self.max_positions - 1)  # nodes past the end are never emitted
-        out = self.model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True)
-        return out.logits, self._features()
+        sent = {device: step.sent_to(device, tokens) for device in self._step_devices()}
+        for device, context in self.contexts.items():
+            context.step = sent[device][1]
+        positions = {device: self._node_positions(local) for device, (_, local) in sent.items()}
+        out, features = self._run(self.model, sent[self.input_device][0], positions, cache)
+        return out.logits, features
 
     @torch.no_grad()
     def read(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -246,15 +219,46 @@ class Target:
         For training: what the target says after every token, and what a head reads there. Of longrope models, the
         short frequencies.
         """
-        batch, count = tokens.shape
-        self.context.step = PrefillStep(start=0, count=count)
         self.experts.for_rows(None)
         self.set_long_rope(None)
-        positions = torch.arange(count, device=tokens.device).expand(batch, count)
-        cache = self.new_cache(batch, count)
-        out = self.model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True)
-        return out.logits, self._features()
+        out, features = self._run_prompt(self.model, tokens, 0, self.new_cache(*tokens.shape))
+        return out.logits, features
+
+    # -- behind them -----------------------------------------------------------------------------------------------
+
+    def _step_devices(self) -> list[torch.device]:
+        """Where positions are needed: under the embedding, and under every attention layer."""
+        return distinct([self.input_device, *self.contexts])
+
+    def _node_positions(self, step: TreeStep) -> torch.Tensor:
+        positions = step.lengths[:, None] + step.depths
+        if self.max_positions is not None:
+            positions = positions.clamp(max=self.max_positions - 1)  # nodes past the end are never emitted
+        return positions
+
+    def _run_prompt(self, module: nn.Module, tokens: torch.Tensor, start: int, cache: SlabCache):
+        """Run tokens [B, C] at positions start.. through the decoder or the whole model."""
+        batch, count = tokens.shape
+        for context in self.contexts.values():
+            context.step = PrefillStep(start, count)
+        positions = {
+            device: torch.arange(start, start + count, device=device).expand(batch, count)
+            for device in self._step_devices()
+        }
+        return self._run(module, tokens.to(self.input_device), positions, cache)
+
+    def _run(self, module: nn.Module, tokens: torch.Tensor, positions: dict[torch.device, torch.Tensor], cache):
+        """(output of the module, features); positions [B, T] on every device that needs them."""
+        first = positions[self.input_device]
+        for local in positions.values():
+            self.transfers.provide(first, local)
+        try:
+            out = module(input_ids=tokens, position_ids=first, past_key_values=cache, use_cache=True)
+            return out, self._features()
+        finally:
+            self.transfers.forget()
+            self._taken = {}
 
     def _features(self) -> torch.Tensor:
-        taken, self._taken = self._taken, {}
+        taken = self._taken
         return torch.cat([taken[k] for k in self._order], -1) if self._order else taken[-1]

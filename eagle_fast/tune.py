@@ -33,7 +33,7 @@ def round_seconds(target: Target, head: DraftHead, tree: TreeConfig) -> float:
     """Seconds of one round for one sequence after a short prompt; its text does not matter."""
     max_length = PROMPT + (WARMUP_STEPS + 2 + ROUNDS) * tree.max_path
     state = Round(target, head, tree, 1, max_length)
-    step = GraphedStep(state.step, target.device)
+    step = GraphedStep(state.step, state.devices)
     state.begin(torch.ones(1, PROMPT, dtype=torch.long), torch.tensor([PROMPT]), torch.tensor([max_length - 1]))
     for _ in range(WARMUP_STEPS + 1):
         step()

@@ -1,16 +1,19 @@
 """A twin of a stock model: the same parameters under shallow copies of its modules.
 
 Everything that decoding changes (the attention implementation in the config, hooks on layers, swapped submodules) is
-changed on the twin, so the user's model stays exactly as it came.
+changed on the twin, so the user's model stays exactly as it came. A twin starts with the hooks of accelerate that its
+model has, which move inputs between devices and bring offloaded weights.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import types
 from collections import OrderedDict
 from typing import Any, cast
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -37,6 +40,28 @@ def _twin(module: nn.Module, modules: dict[int, nn.Module], configs: dict) -> An
     for name, value in list(state.items()):
         if isinstance(value, types.MethodType) and value.__self__ is module:
             state[name] = types.MethodType(value.__func__, clone)
+        elif isinstance(value, functools.partial) and value.args[:1] == (module,):
+            state[name] = functools.partial(value.func, clone, *value.args[1:], **value.keywords)
     if hasattr(module, "config"):
         clone.config = copy.deepcopy(module.config, configs)
     return clone
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether hooks of accelerate bring some of the weights to their device for each forward."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def stored_weight(module: Any) -> torch.Tensor:
+    """A module's weight, wherever it is stored while no forward runs."""
+    return module._hf_hook.weights_map["weight"] if module.weight.is_meta else module.weight
+
+
+def drop_accelerate_hooks(model: nn.Module) -> None:
+    """Take accelerate's hooks off a twin, whose modules then run the forward of their class."""
+    for module in model.modules():
+        if module.__dict__.pop("_hf_hook", None) is not None:
+            forward = module.__dict__.pop("_old_forward")
+            module.__dict__.pop("forward", None)
+            if getattr(forward, "__func__", None) is not type(module).forward:
+                module.__dict__["forward"] = forward

@@ -1,21 +1,18 @@
-"""The small fused pieces of a draft head's forward: its input, RoPE with the cache write, residual + norm, SiLU gate.
+"""The small fused pieces of a draft head's forward that are its own: its input, and RoPE with the cache write.
 
     head_input     out[r] = rms(embedding[tokens[r]]) | rms(hidden[r])          (| joins; a norm that is None copies)
     rope_append    q, k, v of one row; q, k <- rope(rms(q)), rope(rms(k));          cache rows slots[b] + t <- k, v
-    add_rms_norm   total = x + residual,   normed = rms(total)
-    silu_mul       out = silu(gate) * up,  gate | up = gate_up[r]
 
     rms(x) = weight * x / sqrt(mean(x^2) + eps)          rope(x) = x cos[position] + turn(x) sin[position]
     turn(x) = (-x[D/2:], x[:D/2]), or interleaved (-x[1], x[0], -x[3], x[2], ...)
 
     R rows   B sequences   T rows of a sequence   E, H embedding and hidden size   V vocabulary   P positions
-    L cache rows   Hq, Hkv heads   D head size   I intermediate size
+    L cache rows   Hq, Hkv heads   D head size
 
 Bytes: every input is read and every output written once. A level of 10 rows of an EAGLE-3 head for Llama-3.1-8B in bf16
-moves 0.33 MB (head_input), 0.24 MB (rope_append), 0.33 MB (add_rms_norm) and 0.86 MB (silu_mul): 0.3 us at most at
-3.08 TB/s, so what counts is how few launches there are. Arithmetic is fp32; norms round where LlamaRMSNorm does.
-
-Left out: fusing these into the neighbouring GEMMs.
+moves 0.33 MB (head_input) and 0.24 MB (rope_append): 0.1 us at 3.08 TB/s, so what counts is how few launches there are,
+and that they overlap (`overlap.py`). qkv may come in parts, fp32 [S, ...] from `linear.few_rows_sums`, which are added
+up here. Arithmetic is fp32; norms round where LlamaRMSNorm does.
 """
 
 from __future__ import annotations
@@ -24,17 +21,10 @@ import torch
 import triton
 import triton.language as tl
 from eagle_fast_kernels.launch import device_guard, use_triton
+from eagle_fast_kernels.overlap import after_earlier_kernels, dependent_launch
+from eagle_fast_kernels.rms_norm import normalise, num_warps, rms_norm_ref, sum_parts
 from einops import rearrange
 from torch import Tensor
-
-
-@triton.jit
-def _rms_norm(x, other, weight, other_weight, width, eps, ROUND: tl.constexpr):
-    """Normalise x (fp32, zero past `width`) and a permutation of it, rounded to ROUND as LlamaRMSNorm does."""
-    factor = tl.rsqrt(tl.sum(x * x, 0) / width + eps)
-    x = (x * factor).to(ROUND).to(tl.float32) * weight
-    other = (other * factor).to(ROUND).to(tl.float32) * other_weight
-    return x.to(ROUND).to(tl.float32), other.to(ROUND).to(tl.float32)
 
 
 @triton.jit
@@ -43,15 +33,16 @@ def _copy_normed(source, norm_ptr, target, width, eps, BLOCK: tl.constexpr):
     x = tl.load(source + i, mask=i < width, other=0.0).to(tl.float32)
     if norm_ptr is not None:
         weight = tl.load(norm_ptr + i, mask=i < width, other=0.0).to(tl.float32)
-        x, _ = _rms_norm(x, x, weight, weight, width, eps, source.dtype.element_ty)
+        x, _ = normalise(x, x, weight, weight, width, eps, source.dtype.element_ty)
     tl.store(target + i, x.to(target.dtype.element_ty), mask=i < width)
 
 
 @triton.jit
 def _head_input_kernel(
     tokens_ptr, hidden_ptr, embedding_ptr, embed_norm_ptr, hidden_norm_ptr, out_ptr, eps, stride_h, stride_e,
-    E: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
+    E: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    after_earlier_kernels(PDL)
     row = tl.program_id(0).to(tl.int64)
     target = out_ptr + row * (E + H)
     if tl.program_id(1) == 0:
@@ -64,17 +55,18 @@ def _head_input_kernel(
 @triton.jit
 def _rope_append_kernel(
     qkv_ptr, positions_ptr, cos_ptr, sin_ptr, k_ptr, v_ptr, slots_ptr, q_norm_ptr, k_norm_ptr, q_ptr,
-    num_rows, eps, stride_xb, stride_xt, stride_pb, stride_pt,
+    num_rows, eps, stride_xs, stride_xb, stride_xt, stride_pb, stride_pt,
     stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    INTERLEAVED: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    after_earlier_kernels(PDL)
     pid, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     sequence, row = pid // num_rows, pid % num_rows
     d = tl.arange(0, BLOCK_D)
     mask = d < D
     source = qkv_ptr + sequence * stride_xb + row * stride_xt + head * D
-    x = tl.load(source + d, mask=mask, other=0.0).to(tl.float32)
+    x = sum_parts(source, d, mask, stride_xs, PARTS)
     slot = tl.load(slots_ptr + sequence) + row
     if head >= HQ + HKV:
         target = v_ptr + sequence * stride_vb + (head - HQ - HKV) * stride_vh + slot * stride_vl
@@ -84,14 +76,14 @@ def _rope_append_kernel(
             partner, sign = d ^ 1, tl.where(d % 2 == 0, -1.0, 1.0)
         else:
             partner, sign = (d + R // 2) % R, tl.where(d < R // 2, -1.0, 1.0)
-        turned = tl.load(source + partner, mask=d < R, other=0.0).to(tl.float32)
+        turned = sum_parts(source, partner, d < R, stride_xs, PARTS)
         if q_norm_ptr is not None:
             of_q, of_k = mask & (head < HQ), mask & (head >= HQ)
             weight = tl.load(q_norm_ptr + d, mask=of_q, other=0.0).to(tl.float32)
             weight += tl.load(k_norm_ptr + d, mask=of_k, other=0.0).to(tl.float32)
             turned_weight = tl.load(q_norm_ptr + partner, mask=of_q & (d < R), other=0.0).to(tl.float32)
             turned_weight += tl.load(k_norm_ptr + partner, mask=of_k & (d < R), other=0.0).to(tl.float32)
-            x, turned = _rms_norm(x, turned, weight, turned_weight, D, eps, qkv_ptr.dtype.element_ty)
+            x, turned = normalise(x, turned, weight, turned_weight, D, eps, q_ptr.dtype.element_ty)
         table = tl.load(positions_ptr + sequence * stride_pb + row * stride_pt) * R + d
         cos = tl.load(cos_ptr + table, mask=d < R, other=1.0).to(tl.float32)
         sin = tl.load(sin_ptr + table, mask=d < R, other=0.0).to(tl.float32)
@@ -101,36 +93,6 @@ def _rope_append_kernel(
         else:
             target = k_ptr + sequence * stride_kb + (head - HQ) * stride_kh + slot * stride_kl
             tl.store(target + d, rotated.to(k_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _add_rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, normed_ptr, total_ptr, eps, stride_x, stride_r,
-    H: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    mask = i < H
-    total = tl.load(x_ptr + row * stride_x + i, mask=mask, other=0.0).to(tl.float32)
-    total += tl.load(residual_ptr + row * stride_r + i, mask=mask, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + i, mask=mask, other=0.0).to(tl.float32)
-    rounded = total.to(total_ptr.dtype.element_ty)
-    tl.store(total_ptr + row * H + i, rounded, mask=mask)
-    total = rounded.to(tl.float32)
-    normed, _ = _rms_norm(total, total, weight, weight, H, eps, total_ptr.dtype.element_ty)
-    tl.store(normed_ptr + row * H + i, normed.to(normed_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _silu_mul_kernel(gate_up_ptr, out_ptr, stride, I: tl.constexpr, BLOCK: tl.constexpr):  # noqa: E741
-    row = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(gate_up_ptr + row * stride + i, mask=i < I, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + row * stride + I + i, mask=i < I, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * I + i, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), mask=i < I)
-
-
-def _num_warps(block: int) -> int:
-    return min(16, max(1, block // 512))
 
 
 def head_input(
@@ -152,7 +114,7 @@ def head_input(
     with device_guard(hidden):
         _head_input_kernel[(num_rows, 2)](
             tokens, hidden, embedding, embed_norm, hidden_norm, out, eps, hidden.stride(0), embedding.stride(0),
-            E=embed_size, H=hidden_size, BLOCK=block, num_warps=_num_warps(block),
+            E=embed_size, H=hidden_size, BLOCK=block, num_warps=num_warps(block), **dependent_launch(hidden.device),
         )  # fmt: skip
     return out
 
@@ -164,15 +126,15 @@ def rope_append(
 ) -> Tensor:  # fmt: skip
     """Rotated queries [B, Hq, T, D] (a view of [B, T, Hq, D]); rotated keys and values go to the cache.
 
-    qkv [B, T, (Hq + 2 Hkv) D]; positions [B, T]; cos, sin [P, R], laid out as the dimensions they multiply, which are
-    the first R <= D of a head: the others pass; k_slab, v_slab [B, Hkv, L, D] get rows slots[b] + t; q_norm, k_norm [D]
-    are given together or not at all.
+    qkv [B, T, (Hq + 2 Hkv) D], or parts of it [S, B, T, ...], which give queries in the cache's dtype; positions
+    [B, T]; cos, sin [P, R], laid out as the dimensions they multiply, which are the first R <= D of a head: the others
+    pass; k_slab, v_slab [B, Hkv, L, D] get rows slots[b] + t; q_norm, k_norm [D] are given together or not at all.
     """
-    num_sequences, num_rows, width = qkv.shape
+    num_sequences, num_rows, width = qkv.shape[-3:]
     head_dim, rotary_dim = k_slab.shape[3], cos.shape[1]
     assert width == (num_heads + 2 * num_kv_heads) * head_dim
     assert k_slab.shape == v_slab.shape == (num_sequences, num_kv_heads, k_slab.shape[2], head_dim)
-    assert qkv.stride(2) == k_slab.stride(3) == v_slab.stride(3) == 1
+    assert qkv.stride(-1) == k_slab.stride(3) == v_slab.stride(3) == 1
     assert positions.shape == (num_sequences, num_rows)
     assert slots.shape == (num_sequences,)
     assert cos.shape == sin.shape
@@ -184,48 +146,21 @@ def rope_append(
             qkv, positions, cos, sin, k_slab, v_slab, slots, num_heads, num_kv_heads,
             q_norm=q_norm, k_norm=k_norm, eps=eps, interleaved=interleaved,
         )  # fmt: skip
-    q = qkv.new_empty(num_sequences, num_rows, num_heads, head_dim)
+    parts = qkv if qkv.dim() == 4 else qkv[None]
+    q = qkv.new_empty(num_sequences, num_rows, num_heads, head_dim, dtype=_whole_dtype(qkv, k_slab))
     with device_guard(qkv):
         _rope_append_kernel[(num_sequences * num_rows, num_heads + 2 * num_kv_heads)](
             qkv, positions, cos, sin, k_slab, v_slab, slots, q_norm, k_norm, q, num_rows, eps,
-            *qkv.stride()[:2], *positions.stride(), *k_slab.stride()[:3], *v_slab.stride()[:3],
+            *parts.stride()[:3], *positions.stride(), *k_slab.stride()[:3], *v_slab.stride()[:3],
             HQ=num_heads, HKV=num_kv_heads, D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), R=rotary_dim,
-            INTERLEAVED=interleaved, num_warps=1,
+            INTERLEAVED=interleaved, PARTS=len(parts), num_warps=1, **dependent_launch(qkv.device),
         )  # fmt: skip
     return q.transpose(1, 2)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """(RMSNorm of x + residual, x + residual), both [R, H] like x and residual."""
-    num_rows, width = x.shape
-    assert residual.shape == x.shape
-    assert residual.dtype == x.dtype
-    assert x.stride(1) == residual.stride(1) == 1
-    if not use_triton(x, residual, weight):
-        return add_rms_norm_ref(x, residual, weight, eps)
-    normed, total = x.new_empty(2, num_rows, width)
-    block = triton.next_power_of_2(width)
-    with device_guard(x):
-        _add_rms_norm_kernel[(num_rows,)](
-            x, residual, weight, normed, total, eps, x.stride(0), residual.stride(0),
-            H=width, BLOCK=block, num_warps=_num_warps(block),
-        )  # fmt: skip
-    return normed, total
-
-
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up, [R, I], of gate_up [R, 2I] = gate | up."""
-    num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    assert gate_up.stride(1) == 1
-    if not use_triton(gate_up):
-        return silu_mul_ref(gate_up)
-    out = gate_up.new_empty(num_rows, width)
-    block = min(1024, triton.next_power_of_2(width))
-    with device_guard(gate_up):
-        _silu_mul_kernel[(num_rows, triton.cdiv(width, block))](
-            gate_up, out, gate_up.stride(0), I=width, BLOCK=block, num_warps=4
-        )
-    return out
+def _whole_dtype(x: Tensor, slab: Tensor) -> torch.dtype:
+    """Of what parts add up to."""
+    return slab.dtype if x.dim() == 4 else x.dtype
 
 
 def _given(*tensors: Tensor | None) -> list[Tensor]:
@@ -235,15 +170,6 @@ def _given(*tensors: Tensor | None) -> list[Tensor]:
 def _wide(x: Tensor) -> Tensor:
     """fp32, or fp64 where x is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def rms_norm_ref(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """RMSNorm over the last dimension as LlamaRMSNorm rounds it; without a weight, x itself."""
-    if weight is None:
-        return x
-    wide = _wide(x)
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (weight * normed.to(x.dtype)).to(x.dtype)
 
 
 def rope_ref(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
@@ -277,6 +203,8 @@ def rope_append_ref(
 ) -> Tensor:  # fmt: skip
     """`rope_append` in plain PyTorch."""
     head_dim = k_slab.shape[-1]
+    if qkv.dim() == 4:
+        qkv = qkv.sum(0).to(k_slab.dtype)
     heads = rearrange(qkv, "b t (h d) -> b t h d", d=head_dim)
     q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), 2)
     q = rope_ref(rms_norm_ref(q, q_norm, eps), positions, cos, sin, interleaved)
@@ -286,15 +214,3 @@ def rope_append_ref(
     k_slab.scatter_(2, index, k.transpose(1, 2).to(k_slab.dtype))
     v_slab.scatter_(2, index, v.transpose(1, 2).to(v_slab.dtype))
     return q.transpose(1, 2)
-
-
-def add_rms_norm_ref(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """`add_rms_norm` in plain PyTorch, differentiable."""
-    total = x + residual
-    return rms_norm_ref(total, weight, eps), total
-
-
-def silu_mul_ref(gate_up: Tensor) -> Tensor:
-    """`silu_mul` in plain PyTorch, differentiable."""
-    gate, up = _wide(gate_up).chunk(2, -1)
-    return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)

@@ -11,11 +11,20 @@ picks one by the tensors' device; the environment variable EAGLE_FAST_KERNELS ov
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+from typing import NamedTuple
 
 import torch
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Resources(NamedTuple):
+    """What a launch may use of a device."""
+
+    num_sms: int
+    shared_memory: int  # bytes a program
 
 
 def use_triton(*tensors: torch.Tensor) -> bool:
@@ -33,6 +42,16 @@ def use_triton(*tensors: torch.Tensor) -> bool:
 def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device: make it the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def resources(device: torch.device) -> Resources:
+    """Of a GPU; interpreted, those of an H100."""
+    if device.type != "cuda":
+        return Resources(132, 232448)
+    properties = torch.cuda.get_device_properties(device)
+    shared_memory = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    return Resources(properties.multi_processor_count, shared_memory)
 
 
 def upcast(dtype: torch.dtype) -> bool:

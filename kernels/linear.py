@@ -1,7 +1,18 @@
-"""Products of a few rows with a large weight: out [R, N] = x [R, K] weight[N, K]^T.
+"""Products of a few rows with a large weight: out [R, N] = x [R, K] weight [N, K]^T (* scale [N]) (+ bias [N]).
 
-Bytes: the weight once, 2 N K in bf16; at R up to 60 that is the whole cost on an H100 (floor 5 ms for 7.5 B weights at
-3.08 TB/s). On a GPU this is cuBLAS for now.
+    few_rows_matmul   the product
+    few_rows_sums     fp32 parts of it, [S, R, N], one a split of K: what reads them adds them up in order
+    gated_matmul      silu(gate) * up of weight [2I, K] = gate | up -> [R, I]
+
+Bytes: the weight once, N K of them (twice that in bf16); at R up to 60 that is the whole cost on an H100 (floor 4.9 ms
+for 7.5 B weights in bf16 at 3.08 TB/s). x comes from L2 once for every BLOCK_N rows of the weight, so tiles are as wide
+as still fill the GPU; narrow weights are also split along K, and the parts are added by the kernel that reads the
+product (`add_rms_norm`, `rope_append`), which costs no launch. The tile and the splits depend on the weight alone, as
+does the order of additions: a row's result does not depend on how many rows there are, nor on what they hold.
+
+fp8 weights (e4m3, a scale a row) become bf16 after the load: seee emmm moves to s000 0eee emmm 0000, and one
+multiplication by 2^120 puts the bias of the exponent right, for subnormal numbers too. Launches overlap (`overlap.py`):
+the first bytes of each weight tile are fetched into L2 before the kernel waits for its x.
 
 On a CPU the BLAS that torch ships is slow at 2 to 30 rows: it packs the weight for a tall x. With the operands swapped
 the weight is the tall one. 240 projections of a 135M model in fp32, 2 cores, ms (1 row: 36 either way):
@@ -9,23 +20,254 @@ the weight is the tall one. 240 projections of a 135M model in fp32, 2 cores, ms
     rows                 8     12     16     24
     x @ weight.T        81    105    109    128
     (weight @ x.T).T    45     78     69    100
+
+Left out: TMA loads (0.3 us less a launch at 60 rows), eviction hints (Triton drops them on asynchronous copies).
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-MOST_ROWS = 32
-ROW_STEP = 8  # whole vectors of rows are fast, what is left over is not
+from .launch import device_guard, resources, upcast, use_triton
+from .overlap import dependent_launch
+from .silu_mul import silu_mul
+
+MOST_ROWS_CPU = 32
+ROW_STEP = 8  # on a CPU whole vectors of rows are fast, what is left over is not
+MOST_ROWS = 64  # on a GPU more rows go to cuBLAS: a second tile of rows costs a third more time, cuBLAS nearly nothing
+MOST_ROWS_FP8 = 256  # what cuBLAS takes instead is made anew each time: 9 bytes moved a weight, against 1 and L2
+PREFETCH = 512  # bytes of each weight row of a tile, fetched before the wait
 
 
-def few_rows_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [..., K] times weight [N, K] transposed -> [..., N], by the faster of two ways to say it."""
+class Tile(NamedTuple):
+    """How a launch cuts its work: rows of x and of the weight, columns a step; parts of K; warps and stages."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
+def weight_tile(num_columns: int, inner: int, weight: Tensor, num_rows: int, *, split: bool) -> Tile:
+    """256 bytes of a weight row a step. A wide weight takes wide tiles; others as many parts as the GPU holds at once.
+
+    num_columns counts rows of the weight. Rows of x do not matter for 16-bit weights (see above).
+    """
+    num_sms, shared_memory = resources(weight.device)
+    size = weight.element_size()
+    block_k = 256 // size
+    if inner % block_k:
+        block_k //= 2
+    block_m = 64 if size == 2 else min(64, max(16, triton.next_power_of_2(num_rows)))
+    if size == 4:
+        block_m, block_k = 16, 32
+    tiles, steps = triton.cdiv(num_columns, 64), triton.cdiv(inner, block_k)
+    splits = 1
+    if split:
+        splits = _most_splits(steps, num_sms // tiles)
+        if size == 1 and splits * tiles < 0.8 * num_sms:
+            splits = _most_splits(steps, 3 * num_sms // tiles)
+    wide = tiles >= 3 * num_sms
+    block_n, num_warps = (128, 8) if wide else (64, 4)
+    stage = (block_n * size + block_m * max(size, 2)) * block_k
+    crowded = not wide and splits * tiles > num_sms
+    most = shared_memory // 2 - 1024 if crowded else shared_memory  # room for two programs a multiprocessor
+    num_stages = min(4 if size == 2 or wide else 6, max(2, most // stage))
+    return Tile(block_m, block_n, block_k, splits, num_warps, num_stages)
+
+
+def _most_splits(steps: int, most: int) -> int:
+    """Into how many equal parts of at least two steps K is cut."""
+    return max((s for s in range(1, min(steps // 2, most) + 1) if steps % s == 0), default=1)
+
+
+@triton.jit
+def to_dtype(w, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
+    """A tile of weights in the dtype of x; e4m3 to bf16 four at a time, by moving bits and times 2^120."""
+    if UPCAST:
+        return w.to(tl.float32)
+    if w.dtype == tl.float8e4nv and DTYPE == tl.bfloat16:  # noqa: SIM300
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a, b, c, d;
+            prmt.b32 a, 0, $2, 0x5040;
+            prmt.b32 b, 0, $2, 0x7060;
+            and.b32 c, a, 0x7f007f00;
+            and.b32 d, b, 0x7f007f00;
+            shr.u32 c, c, 4;
+            shr.u32 d, d, 4;
+            lop3.b32 a, a, 0x80008000, c, 0xEA;
+            lop3.b32 b, b, 0x80008000, d, 0xEA;
+            mov.b32 c, 0x7b807b80;
+            mov.b32 d, 0x80008000;
+            fma.rn.bf16x2 $0, a, c, d;
+            fma.rn.bf16x2 $1, b, c, d;
+            }""",
+            "=r,=r,r",
+            [w],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=4,
+        )
+    return w.to(DTYPE)
+
+
+@triton.jit
+def _prefetch(row_ptrs):
+    """Bring the first 512 bytes of each row [N, 1] into L2, in two pieces: as many as there are threads."""
+    addresses = row_ptrs.to(tl.int64) + tl.arange(0, 2)[None, :] * 256
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], 256; // $0", "=r,l", [addresses],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_rows", "splits"])
+def _few_rows_kernel(
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, num_rows, num_columns, inner, stride_x, stride_weight, splits,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
+    PREFETCH: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """num_columns: of the output. GATED tiles take rows of gate and up in turns, which end in one thread."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile, split = tl.program_id(1), tl.program_id(2)
+    n, k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    if GATED:
+        weight_rows = n % 2 * num_columns + tl.minimum(tile * (BLOCK_N // 2) + n // 2, num_columns - 1)
+    else:
+        weight_rows = tl.minimum(tile * BLOCK_N + n, num_columns - 1)
+    share = tl.cdiv(tl.cdiv(inner, BLOCK_K), splits) * BLOCK_K
+    first = split * share
+    weight_ptrs = weight_ptr + weight_rows.to(tl.int64)[:, None] * stride_weight + first
+    if PDL:
+        gdc_launch_dependents()
+        if PREFETCH:
+            _prefetch(weight_ptrs)
+        gdc_wait()
+    weight_ptrs += k[None, :]
+    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_x + first + k[None, :]
+    row_mask = (rows < num_rows)[:, None]
+    z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    left = tl.minimum(share, inner - first)
+    for start in range(0, left, BLOCK_K):
+        if EVEN:
+            x = tl.load(x_ptrs, mask=row_mask, other=0.0)
+            w = tl.load(weight_ptrs)
+        else:
+            inside = (k < left - start)[None, :]
+            x = tl.load(x_ptrs, mask=row_mask & inside, other=0.0)
+            w = tl.load(weight_ptrs, mask=inside, other=0.0)
+        if UPCAST:
+            x = x.to(tl.float32)
+        z = tl.dot(x, tl.trans(to_dtype(w, x.dtype, UPCAST)), z, input_precision="ieee")
+        x_ptrs += BLOCK_K
+        weight_ptrs += BLOCK_K
+    if scale_ptr is not None:
+        z *= tl.load(scale_ptr + weight_rows)[None, :]
+    if bias_ptr is not None:
+        z += tl.where(split == 0, tl.load(bias_ptr + weight_rows).to(tl.float32), 0.0)[None, :]
+    if GATED:
+        gate, up = tl.split(tl.reshape(z, (BLOCK_M, BLOCK_N // 2, 2)))
+        z = gate * tl.sigmoid(gate) * up
+        columns = tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+    else:
+        columns = tile * BLOCK_N + n
+    out_rows = split.to(tl.int64) * num_rows + rows
+    out_ptrs = out_ptr + out_rows[:, None] * num_columns + columns[None, :]
+    tl.store(out_ptrs, z.to(out_ptr.dtype.element_ty), mask=row_mask & (columns < num_columns)[None, :])
+
+
+def streams(x: Tensor, weight: Tensor) -> bool:
+    """True if products of x [..., K] with this weight take the kernel: few rows, 16 bits or fp8, on a GPU."""
+    most_rows = MOST_ROWS if weight.element_size() > 1 else MOST_ROWS_FP8
+    if not use_triton(x, weight) or x.numel() > most_rows * x.shape[-1]:
+        return False
+    return not x.is_cuda or (x.dtype in (torch.bfloat16, torch.float16) and weight.element_size() <= 2)
+
+
+def few_rows_matmul(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """x [..., K] times weight [N, K] transposed, times scale [N] fp32 (of fp8 weights), plus bias [N] -> [..., N].
+
+    A few rows take the kernel on a GPU, and the faster of two ways to say it on a CPU; others torch's matmul.
+    """
+    if not streams(x, weight):
+        return few_rows_matmul_ref(x, weight, scale=scale, bias=bias)
+    out = x.new_empty(*x.shape[:-1], len(weight))
+    _launch(x, weight, scale, bias, out, split=False)
+    return out
+
+
+def few_rows_sums(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """Parts of the product of x [..., K] and weight [N, K], bias included: fp32 [S, ..., N], to be added up in order.
+
+    Where the kernel does not run, the product itself, [..., N] in x's dtype. `add_rms_norm`, `rope_append` take both.
+    """
+    if not streams(x, weight):
+        return few_rows_matmul_ref(x, weight, scale=scale, bias=bias)
+    tile = weight_tile(len(weight), x.shape[-1], weight, x.numel() // x.shape[-1], split=True)
+    out = x.new_empty(tile.splits, *x.shape[:-1], len(weight), dtype=torch.float32)
+    _launch(x, weight, scale, bias, out, split=True)
+    return out
+
+
+def gated_matmul(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """silu(gate) * up, [..., I], of the rows gate | up of weight [2I, K]; others as `few_rows_matmul`."""
+    if not streams(x, weight):
+        return gated_matmul_ref(x, weight, scale=scale, bias=bias)
+    out = x.new_empty(*x.shape[:-1], len(weight) // 2)
+    _launch(x, weight, scale, bias, out, split=False, gated=True)
+    return out
+
+
+def _launch(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, out: Tensor, *, split: bool,
+    gated: bool = False,
+) -> None:  # fmt: skip
+    inner, rows = x.shape[-1], x.reshape(-1, x.shape[-1])
+    assert weight.shape[1] == inner
+    assert rows.stride(1) == weight.stride(1) == 1
+    assert all(t is None or (t.shape == (len(weight),) and t.is_contiguous()) for t in (scale, bias))
+    tile = weight_tile(len(weight), inner, weight, len(rows), split=split)
+    num_columns, block_n = out.shape[-1], tile.block_n // 2 if gated else tile.block_n
+    even = inner % (tile.block_k * tile.splits) == 0
+    aligned = weight.stride(0) * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0
+    grid = (triton.cdiv(len(rows), tile.block_m), triton.cdiv(num_columns, block_n), tile.splits)
+    with device_guard(x):
+        _few_rows_kernel[grid](
+            rows, weight, scale, bias, out, len(rows), num_columns, inner, rows.stride(0), weight.stride(0),
+            tile.splits, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GATED=gated,
+            EVEN=even, UPCAST=upcast(x.dtype),
+            PREFETCH=even and aligned and inner // tile.splits * weight.element_size() >= PREFETCH,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, **dependent_launch(x.device),
+        )  # fmt: skip
+
+
+def few_rows_matmul_ref(
+    x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """`few_rows_matmul` in plain PyTorch, differentiable."""
+    if scale is not None:
+        weight = weight.to(x.dtype) * scale.to(x.dtype)[:, None]
     rows = x.numel() // x.shape[-1]
-    if x.device.type != "cpu" or not 1 < rows <= MOST_ROWS:
-        return x @ weight.T
+    if x.device.type != "cpu" or not 1 < rows <= MOST_ROWS_CPU:
+        return torch.nn.functional.linear(x, weight, bias)
     flat = x.reshape(rows, -1)
     padding = -rows % ROW_STEP
     if padding:
         flat = torch.cat([flat, flat.new_zeros(padding, flat.shape[1])])
-    return (weight @ flat.T)[:, :rows].T.contiguous().view(*x.shape[:-1], -1)
+    out = (weight @ flat.T)[:, :rows].T.contiguous().view(*x.shape[:-1], -1)
+    return out if bias is None else out + bias
+
+
+def gated_matmul_ref(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """`gated_matmul` as a product and `silu_mul`, differentiable."""
+    gate_up = few_rows_matmul_ref(x, weight, scale=scale, bias=bias)
+    return silu_mul(gate_up.flatten(0, -2)).unflatten(0, x.shape[:-1])

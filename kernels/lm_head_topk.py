@@ -1,8 +1,8 @@
 """The draft head's last step in one pass over its weights: logits, log-softmax and top-k, without writing the logits.
 
-    z = hidden @ weight.T (* scale) (+ bias)                          hidden [R, H], weight [Vd, H]
-    z = z / temperature + G(seed, sequence, position, target token)   rows with temperature > 0: the target's own noise
-    scores = the k largest of log_softmax(z), tokens = their target ids
+    z = hidden @ weight.T (* scale) (+ bias)                             hidden [R, H], weight [Vd, H]
+    y = gain z + share G(seed, sequence, position, target token)         gain, share [R], G the target's own noise
+    scores = the k largest of log_softmax(y), tokens = their target ids
 
 Bytes: the weights, Vd H elements, once for every 64 rows (EAGLE-3's 32000 x 4096 in bf16: 262 MB, 85 us at 3.08 TB/s;
 43 us in fp8). A program takes one tile of the vocabulary: it keeps the tile's k best as packed (value, index) keys and
@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 
 from .launch import device_guard, upcast, use_triton
-from .linear import few_rows_matmul
+from .linear import few_rows_matmul, to_dtype
 from .noise import gumbel, gumbel_ref, gumbel_row_ref
 from .order_key import PACKED_ABSENT, pack, pack_ref, unpack, unpack_ref
-from .sample import GREEDY_TEMPERATURE
+from .overlap import after_earlier_kernels, dependent_launch
 
 
 class Tile(NamedTuple):
@@ -57,19 +57,20 @@ def _logits_tile(
         w = tl.load(weight_ptrs + start, mask=inside & (columns < vocab_size)[:, None], other=0.0)
         if UPCAST:
             h = h.to(tl.float32)
-        z = tl.dot(h, tl.trans(w.to(h.dtype)), z, input_precision="ieee")
+        z = tl.dot(h, tl.trans(to_dtype(w, h.dtype, UPCAST)), z, input_precision="ieee")
     return z
 
 
 @triton.jit
 def _tile_topk_kernel(
     packed_ptr, partial_ptr, hidden_ptr, weight_ptr, bias_ptr, scale_ptr, token_ids_ptr,
-    temperature_ptr, positions_ptr, seeds_ptr, sequences_ptr,
+    gain_ptr, share_ptr, positions_ptr, seeds_ptr, sequences_ptr,
     num_rows, vocab_size, hidden_size, stride_hidden, stride_weight,
-    K: tl.constexpr, GREEDY_TEMPERATURE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
+    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """packed [R, tiles, K]: each tile's best in order; partial [R, tiles, 2]: its maximum and sum of exponentials."""
+    after_earlier_kernels(PDL)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     tile = tl.program_id(1)
     columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -82,19 +83,17 @@ def _tile_topk_kernel(
         z *= tl.load(scale_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     if bias_ptr is not None:
         z += tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
-    if temperature_ptr is not None:
-        temperature = tl.load(temperature_ptr + rows, mask=row_mask, other=0.0)
-        sampled = temperature > GREEDY_TEMPERATURE
-        if tl.max(sampled.to(tl.int32), 0) > 0:
+    if gain_ptr is not None:
+        z *= tl.load(gain_ptr + rows, mask=row_mask, other=0.0)[:, None]
+        share = tl.load(share_ptr + rows, mask=row_mask, other=0.0)
+        if tl.max(share, 0) > 0:
             seed = tl.load(seeds_ptr + rows, mask=row_mask, other=0)[:, None]
             sequence = tl.load(sequences_ptr + rows, mask=row_mask, other=0)[:, None]
             position = tl.load(positions_ptr + rows, mask=row_mask, other=0)[:, None]
             tokens = columns.to(tl.int64)
             if token_ids_ptr is not None:
                 tokens = tl.load(token_ids_ptr + columns, mask=column_mask, other=0)
-            noise = gumbel(seed, sequence, position, tokens[None, :])
-            noisy = z / tl.where(sampled, temperature, 1.0)[:, None] + noise
-            z = tl.where(sampled[:, None], noisy, z)
+            z += share[:, None] * gumbel(seed, sequence, position, tokens[None, :])
 
     z = tl.where((z == z) & column_mask[None, :], z, float("-inf"))
     peak = tl.max(z, 1)
@@ -112,8 +111,9 @@ def _tile_topk_kernel(
 @triton.jit
 def _merge_kernel(
     scores_ptr, tokens_ptr, packed_ptr, partial_ptr, token_ids_ptr, num_tiles,
-    K: tl.constexpr, BLOCK_TILES: tl.constexpr, BLOCK_PACKED: tl.constexpr,
+    K: tl.constexpr, BLOCK_TILES: tl.constexpr, BLOCK_PACKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    after_earlier_kernels(PDL)
     row = tl.program_id(0).to(tl.int64)
     tiles = tl.arange(0, BLOCK_TILES)
     partial_ptrs = partial_ptr + (row * num_tiles + tiles) * 2
@@ -143,7 +143,8 @@ def lm_head_topk(
     bias: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     token_ids: torch.Tensor | None = None,
-    temperature: torch.Tensor | None = None,
+    gain: torch.Tensor | None = None,
+    share: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
     seeds: torch.Tensor | None = None,
     sequences: torch.Tensor | None = None,
@@ -151,15 +152,16 @@ def lm_head_topk(
     """(scores [R, k] float32 log-probabilities in descending order, tokens [R, k] int64 target ids).
 
     bias and scale (of a quantised weight's rows) are [Vd]; token_ids [Vd] maps draft to target ids (None: the same).
-    temperature float32, positions, seeds and sequences int64 are [R], given together or not at all.
+    gain and share (at least 0) float32, positions, seeds and sequences int64 are [R], given together or not at all:
+    without them y = z.
     """
-    noise = (temperature, positions, seeds, sequences)
+    noise = (gain, share, positions, seeds, sequences)
     if any(x is None for x in noise) and any(x is not None for x in noise):
-        raise ValueError("give temperature, positions, seeds and sequences together, or none of them")
+        raise ValueError("give gain, share, positions, seeds and sequences together, or none of them")
     if not use_triton(hidden, weight):
         return lm_head_topk_ref(
             hidden, weight, k, bias=bias, scale=scale, token_ids=token_ids,
-            temperature=temperature, positions=positions, seeds=seeds, sequences=sequences,
+            gain=gain, share=share, positions=positions, seeds=seeds, sequences=sequences,
         )  # fmt: skip
     (num_rows, hidden_size), vocab_size, device = hidden.shape, weight.shape[0], hidden.device
     assert weight.shape[1] == hidden_size
@@ -179,13 +181,13 @@ def lm_head_topk(
         _tile_topk_kernel[(triton.cdiv(num_rows, block_m), num_tiles)](
             packed, partial, hidden, weight, bias, scale, token_ids, *noise,
             num_rows, vocab_size, hidden_size, hidden.stride(0), weight.stride(0),
-            K=k, GREEDY_TEMPERATURE=GREEDY_TEMPERATURE, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-            UPCAST=upcast(hidden.dtype), num_warps=num_warps, num_stages=num_stages,
+            K=k, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, UPCAST=upcast(hidden.dtype),
+            num_warps=num_warps, num_stages=num_stages, **dependent_launch(hidden.device),
         )  # fmt: skip
         _merge_kernel[(num_rows,)](
             scores, tokens, packed, partial, token_ids, num_tiles,
             K=k, BLOCK_TILES=triton.next_power_of_2(num_tiles), BLOCK_PACKED=block_packed,
-            num_warps=min(32, max(4, block_packed // 512)),
+            num_warps=min(32, max(4, block_packed // 512)), **dependent_launch(hidden.device),
         )  # fmt: skip
     return scores, tokens
 
@@ -198,7 +200,8 @@ def lm_head_topk_ref(
     bias: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     token_ids: torch.Tensor | None = None,
-    temperature: torch.Tensor | None = None,
+    gain: torch.Tensor | None = None,
+    share: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
     seeds: torch.Tensor | None = None,
     sequences: torch.Tensor | None = None,
@@ -209,18 +212,19 @@ def lm_head_topk_ref(
     if bias is not None:
         z = z + bias.float()
     draft_ids = torch.arange(weight.shape[0], device=z.device)
-    if temperature is not None:
+    if gain is not None:
+        assert share is not None
         assert positions is not None
         assert seeds is not None
         assert sequences is not None
-        sampled = (temperature > GREEDY_TEMPERATURE)[:, None]
+        z = z * gain[:, None]
         # Only a CPU tensor can be asked for its value at no cost.
-        if z.device.type != "cpu" or bool(sampled.any()):
+        if z.device.type != "cpu" or bool((share > 0).any()):
             if token_ids is None:
                 noise = gumbel_row_ref(seeds, sequences, positions, weight.shape[0])
             else:
                 noise = gumbel_ref(seeds[:, None], sequences[:, None], positions[:, None], token_ids)
-            z = torch.where(sampled, z / torch.where(sampled, temperature[:, None], 1.0) + noise, z)
+            z = z + share[:, None] * noise
     best, index = unpack_ref(pack_ref(z, draft_ids).topk(k, -1).values)
     scores = best - z.masked_fill(z.isnan(), float("-inf")).logsumexp(-1, keepdim=True)
     return scores.masked_fill(scores.isnan(), float("-inf")), index if token_ids is None else token_ids[index]

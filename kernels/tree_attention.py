@@ -10,12 +10,16 @@ without a value.
     B sequences   T queries   Hq, Hkv heads   G = Hq / Hkv   L cache rows   D head size   W mask words   N tree slots
 
 Bytes: K and V of the live rows, 2 Hkv (length + first + T) D a sequence, plus q and out, 2 T Hq D. Llama-3.1-8B with
-2,048 rows in bf16: 8.4 MB a layer, 2.7 us at 3.08 TB/s (88 us for 32 layers). The T * G rows that share a KV head are
-packed into matrix tiles; each tile reads K and V once, all but the first from L2. The live rows are cut into a number
-of splits that the grid fixes, so that a captured graph fits every length: shares grow with the length, splits without
-a share leave at once. Each split leaves fp32 partials (4 T Hq D bytes, within L2) that a second kernel combines.
+2,048 rows in bf16: 8.4 MB a layer, 2.7 us at 3.08 TB/s (88 us for 32 layers). With 60 nodes the arithmetic weighs as
+much: 256 rows of a tile against one KV head are 256 flops a byte, 790 TFLOP/s at 3.08 TB/s. The T * G rows that share a
+KV head are packed into matrix tiles; each tile reads K and V once, all but the first from L2. The live rows are cut
+into a number of splits that the grid fixes, so that a captured graph fits every length: shares grow with the length,
+splits without a share leave at once. Each split leaves fp32 partials (4 T Hq D bytes, within L2) that a second kernel
+combines in order. A row does not depend on what the other rows hold, but its rounding does on how many there are: one
+query wants twice the splits of 60.
 
-Left out: fp8 caches, different head sizes of K and V, TMA loads, combining inside the first kernel.
+Left out: fp8 caches, different head sizes of K and V, TMA loads, softmax of one tile under the products of another,
+combining inside the first kernel.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ import torch
 import triton
 import triton.language as tl
 from eagle_fast_kernels.launch import device_guard, upcast, use_triton
-from einops import rearrange
+from eagle_fast_kernels.tree_attention_ref import tree_attention_ref
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -116,8 +120,14 @@ def _in_reach(visible, query_positions, key_positions, WINDOW: tl.constexpr, CHU
 
 
 @triton.jit
-def _load(base, rows, stride, live, d_mask, UPCAST: tl.constexpr):
-    x = tl.load(base + rows.to(tl.int64)[:, None] * stride, mask=live[:, None] & d_mask, other=0.0)
+def _load(ptrs, live, d, D: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr):
+    """Rows of q, k or v; `live` [rows], or None where all of them are."""
+    if live is not None:
+        x = tl.load(ptrs, mask=live[:, None] & (d < D), other=0.0)
+    elif D == BLOCK_D:
+        x = tl.load(ptrs)
+    else:
+        x = tl.load(ptrs, mask=(d < D)[None, :], other=0.0)
     if UPCAST:
         x = x.to(tl.float32)
     return x
@@ -125,16 +135,17 @@ def _load(base, rows, stride, live, d_mask, UPCAST: tl.constexpr):
 
 @triton.jit
 def _absorb(q, k, v, visible, acc, peak, total, scale, SOFTCAP: tl.constexpr):
-    """One step of the running softmax, in base 2."""
+    """One step of the running softmax, in base 2: `peak` and `total` are those of scale * log2(e) * score."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-    if SOFTCAP > 0:  # noqa: SIM108
-        scores = _tanh(scores * (scale / SOFTCAP)) * (SOFTCAP * LOG2E)
-    else:
-        scores = scores * (scale * LOG2E)
-    scores = tl.where(visible, scores, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    factor = scale * LOG2E
+    if SOFTCAP > 0:
+        scores = _tanh(scores * (scale / SOFTCAP))
+        factor = SOFTCAP * LOG2E
+    if visible is not None:
+        scores = tl.where(visible, scores, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(scores, 1) * factor)
     shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # rows that have seen nothing yet
-    weights = tl.exp2(scores - shift[:, None])
+    weights = tl.exp2(scores * factor - shift[:, None])
     decay = tl.exp2(peak - shift)
     acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return acc, new_peak, total * decay + tl.sum(weights, 1)
@@ -157,13 +168,14 @@ def _attend_kernel(
     low, high = split * share, tl.minimum((split + 1) * share, num_tiles)
     if low >= high:
         return
+    full = tl.minimum(high, (length - begin) // BLOCK_N)
 
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     query, head = row // G, kv_head * G + row % G
     d, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
-    row_mask, d_mask = query < num_queries, d < D
-    q_base = q_ptr + (sequence * stride_qb + head * stride_qh)[:, None] + d
-    q = _load(q_base, query, stride_qt, row_mask, d_mask, UPCAST)
+    row_mask = query < num_queries
+    q_ptrs = q_ptr + (sequence * stride_qb + head * stride_qh + query.to(tl.int64) * stride_qt)[:, None] + d
+    q = _load(q_ptrs, row_mask, d, D, BLOCK_D, UPCAST)
     k_base = k_ptr + sequence * stride_kb + kv_head * stride_kh + d
     v_base = v_ptr + sequence * stride_vb + kv_head * stride_vh + d
     depth_base, query_positions = depths_ptr, row
@@ -174,25 +186,30 @@ def _attend_kernel(
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
 
-    for tile in range(low, tl.minimum(high, prefix_tiles)):
+    for tile in range(low, full):
         rows = begin + tile * BLOCK_N + n
-        live = rows < length
-        k = _load(k_base, rows, stride_kl, live, d_mask, UPCAST)
-        v = _load(v_base, rows, stride_vl, live, d_mask, UPCAST)
-        visible = _in_reach(live[None, :], query_positions, rows[None, :], WINDOW, CHUNK)
+        k = _load(k_base + rows.to(tl.int64)[:, None] * stride_kl, None, d, D, BLOCK_D, UPCAST)
+        v = _load(v_base + rows.to(tl.int64)[:, None] * stride_vl, None, d, D, BLOCK_D, UPCAST)
+        visible = None
+        if WINDOW > 0 or CHUNK > 0:
+            visible = _in_reach(row_mask[:, None], query_positions, rows[None, :], WINDOW, CHUNK)
         acc, peak, total = _absorb(q, k, v, visible, acc, peak, total, scale, SOFTCAP)
 
+    # What is left: a ragged tile at the end of the prefix, and the tree.
     words_base = ancestors_ptr + sequence * stride_ab + query.to(tl.int64) * stride_at
-    for tile in tl.range(tl.maximum(low, prefix_tiles), high, num_stages=1):
+    for tile in tl.range(tl.maximum(low, full), high, num_stages=1):
+        in_tree = tile >= prefix_tiles
         slots = (tile - prefix_tiles) * BLOCK_N + n
-        live = slots < num_slots
-        k = _load(k_base, length + slots, stride_kl, live, d_mask, UPCAST)
-        v = _load(v_base, length + slots, stride_vl, live, d_mask, UPCAST)
-        # A tile starts at a multiple of BLOCK_N, which divides 64: its bits lie in one word.
-        words = tl.load(words_base + (tile - prefix_tiles) * BLOCK_N // 64, mask=row_mask, other=0)
-        visible = (((words[:, None] >> (slots % 64)[None, :].to(tl.int64)) & 1) == 1) & live[None, :]
+        rows = tl.where(in_tree, length + slots, begin + tile * BLOCK_N + n)
+        live = rows < tl.where(in_tree, length + num_slots, length)
+        k = _load(k_base + rows.to(tl.int64)[:, None] * stride_kl, live, d, D, BLOCK_D, UPCAST)
+        v = _load(v_base + rows.to(tl.int64)[:, None] * stride_vl, live, d, D, BLOCK_D, UPCAST)
+        # A tile starts at a multiple of BLOCK_N, which divides 64: its bits lie in one word. All of the prefix is seen.
+        words = tl.load(words_base + (tile - prefix_tiles) * BLOCK_N // 64, mask=row_mask & in_tree, other=-1)
+        visible = (((words[:, None] >> (slots & 63)[None, :].to(tl.int64)) & 1) == 1) & live[None, :]
         if WINDOW > 0 or CHUNK > 0:
-            positions = length + tl.load(depth_base + slots, mask=live, other=0).to(tl.int32)
+            depths = tl.load(depth_base + slots, mask=live & in_tree, other=0).to(tl.int32)
+            positions = tl.where(in_tree, length + depths, rows)
             visible = _in_reach(visible, query_positions, positions[None, :], WINDOW, CHUNK)
         acc, peak, total = _absorb(q, k, v, visible, acc, peak, total, scale, SOFTCAP)
 
@@ -206,12 +223,12 @@ def _attend_kernel(
         out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         out_row = (sequence * num_queries + query) * num_kv_heads * G + head
         out_ptrs = out_ptr + out_row[:, None] * D + d
-        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & d_mask)
+        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & (d < D))
     else:
         partial = (group * SPLITS + split) * num_packed + row
         tl.store(peak_ptr + partial, peak, mask=row_mask)
         tl.store(total_ptr + partial, total, mask=row_mask)
-        tl.store(acc_ptr + partial[:, None] * D + d, acc, mask=row_mask[:, None] & d_mask)
+        tl.store(acc_ptr + partial[:, None] * D + d, acc, mask=row_mask[:, None] & (d < D))
 
 
 @triton.jit(do_not_specialize=["num_queries", "first"])
@@ -251,12 +268,13 @@ def tree_attention(
     """Attention of T tree nodes over the prefix and the tree slots that they see.
 
     q [B, Hq, T, D] of any strides, row i is tree slot first + i; k, v [B, Hkv, L, D], views of a slab (all three with a
-    contiguous last dimension); lengths [B] prefix rows; ancestors [B, T, W] int64 bits of the visible slots; depths
-    [B, N] of the slots, needed by `window` (keys less than so many positions back) and `chunk` (keys of one chunk);
-    window, chunk, softcap: 0 = off; sinks [Hq]. Rows from lengths[b] + first + T on are never read. Returns
+    contiguous last dimension); lengths [B] prefix rows; ancestors [B, T, W] int64 bits of the visible slots; scale > 0;
+    depths [B, N] of the slots, needed by `window` (keys less than so many positions back) and `chunk` (keys of one
+    chunk); window, chunk, softcap: 0 = off; sinks [Hq]. Rows from lengths[b] + first + T on are never read. Returns
     [B, T, Hq, D], contiguous; a query that sees nothing gets zeros.
     """
     _check(q, k, v, lengths, ancestors, depths, first, window or chunk, sinks)
+    assert scale > 0
     if not use_triton(q, k, v):
         return tree_attention_ref(
             q, k, v, lengths, ancestors, scale=scale, depths=depths, first=first, window=window, chunk=chunk,
@@ -312,62 +330,3 @@ def _check(
     if depths is not None:
         assert depths.shape[1] >= first + num_queries
         assert depths.stride(1) == 1
-
-
-def tree_attention_ref(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, ancestors: Tensor, *, scale: float, depths: Tensor | None = None,
-    first: int = 0, window: int = 0, chunk: int = 0, softcap: float = 0.0, sinks: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """`tree_attention` in plain PyTorch: fp32 inside, fp64 for fp64 inputs."""
-    num_queries, num_kv_heads = q.shape[2], k.shape[1]
-    if lengths.device.type == "cpu":  # where reading a length costs nothing, the rows past it cost nothing either
-        live_rows = int(lengths.max()) + first + num_queries
-        k, v = k[:, :, :live_rows], v[:, :, :live_rows]
-    num_rows = k.shape[2]
-    compute = torch.promote_types(q.dtype, torch.float32)
-    slots = torch.arange(num_rows, device=q.device) - lengths[:, None]  # [B, L], negative in the prefix
-    visible = _visible(slots, lengths, ancestors, depths, first, num_queries, window, chunk)
-    visible = visible[:, None, :, None, :]  # [B, 1, T, 1, L]
-
-    query = rearrange(q, "b (h g) t d -> b h (t g) d", h=num_kv_heads).to(compute)
-    scores = query @ k.to(compute).transpose(-1, -2) * scale
-    if softcap > 0:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = rearrange(scores, "b h (t g) n -> b h t g n", t=num_queries).masked_fill(~visible, float("-inf"))
-    peak = scores.amax(-1, keepdim=True)
-    if sinks is not None:
-        sink = rearrange(sinks.to(compute), "(h g) -> h 1 g 1", h=num_kv_heads)
-        peak = torch.maximum(peak, sink)
-    peak = peak.masked_fill(peak == float("-inf"), 0.0)  # a row that sees nothing
-    weights = torch.exp(scores - peak)
-    total = weights.sum(-1, keepdim=True)
-    if sinks is not None:
-        total = total + torch.exp(sink - peak)
-    weights = weights / total.masked_fill(total == 0, 1.0)
-
-    live = slots < first + num_queries  # rows past it may hold NaN
-    values = v.to(compute).masked_fill(~live[:, None, :, None], 0.0)
-    out = rearrange(weights, "b h t g n -> b h (t g) n") @ values
-    return rearrange(out, "b h (t g) d -> b t (h g) d", t=num_queries).to(q.dtype).contiguous()
-
-
-def _visible(
-    slots: Tensor, lengths: Tensor, ancestors: Tensor, depths: Tensor | None, first: int, num_queries: int, window: int,
-    chunk: int,
-) -> Tensor:  # fmt: skip
-    """Which cache rows each query sees: [B, T, L] bool."""
-    num_slots = first + num_queries
-    index = slots.clamp(0, num_slots - 1)
-    words = ancestors.gather(2, (index >> 6)[:, None].expand(-1, num_queries, -1))
-    bits = (words >> (index & 63)[:, None]) & 1
-    visible = (slots < 0)[:, None] | ((bits == 1) & (slots < num_slots)[:, None])
-    if window > 0 or chunk > 0:
-        assert depths is not None
-        start = lengths[:, None]
-        key_positions = torch.where(slots < 0, slots + start, start + depths.gather(1, index))[:, None]
-        query_positions = (start + depths[:, first:num_slots])[:, :, None]
-        if window > 0:
-            visible = visible & (query_positions - key_positions < window)
-        if chunk > 0:
-            visible = visible & (query_positions // chunk == key_positions // chunk)
-    return visible

@@ -66,7 +66,11 @@ LOADS = {
     "mps": ({"device_map": "mps"}, ValueError, r"device_map='mps'"),
     "unknown device": ({"device_map": "gpu"}, ValueError, r"device_map='gpu': use 'auto', 'cpu', 'cuda' or 'cuda:N'"),
     "float device": ({"device_map": 1.5}, ValueError, r"device_map=1.5: use"),
-    "several devices": ({"device_map": {"model": 0, "lm_head": 1}}, ValueError, r"several devices .* one device"),
+    "several devices": (
+        {"device_map": {"model": 0, "lm_head": 1}},
+        ValueError,
+        r"device_map\['model'\]=0: 'cuda:0', but torch sees no",
+    ),
 }
 
 

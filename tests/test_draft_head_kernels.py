@@ -3,6 +3,8 @@
 import pytest
 import torch
 from eagle_fast_kernels import draft_head
+from eagle_fast_kernels.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm_ref
+from eagle_fast_kernels.silu_mul import silu_mul, silu_mul_ref
 from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as rope_of_cohere
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rope_of_llama
@@ -131,7 +133,7 @@ def test_rms_norm_is_that_of_transformers(dtype):
     norm = LlamaRMSNorm(96, EPS).to(dtype)
     torch.nn.init.normal_(norm.weight)
     x = torch.randn(7, 96).to(dtype)
-    assert torch.equal(draft_head.rms_norm_ref(x, norm.weight, EPS), norm(x))
+    assert torch.equal(rms_norm_ref(x, norm.weight, EPS), norm(x))
 
 
 @WAYS
@@ -141,7 +143,7 @@ def test_add_rms_norm(width, dtype, way, use, device):
     use(way)
     x = torch.randn(5, 2 * width, device=device).to(dtype)[:, :width]
     residual, weight = torch.randn(5, width, device=device).to(dtype), torch.randn(width, device=device).to(dtype)
-    normed, total = draft_head.add_rms_norm(x, residual, weight, EPS)
+    normed, total = add_rms_norm(x, residual, weight, EPS)
     close(total, x.double() + residual.double())
     close(normed, rms(total, weight), 2)
 
@@ -153,7 +155,7 @@ def test_silu_mul(width, dtype, way, use, device):
     use(way)
     gate_up = (3 * torch.randn(5, 2 * width + 3, device=device)).to(dtype)[:, : 2 * width]
     gate, up = gate_up.double().chunk(2, -1)
-    close(draft_head.silu_mul(gate_up), gate * gate.sigmoid() * up)
+    close(silu_mul(gate_up), gate * gate.sigmoid() * up)
 
 
 def test_gradients_flow_through_the_twins():
@@ -167,8 +169,8 @@ def test_gradients_flow_through_the_twins():
         assert torch.autograd.gradcheck(function, leaves)
 
     check(lambda h, e, n, m: draft_head.head_input(tokens, h, e, n, m, EPS), (3, 5), (4, 6), (6,), (5,))
-    check(lambda x, r, w: draft_head.add_rms_norm(x, r, w, EPS), (2, 6), (2, 6), (6,))
-    check(draft_head.silu_mul, (3, 8))
+    check(lambda x, r, w: add_rms_norm(x, r, w, EPS), (2, 6), (2, 6), (6,))
+    check(silu_mul, (3, 8))
     check(lambda x: draft_head.rope_ref(x, positions, cos, sin), (1, 2, 2, 8))
     check(lambda x: draft_head.rope_ref(x, positions, cos, sin, True), (1, 2, 2, 8))
 
@@ -177,9 +179,9 @@ def test_gradients_flow_through_the_twins():
 def test_kernels_stand_back_where_gradients_are_needed():
     """Even where the kernel is asked for: it has no backward."""
     gate_up = torch.randn(2, 8, requires_grad=True)
-    assert draft_head.silu_mul(gate_up).requires_grad
+    assert silu_mul(gate_up).requires_grad
     weight = torch.ones(8, requires_grad=True)
-    assert draft_head.add_rms_norm(torch.randn(2, 8), torch.randn(2, 8), weight)[0].requires_grad
+    assert add_rms_norm(torch.randn(2, 8), torch.randn(2, 8), weight)[0].requires_grad
 
 
 @pytest.mark.gpu
@@ -198,10 +200,10 @@ def test_real_shapes_round_as_pytorch_does(num_rows, dtype):
         arguments = (tokens, random(num_rows, hidden_size), random(1000, hidden_size), weight, other, EPS)
         close(draft_head.head_input(*arguments), draft_head.head_input_ref(*arguments), 2)
         arguments = (random(num_rows, hidden_size), random(num_rows, hidden_size), weight, EPS)
-        for pair in zip(draft_head.add_rms_norm(*arguments), draft_head.add_rms_norm_ref(*arguments), strict=True):
+        for pair in zip(add_rms_norm(*arguments), add_rms_norm_ref(*arguments), strict=True):
             close(*pair, 2)
         gate_up = random(num_rows, 2 * intermediate)
-        close(draft_head.silu_mul(gate_up), draft_head.silu_mul_ref(gate_up), 2)
+        close(silu_mul(gate_up), silu_mul_ref(gate_up), 2)
         qkv = random(1, num_rows, (heads[0] + 2 * heads[1]) * head_dim)
         positions = torch.arange(num_rows, device="cuda")[None] + 7
         slabs = torch.zeros(2, 2, 1, heads[1], 600, head_dim, device="cuda", dtype=dtype)

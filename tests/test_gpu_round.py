@@ -1,5 +1,6 @@
-"""On a GPU: a round is one graph, and nothing inside it waits for the device."""
+"""On a GPU: a round is one graph, and neither it nor the loop around it waits for the device."""
 
+import contextlib
 import copy
 import warnings
 
@@ -8,7 +9,7 @@ import torch
 from often_right import write_often_right_head
 from zoo import FAMILIES, make
 
-from eagle_fast import EaModel, TreeConfig
+from eagle_fast import EaModel
 from eagle_fast.head import DraftHead
 from eagle_fast.head_config import HeadConfig, default_feature_layers
 
@@ -31,14 +32,46 @@ def test_every_family_is_captured(name, batch, tmp_path):
     assert [step.graph is not None for _, step in model._idle] == [True]
 
 
-def test_no_host_read_inside_a_round_of_an_8b_target():
-    """Random bf16 weights at Llama-3.1-8B's shapes, 256 tokens: every step runs with host syncs forbidden."""
+@contextlib.contextmanager
+def host_syncs_forbidden():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            torch.ones(1, device="cuda").item()
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("method", ["ea_generate", "naive_generate"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_no_host_sync_in_the_loop(method, temperature, batch, tmp_path):
+    """Launching, reading, stops and streaming of 256 tokens, from the second step on: the prompt is prefilled in the
+    first. Ids on the CPU, because results go where ids are. Three sequences end at stop tokens, each in its own round.
+    """
+    model = decoder("llama", tmp_path)
+    ids = torch.randint(3, 130, (batch, 19), generator=torch.Generator().manual_seed(1))
+    options = {"temperature": temperature, "seed": list(range(batch)), "max_new_tokens": 256}
+    expected = model.naivegenerate(ids, **options)
+    if batch > 1:
+        options["eos_token_id"] = [int(expected[row, 19 + 40 * (row + 1)]) for row in range(batch)]
+        expected = model.naivegenerate(ids, **options)
+    list(getattr(model, method)(ids, **options))  # captures
+    stream = getattr(model, method)(ids, **options)
+    seen = [next(stream)]
+    with host_syncs_forbidden():
+        seen += stream
+    assert torch.equal(seen[-1], expected)
+    most = expected.shape[1] - 19
+    assert len(seen) == most if method == "naive_generate" else len(seen) < most
+
+
+def random_pair(**shape):
+    """A Llama of these shapes with random bf16 weights, built on the GPU, and an EAGLE-3 head for it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-        vocab_size=128256, max_position_embeddings=131072, dtype=torch.bfloat16,
-    )  # fmt: skip
+    config = LlamaConfig(dtype=torch.bfloat16, **shape)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -46,29 +79,39 @@ def test_no_host_read_inside_a_round_of_an_8b_target():
             target = LlamaForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(default)
+    hidden, layers = config.hidden_size, config.num_hidden_layers
     head_config = HeadConfig(
-        kind="eagle3", hidden_size=4096, target_hidden_size=4096, embedding_size=4096, intermediate_size=14336,
-        num_heads=32, num_kv_heads=8, head_dim=128, vocab_size=128256, draft_vocab_size=32000, num_target_layers=32,
-        feature_layers=default_feature_layers(32),
+        kind="eagle3", hidden_size=hidden, target_hidden_size=hidden, embedding_size=hidden,
+        intermediate_size=config.intermediate_size, num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads, head_dim=config.head_dim, vocab_size=config.vocab_size,
+        draft_vocab_size=32000, num_target_layers=layers, feature_layers=default_feature_layers(layers),
     )  # fmt: skip
     embedding = target.get_input_embeddings().weight
-    head = DraftHead.random(head_config, embedding=embedding, dtype=torch.bfloat16, device="cuda")
-    model = EaModel(target, head, tree=TreeConfig())
-    ids = torch.randint(0, 128256, (1, 64), device="cuda")
+    return EaModel(target, DraftHead.random(head_config, embedding=embedding, dtype=torch.bfloat16, device="cuda"))
+
+
+def test_no_host_sync_inside_a_round_of_an_8b_target():
+    """Random bf16 weights at Llama-3.1-8B's shapes, 256 tokens: the loop runs with host syncs forbidden, and so does
+    every step of it, which is not a graph here."""
+    model = random_pair(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=128256, max_position_embeddings=131072,
+    )  # fmt: skip
+    ids = torch.randint(0, 128256, (1, 64))
     model.eagenerate(ids, max_new_tokens=4)
     _, step = model._idle[0]
     steps = 0
 
-    def forbidding():
+    def counted():
         nonlocal steps
         steps += 1
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            eager()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        eager()
 
-    eager, step.step, step.eager, step.graph = step.step, forbidding, True, None
-    out = model.eagenerate(ids, max_new_tokens=256, return_dict_in_generate=True)
-    assert out.sequences.shape == (1, 64 + 256)
-    assert steps == out.statistics.rounds > 60
+    eager, step.step, step.eager, step.graph = step.step, counted, True, None
+    stream = model.ea_generate(ids, max_new_tokens=256, eos_token_id=[])
+    seen = [next(stream)]
+    with host_syncs_forbidden():
+        seen += stream
+    assert seen[-1].shape == (1, 64 + 256)
+    assert len(seen) > 60
+    assert steps - len(seen) in (0, 1), "at most one round was under way at the end"

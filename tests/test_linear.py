@@ -1,11 +1,11 @@
-"""Products of a few rows: the same as x @ weight.T whatever the number of rows."""
+"""Products of a few rows: the same as x @ weight.T whatever the number of rows, and on a GPU bit for bit."""
 
 import pytest
 import torch
-from eagle_fast_kernels.linear import few_rows_matmul
+from eagle_fast_kernels.linear import few_rows_matmul, few_rows_sums, gated_matmul, streams, weight_tile
 from torch import nn
 
-from eagle_fast.linear import FewRowsLinear, use_few_rows_linear
+from eagle_fast.linear import FewRowsLinear, QuantisedLinear, is_plain, quantise, use_few_rows_linear
 
 
 # one row, fewer than a step, whole steps, the last count that takes the fast way, and past it
@@ -18,6 +18,157 @@ def test_few_rows(shape, device):
     assert out.shape == (*shape, 100)
     assert out.is_contiguous()
     torch.testing.assert_close(out.double(), x.double() @ weight.double().T, rtol=1e-5, atol=1e-4)
+
+
+def case(shape, num_columns, inner, dtype, device, *, fp8=False, bias=False):
+    """(x, weight, what else the product takes, x and weight in fp64 with the scale multiplied in)."""
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(*shape, inner, generator=generator, device=device).to(dtype)
+    weight = (torch.randn(num_columns, inner, generator=generator, device=device) * inner**-0.5).to(dtype)
+    wide, more = weight.double(), {}
+    if fp8:
+        weight, more["scale"] = quantise(weight)
+        wide = weight.float().double() * more["scale"].double()[:, None]
+    if bias:
+        more["bias"] = torch.randn(num_columns, generator=generator, device=device).to(dtype)
+    return x, weight, more, x.double() @ wide.T + (more["bias"].double() if bias else 0)
+
+
+def gated(z):
+    gate, up = z.chunk(2, -1)
+    return nn.functional.silu(gate) * up
+
+
+def check(out, exact, dtype, inner):
+    """Within the rounding of the result and of fp32 sums of numbers about 1, which are cut off every 16 products."""
+    eps = torch.finfo(dtype).eps
+    assert out.dtype == dtype
+    assert out.shape == exact.shape
+    sums = 4 * torch.finfo(torch.float32).eps * (inner / 16 + 8)
+    torch.testing.assert_close(out.double(), exact, rtol=eps, atol=max(eps / 64, sums))
+
+
+# steps of K that divide and that do not, a weight that is not a whole number of tiles, one row, a batch, many splits
+@pytest.mark.parametrize(
+    ("shape", "num_columns", "inner"), [((3,), 100, 64), ((1,), 64, 90), ((2, 2), 34, 1024), ((17,), 130, 33)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.usefixtures("triton_kernels")
+def test_kernel(shape, num_columns, inner, dtype, fp8, device):
+    if device.type == "cuda" and dtype == torch.float32:
+        pytest.skip("fp32 goes to cuBLAS")
+    x, weight, more, exact = case(shape, num_columns, inner, dtype, device, fp8=fp8, bias=True)
+    check(few_rows_matmul(x, weight, **more), exact, dtype, inner)
+    sums = few_rows_sums(x, weight, **more)
+    splits = weight_tile(num_columns, inner, weight, x[..., 0].numel(), split=True).splits
+    assert sums.shape == (splits, *exact.shape)
+    assert (splits > 1) == (inner >= 1024)
+    check(sums.sum(0), exact, torch.float32, inner)
+    check(gated_matmul(x, weight, **more), gated(exact), dtype, inner)
+
+
+@pytest.mark.usefixtures("triton_kernels")
+def test_rows_of_any_stride_and_weights_of_any_alignment(device):
+    x, weight, _, exact = case((5,), 66, 64, torch.float16, device)
+    spread = torch.full((5, 75), float("nan"), device=device, dtype=torch.float16)
+    spread[:, 3:67] = x
+    inside = torch.full((66, 71), float("nan"), device=device, dtype=torch.float16)
+    inside[:, 5:69] = weight
+    check(few_rows_matmul(spread[:, 3:67], inside[:, 5:69]), exact, torch.float16, 64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("num_columns", "inner"),
+    [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096), (3072, 2048), (10240, 5120), (960, 576),
+     (576, 1536), (49152, 576), (200, 72)],
+)  # fmt: skip
+def test_a_row_does_not_depend_on_the_others(num_columns, inner, dtype):
+    x, weight, _, exact = case((60,), num_columns, inner, dtype, "cuda")
+    for product, reference in ((few_rows_matmul, exact), (few_rows_sums, exact), (gated_matmul, gated(exact))):
+        out = product(x, weight)
+        kind = out.dtype
+        check(out.sum(0) if product is few_rows_sums else out, reference, kind, inner)
+        for rows in ([7], range(10), range(33, 60)):
+            alone = product(x[list(rows)], weight)
+            assert torch.equal(alone, out[..., list(rows), :]), (product.__name__, rows)
+        poisoned = x.clone()
+        poisoned[1:] = float("nan")
+        assert torch.equal(product(poisoned, weight)[..., 0, :], out[..., 0, :])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_rows", [1, 10, 16, 30, 60, 80, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("num_columns", "inner"), [(6144, 8192), (4096, 4096), (28672, 4096), (4096, 14336), (960, 1152)]
+)
+def test_fp8_weights(num_columns, inner, dtype, num_rows):
+    x, weight, more, exact = case((num_rows,), num_columns, inner, dtype, "cuda", fp8=True)
+    check(few_rows_matmul(x, weight, **more), exact, dtype, inner)
+    check(few_rows_sums(x, weight, **more).sum(0), exact, torch.float32, inner)
+    check(gated_matmul(x, weight, **more), gated(exact), dtype, inner)
+
+
+# whole tiles of rows and a ragged one
+@pytest.mark.parametrize("num_rows", [80, 256])
+@pytest.mark.usefixtures("triton_kernels")
+def test_fp8_weights_of_more_rows(num_rows, device):
+    x, weight, more, exact = case((num_rows,), 34, 64, torch.float16, device, fp8=True, bias=True)
+    assert streams(x, weight)
+    assert not streams(x, weight.half())
+    check(few_rows_matmul(x, weight, **more), exact, torch.float16, 64)
+    check(few_rows_sums(x, weight, **more).sum(0), exact, torch.float32, 64)
+    check(gated_matmul(x, weight, **more), gated(exact), torch.float16, 64)
+
+
+@pytest.mark.gpu
+def test_every_fp8_number_becomes_its_bf16():
+    codes = torch.arange(256, dtype=torch.uint8, device="cuda")
+    codes = codes[(codes & 0x7F) != 0x7F]  # NaN, which no finite weight becomes
+    weight = torch.zeros(len(codes), 64, dtype=torch.uint8, device="cuda")
+    weight[:, 5] = codes
+    x = torch.zeros(1, 64, dtype=torch.bfloat16, device="cuda")
+    x[0, 5] = 1
+    weight = weight.view(torch.float8_e4m3fn)
+    assert torch.equal(
+        few_rows_matmul(x, weight, scale=torch.ones(len(codes), device="cuda"))[0], weight[:, 5].bfloat16()
+    )
+
+
+@pytest.mark.gpu
+def test_more_rows_and_fp32_are_torchs():
+    for rows, dtype in ((65, torch.bfloat16), (60, torch.float32)):
+        x, weight, more, exact = case((rows,), 256, 512, dtype, "cuda", bias=True)
+        assert torch.equal(few_rows_sums(x, weight, **more), nn.functional.linear(x, weight, more["bias"]))
+        check(few_rows_matmul(x, weight, **more), exact, dtype, 512)
+
+
+# ordinary weights, a row of zeros, an outlier, the largest and smallest of each dtype
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_quantisation_error(dtype):
+    weight = torch.randn(6, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight[1] = 0
+    weight[2, 7] = 1000
+    weight[3] *= torch.finfo(dtype).max / 16
+    weight[4] *= torch.finfo(dtype).tiny
+    quantised, scale = quantise(weight)
+    assert quantised.dtype == torch.float8_e4m3fn
+    error = (quantised.float().double() * scale.double()[:, None] - weight.double()).abs()
+    largest = weight.double().abs().amax(1, keepdim=True)
+    assert (error <= weight.double().abs() / 16 + largest * 2**-18).all()
+
+
+def test_quantised_linear_computes_with_its_weights(device):
+    linear = FewRowsLinear(64, 48).to(device)
+    quantised = QuantisedLinear(linear)
+    weight = quantised.weight.float() * quantised.scale[:, None]
+    for rows in (3, 100):
+        x = torch.randn(2, rows, 64, device=device)
+        torch.testing.assert_close(quantised(x), nn.functional.linear(x, weight, linear.bias))
+        torch.testing.assert_close(quantised.gated(x), gated(quantised(x)))
 
 
 def test_model_is_swapped_but_shares_its_weights():
@@ -36,7 +187,22 @@ def test_model_is_swapped_but_shares_its_weights():
     torch.testing.assert_close(model(x), expected)
 
 
+def test_what_kernels_cannot_read_is_left_alone():
+    """torchao keeps nn.Linear and puts a tensor of its own in; others give a module a forward of its own."""
+
+    class Packed(torch.Tensor):
+        pass
+
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4), nn.Linear(4, 3))
+    model[1].weight = nn.Parameter(model[1].weight.detach().as_subclass(Packed), requires_grad=False)
+    model[2].forward = lambda x: x
+    assert [is_plain(each) for each in model] == [True, False, False]
+    use_few_rows_linear(model)
+    assert [type(each) for each in model] == [FewRowsLinear, nn.Linear, nn.Linear]
+
+
 def test_gradients():
     x = torch.randn(5, 8, dtype=torch.double, requires_grad=True)
-    weight = torch.randn(3, 8, dtype=torch.double, requires_grad=True)
-    assert torch.autograd.gradcheck(few_rows_matmul, (x, weight))
+    weight = torch.randn(4, 8, dtype=torch.double, requires_grad=True)
+    for product in (few_rows_matmul, few_rows_sums, gated_matmul):
+        assert torch.autograd.gradcheck(product, (x, weight))

@@ -17,7 +17,7 @@ def poisoned_memory():
 
 
 def make(num_rows, vocab_size, hidden_size, options=(), device="cpu", dtype=torch.float32, weight_dtype=None):
-    """hidden, weight and the keywords named in `options`; every third row is greedy, all rows differ in their noise."""
+    """hidden, weight and the keywords named in `options`; every third row has no noise, all differ in their scales."""
     generator = torch.Generator().manual_seed(num_rows)
     hidden = torch.randn(num_rows, hidden_size, generator=generator).to(device, dtype)
     weight = torch.randn(vocab_size, hidden_size, generator=generator) * (3 / hidden_size**0.5)
@@ -30,22 +30,21 @@ def make(num_rows, vocab_size, hidden_size, options=(), device="cpu", dtype=torc
         keywords["token_ids"] = torch.randperm(3 * vocab_size, generator=generator)[:vocab_size].to(device)
     if "noise" in options:
         rows = torch.arange(num_rows, device=device)
-        keywords["temperature"] = torch.where(rows % 3 == 2, 0.0, 0.5 + 0.1 * (rows % 5))
+        keywords["gain"] = 0.7 + 0.2 * (rows % 7)
+        keywords["share"] = torch.where(rows % 3 == 2, 0.0, 0.5 + 0.3 * (rows % 5))
         keywords |= {"positions": 100 + rows // 2, "seeds": 7 - (rows << 34), "sequences": rows % 4}
     return hidden, weight.to(device, weight_dtype or dtype), keywords
 
 
-def logits_of(hidden, weight, bias=None, scale=None, token_ids=None, temperature=None, **noise_key):
+def logits_of(hidden, weight, bias=None, scale=None, token_ids=None, gain=None, share=None, **noise_key):
     """The formula in double precision, [R, Vd]."""
     z = hidden.double() @ weight.double().T
     z = z if scale is None else z * scale
     z = z if bias is None else z + bias
-    if temperature is not None:
+    if gain is not None:
         tokens = torch.arange(len(weight), device=z.device) if token_ids is None else token_ids
         key = [noise_key[name][:, None] for name in ("seeds", "sequences", "positions")]
-        sampled = (temperature > 0)[:, None]
-        noisy = z / torch.where(sampled, temperature[:, None], 1.0) + gumbel_ref(*key, tokens)
-        z = torch.where(sampled, noisy, z)
+        z = gain[:, None] * z + share[:, None] * gumbel_ref(*key, tokens)
     return z
 
 

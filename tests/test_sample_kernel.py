@@ -3,8 +3,10 @@
 import pytest
 import torch
 from eagle_fast_kernels import sample as sample_module
+from eagle_fast_kernels import sample_threshold
 from eagle_fast_kernels.noise import gumbel_row_ref
-from eagle_fast_kernels.sample import sample, sample_ref, warp_ref
+from eagle_fast_kernels.sample import sample
+from eagle_fast_kernels.sample_ref import sample_ref, warp_ref
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 # temperature, top_k, top_p, min_p: every warper off, alone, together, at its extremes.
@@ -35,7 +37,8 @@ def poisoned_memory():
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several steps a row at sizes that the interpreter can take."""
-    monkeypatch.setattr(sample_module, "TILE", 128)
+    monkeypatch.setattr(sample_module, "CHUNK", 128)
+    monkeypatch.setattr(sample_threshold, "TILE", 128)
 
 
 def make_settings(settings, device):
@@ -102,7 +105,7 @@ def test_kernel_against_transformers(setting, device):
 @pytest.mark.parametrize("lane_slots", [1, 2], ids=["overflow", "packed"])
 def test_kernel_when_candidates_do_not_fit(lane_slots, monkeypatch, device):
     """Flat rows leave most of the vocabulary to the warpers; with one slot a lane the kernel scans the row instead."""
-    monkeypatch.setattr(sample_module, "LANE_SLOTS", lane_slots)
+    monkeypatch.setattr(sample_threshold, "LANE_SLOTS", lane_slots)
     arguments = make_settings([(1.0, 0, 0.9, 0.0), (1.0, 100, 0.7, 0.01)], device)
     logits = make_logits(2, 1, 161, scale=0.5).to(device)
     positions = torch.tensor([[1], [2]], device=device)

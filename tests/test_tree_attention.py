@@ -10,7 +10,8 @@ from typing import NamedTuple
 import pytest
 import torch
 from eagle_fast_kernels import tree_attention as module
-from eagle_fast_kernels.tree_attention import tree_attention, tree_attention_ref
+from eagle_fast_kernels.tree_attention import tree_attention
+from eagle_fast_kernels.tree_attention_ref import _visible, tree_attention_ref
 
 
 class Case(NamedTuple):
@@ -331,6 +332,19 @@ def test_real_shapes_are_as_close_as_pytorch(case, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["llama 8b, verify, 32k", "gqa 7, D 128", "D 96, window", "gpt-oss, sinks, window"])
+def test_a_row_does_not_depend_on_the_others(name, dtype):
+    """Bit by bit: with other queries in all the other rows. (Their number sets the tiles, and so the rounding.)"""
+    problem = build(REAL[name], dtype, "cuda")
+    expected = run(tree_attention, problem)
+    for node in (0, 17, REAL[name].num_queries - 1):
+        others = torch.randn_like(problem.q)
+        others[:, :, node] = problem.q[:, :, node]
+        assert torch.equal(run(tree_attention, problem._replace(q=others))[:, node], expected[:, node])
+
+
+@pytest.mark.gpu
 def test_captured_graph_serves_every_length():
     """Nothing of a launch depends on the lengths: a graph captured at one is right at others."""
     problem = build(Case((3000, 2000), 60, (32, 8), 128), torch.bfloat16, "cuda")
@@ -353,9 +367,8 @@ def naive(case, problem):
     num_rows = k.shape[2]
     slots = torch.arange(num_rows, device=q.device) - problem.lengths[:, None]
     depths, first, window, chunk = (options[name] for name in ("depths", "first", "window", "chunk"))
-    visible = module._visible(
-        slots, problem.lengths, problem.ancestors, depths, first, case.num_queries, window, chunk
-    )[:, None]
+    visible = _visible(slots, problem.lengths, problem.ancestors, depths, first, case.num_queries, window, chunk)
+    visible = visible[:, None]
     group = case.heads[0] // case.heads[1]
     keys = k.nan_to_num().repeat_interleave(group, 1)
     scores = (q @ keys.transpose(2, 3)) * options["scale"]

@@ -53,7 +53,7 @@ class Completer:
         self.entry = Round(target, None, TreeConfig(), max(1, batch // ENTRY_SHARE), max_prompt)
         for round_ in (self.state, self.entry):
             round_.sampling.seeds.fill_(seed)
-        self.step = GraphedStep(self.state.step, target.device)
+        self.step = GraphedStep(self.state.step, self.state.devices)
         self.recent = torch.zeros(STEPS, batch, dtype=torch.long, device=target.device)
         self.is_stop = np.zeros(target.vocab_size, dtype=bool)
         self.is_stop[stop_ids] = True

@@ -1,0 +1,90 @@
+"""What choices inside the kernels give: a round and a plain token with each of them changed, in one process.
+
+    python bench/ablation.py llama-3.1-8b
+
+Times are medians of CUDA graphs, context 512, tree 60/7/10, T=0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from eagle_fast_kernels import linear, lm_head_topk, rms_norm
+from round import repeatable
+from shapes import SHAPES, build_head, build_target
+
+from eagle_fast import EaModel, TreeConfig
+from eagle_fast.round import Round
+
+CONTEXT, REPEATS = 512, 20
+
+
+@contextlib.contextmanager
+def changed(module: Any, name: str, value: Any) -> Iterator[None]:
+    """A module's attribute replaced for a while."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def milliseconds(work: Callable[[], object]) -> float:
+    """Median time of `work` as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.synchronize()
+    graph, times = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph, stream=stream):
+        work()
+    for _ in range(REPEATS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def variants() -> Iterator[tuple[str, Any]]:
+    """(what is changed, the change)."""
+    yield "as it is", contextlib.nullcontext()
+    yield "no prefetch of a product's own weight", changed(linear, "PREFETCH", 2**40)
+    yield "norms with twice the warps", changed(rms_norm, "num_warps", lambda block: min(32, max(1, block // 256)))
+    tiles = lm_head_topk.TILES
+    for tile in ((64, 128, 4, 5), (64, 256, 4, 4), (128, 128, 4, 5), (128, 256, 8, 4), (256, 256, 8, 3)):
+        others = {**tiles, 1: {**tiles[1], 16: lm_head_topk.Tile(*tile)}}
+        yield f"fp8 lm_head tile {tile}", changed(lm_head_topk, "TILES", others)
+    yield "as it is, again", contextlib.nullcontext()
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=SHAPES, help="whose shapes the target has")
+    tree, target = TreeConfig(60, 7, 10), build_target(parser.parse_args().shape, "cuda")
+    model = EaModel(target, build_head(target), tree=tree)
+    tokens = torch.randint(0, model.target.vocab_size, (1, CONTEXT), generator=torch.Generator().manual_seed(0))
+    states = [Round(model.target, head, tree, 1, CONTEXT + tree.max_path) for head in (model.ea_layer, None)]
+    for state in states:
+        state.begin(tokens, torch.tensor([CONTEXT]), torch.tensor([state.max_length - 1]))
+    drafter = states[0].drafter
+    assert drafter is not None
+    print(f"{'':<44}{'round':>9}{'plain':>9}{'draft':>9}  ms")
+    for name, change in variants():
+        with change:
+            times = [milliseconds(repeatable(state)) for state in states]
+            times.append(milliseconds(lambda: drafter.grow(states[0].roots, states[0].lengths, states[0].sampling)))
+        print(f"{name:<44}{times[0]:>9.3f}{times[1]:>9.3f}{times[2]:>9.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

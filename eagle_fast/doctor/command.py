@@ -1,0 +1,72 @@
+"""Check this machine: GPUs, how fast they read and copy, whether kernels run, and where a model would go.
+
+Everything shown is reported by the software or measured on the spot. Exit code 1 if a kernel or a copy is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import torch
+
+from eagle_fast.config import TreeConfig
+from eagle_fast.doctor.findings import as_json, examine
+from eagle_fast.doctor.plan import Setting
+from eagle_fast.doctor.report import lines
+from eagle_fast.validate import check_positive
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    tree = TreeConfig()
+    parser.add_argument(
+        "--model", metavar="NAME", help="hub name or folder (config.json is enough): plan its placement"
+    )
+    parser.add_argument("--head", metavar="NAME", help="its draft head, to be counted in")
+    parser.add_argument("--dtype", help="of the weights; default: the config's, else bfloat16")
+    parser.add_argument(
+        "--context", type=int, default=2048, metavar="N", help="tokens in the cache (default %(default)s)"
+    )
+    parser.add_argument(
+        "--tree",
+        nargs=3,
+        type=int,
+        default=[tree.total_token, tree.depth, tree.top_k],
+        metavar=("NODES", "DEPTH", "TOP_K"),
+        help="default %(default)s",
+    )
+    parser.add_argument("--max-memory", metavar="LIST", help='of each GPU, as "70GiB,70GiB"; default: what is free')
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text: bytes and seconds")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 0 if nothing is broken, with or without a GPU."""
+    machine, placements = examine(_setting(args))
+    if args.json:
+        print(json.dumps(as_json(machine, placements), indent=1))
+    else:
+        print("\n".join(lines(machine, placements)))
+    return 0 if machine.healthy else 1
+
+
+def _setting(args: argparse.Namespace) -> Setting | None:
+    if args.model is None:
+        if args.head or args.max_memory:
+            raise ValueError("--head and --max-memory are about a model: name it with --model")
+        return None
+    check_positive(context=args.context)
+    return Setting(
+        args.model, _dtype(args.dtype), args.context, TreeConfig(*args.tree), args.head, _memory(args.max_memory)
+    )
+
+
+def _memory(listed: str | None) -> dict[int | str, int | str] | None:
+    """What "70GiB,60GiB" says: {0: "70GiB", 1: "60GiB"}, and nothing on the CPU."""
+    return None if listed is None else {index: size.strip() for index, size in enumerate(listed.split(","))}
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    dtype = None if name is None else getattr(torch, name, None)
+    if name is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"--dtype {name}: use bfloat16, float16 or float32")
+    return dtype

@@ -1,0 +1,101 @@
+"""Examine a machine, and a model on it: everything that the doctor says, before it is put in words."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from eagle_fast.doctor.environment import Gpu, gpus, link_types, versions, why_no_gpu
+from eagle_fast.doctor.measure import SMALL_BYTES, GpuFigures, KernelCheck, Link, gpu_figures, kernel_check, link
+from eagle_fast.doctor.plan import HeadBytes, Plan, Setting, Sizes, head_bytes, plan, read_model, sizes
+from eagle_fast.placement import STRATEGIES
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is there. figures and checks by GPU index; without a GPU, why, and how the CPU's path does."""
+
+    versions: dict[str, str | None]
+    gpus: list[Gpu] = field(default_factory=list)
+    figures: dict[int, GpuFigures] = field(default_factory=dict)
+    checks: dict[int, KernelCheck] = field(default_factory=dict)
+    links: list[Link] = field(default_factory=list)
+    no_gpu: str = ""
+    cpu: KernelCheck | None = None
+
+    @property
+    def healthy(self) -> bool:
+        """Every kernel ran and every copy arrived as it was."""
+        checks = [*self.checks.values(), *([self.cpu] if self.cpu else [])]
+        return all(check.runs for check in checks) and all(each.intact is not False for each in self.links)
+
+
+@dataclass(frozen=True)
+class Placements:
+    """A model's sizes and where each strategy puts it."""
+
+    setting: Setting
+    size: Sizes
+    head: HeadBytes
+    quantized: bool  # the checkpoint is; the sizes are not
+    plans: list[Plan]
+
+
+def examine(setting: Setting | None) -> tuple[Machine, Placements | None]:
+    """Measure the machine; with a setting, plan its model as well. Raises ValueError for a model that can't be read."""
+    if setting is None:
+        return examine_machine(SMALL_BYTES), None
+    model = read_model(setting)
+    size, head = sizes(model, setting.context), head_bytes(setting, model)
+    machine = examine_machine(setting.tree.total_token * size.row_bytes)
+    links = {(each.source, each.target): each for each in machine.links}
+    plans = [
+        plan(strategy, model, setting.max_memory, size, machine.figures, links, head)
+        for strategy in (STRATEGIES if machine.gpus else ())
+    ]
+    quantized = getattr(model.config, "quantization_config", None) is not None
+    return machine, Placements(setting, size, head, quantized, plans)
+
+
+def examine_machine(small_bytes: int) -> Machine:
+    """Everything measured, one GPU after the other. small_bytes: of the copies whose latency is timed."""
+    found = gpus()
+    if not found:
+        return Machine(versions(), no_gpu=why_no_gpu(), cpu=kernel_check(torch.device("cpu")))
+    indices = [gpu.index for gpu in found]
+    kinds = link_types(found) if len(indices) > 1 else {}
+    return Machine(
+        versions(),
+        found,
+        checks={index: kernel_check(torch.device("cuda", index)) for index in indices},
+        figures={index: gpu_figures(index) for index in indices},
+        links=[link(a, b, kinds.get((a, b)), small_bytes) for a in indices for b in indices if a != b],
+    )
+
+
+def as_json(machine: Machine, placements: Placements | None) -> dict[str, Any]:
+    """Plain values: bytes, seconds, bytes a second; None where something was not measured."""
+    plain = asdict(machine) | {"healthy": machine.healthy}
+    figures, checks = plain.pop("figures"), plain.pop("checks")
+    plain["gpus"] = [gpu | figures[gpu["index"]] | {"kernel": checks[gpu["index"]]} for gpu in plain["gpus"]]
+    if placements is None:
+        return plain
+    setting, size = placements.setting, placements.size
+    plain["model"] = {
+        "name": setting.model,
+        "dtype": str(size.dtype).removeprefix("torch."),
+        "parameters": size.parameters,
+        "weight_bytes": sum(size.weights.values()),
+        "cache_bytes": sum(size.cache.values()),
+        "head_bytes": placements.head.resident or None,
+        "context": setting.context,
+        "tree": asdict(setting.tree),
+        "quantized": placements.quantized,
+        "plans": [
+            asdict(each) | {"crossings": each.crossings, "round_seconds": each.round_seconds}
+            for each in placements.plans
+        ],
+    }
+    return plain

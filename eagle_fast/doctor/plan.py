@@ -1,0 +1,233 @@
+"""Where a model would go, what it takes there, and how long a round would take at least.
+
+    round >= sum over shards of (weights + keys and values) / read bandwidth    verification reads each once
+           + passes * head / read bandwidth                                    drafting, if a head is named
+           + copies of the hidden rows, one for each change of device on the way from the embedding to the lm_head
+
+Bandwidths and copies are the measured ones; where one is missing there is no time. Weights on the CPU are read over the
+host link in every round. Experts of a mixture are all counted: the rows of a tree meet most of them. Shapes come from
+config.json alone, on the meta device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import NamedTuple, cast
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from eagle_fast.checkpoint import read_head
+from eagle_fast.config import TreeConfig
+from eagle_fast.doctor.measure import GpuFigures, Link
+from eagle_fast.loading import known_path
+from eagle_fast.placement import layer_list, plan_placement, skeleton
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is to be placed. context: tokens in the cache; head: a head's folder or hub name, if there is one."""
+
+    model: str
+    dtype: torch.dtype | None = None
+    context: int = 2048
+    tree: TreeConfig = field(default_factory=TreeConfig)
+    head: str | None = None
+    max_memory: Mapping[int | str, int | str] | None = None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a model's parts, by the module that a device_map may name, in the order of a forward."""
+
+    parameters: int
+    dtype: torch.dtype
+    hidden_size: int
+    path: tuple[str, ...]  # embedding, decoder layers, lm_head
+    weights: dict[str, int]  # every parameter's bytes, tied ones once
+    cache: dict[str, int]  # a layer's keys and values
+    unread: str | None  # the parameter of which a forward reads a few rows: an embedding that is no lm_head
+
+    @property
+    def row_bytes(self) -> int:
+        return self.hidden_size * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one strategy gives; the head lies beside the lm_head.
+
+    Bytes by device ("cuda:0", "cpu", "disk"); seconds None: see problem.
+    """
+
+    strategy: str
+    devices: tuple[str, ...] = ()  # along the way from the embedding to the lm_head, repeats left out
+    weights: dict[str, int] = field(default_factory=dict)
+    cache: dict[str, int] = field(default_factory=dict)
+    head: dict[str, int] = field(default_factory=dict)
+    layers: dict[str, int] = field(default_factory=dict)  # number of decoder layers
+    verify_seconds: float | None = None
+    copy_seconds: float | None = None
+    draft_seconds: float | None = None
+    problem: str = ""
+
+    @property
+    def crossings(self) -> int:
+        return max(len(self.devices) - 1, 0)
+
+    @property
+    def round_seconds(self) -> float | None:
+        """Their sum; without a head's name, that of verifying alone."""
+        if self.verify_seconds is None or self.copy_seconds is None or self.draft_seconds is None:
+            return None
+        return self.verify_seconds + self.copy_seconds + self.draft_seconds
+
+
+def read_model(setting: Setting) -> PreTrainedModel:
+    """The model without its weights, on the meta device: of a hub name, or of a folder with a config.json.
+
+    Raises ValueError.
+    """
+    try:
+        config = AutoConfig.from_pretrained(known_path("--model", setting.model))
+    except OSError as error:
+        raise ValueError(f"--model {setting.model}: {str(error).splitlines()[0]}") from error
+    config.dtype = setting.dtype or config.dtype or torch.bfloat16
+    return skeleton(config)
+
+
+def sizes(model: PreTrainedModel, context: int) -> Sizes:
+    """Sizes of a model, which may be on the meta device, and of the keys and values of `context` tokens."""
+    text = model.config.get_text_config(decoder=True)
+    found = layer_list(model, text.num_hidden_layers)
+    if found is None:
+        raise ValueError(f"{type(model).__name__} has no list of decoder layers: eagle_fast does not support it")
+    layers = [f"{found[0]}.{index}" for index in range(text.num_hidden_layers)]
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    dtype = cast(torch.dtype, model.config.dtype)
+    embedding, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
+    name_of = {module: name for name, module in model.named_modules()}
+    return Sizes(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        dtype=dtype,
+        hidden_size=text.hidden_size,
+        path=(name_of[embedding], *layers, name_of[lm_head]),
+        weights={name: weight.numel() * weight.element_size() for name, weight in model.named_parameters()},
+        cache=dict.fromkeys(layers, 2 * kv_heads * head_dim * dtype.itemsize * context),
+        unread=None if embedding.weight is lm_head.weight else f"{name_of[embedding]}.weight",
+    )
+
+
+class HeadBytes(NamedTuple):
+    """Of a draft head in the target's dtype: what lies in memory, and what a round reads of it."""
+
+    resident: int = 0
+    read: int = 0
+
+
+def head_bytes(setting: Setting, model: PreTrainedModel) -> HeadBytes:
+    """A round reads an absorb and one pass a level, each with its lm_head; fc in the absorb alone."""
+    if setting.head is None:
+        return HeadBytes()
+    text = model.config.get_text_config(decoder=True)
+    found = read_head(
+        setting.head,
+        target_hidden_size=text.hidden_size,
+        target_vocab_size=text.vocab_size,
+        num_target_layers=text.num_hidden_layers,
+    )
+    numbers = {name: tensor.numel() for name, tensor in found.tensors.items()}
+    once = sum(count for name, count in numbers.items() if name.startswith("fc."))
+    each = sum(numbers.values()) - once - numbers.get("embed_tokens.weight", 0)
+    if not found.config.own_lm_head:
+        each += text.hidden_size * found.config.draft_vocab_size
+    item = cast(torch.dtype, model.config.dtype).itemsize
+    return HeadBytes(sum(numbers.values()) * item, (each * (setting.tree.depth + 1) + once) * item)
+
+
+def plan(
+    strategy: str,
+    model: PreTrainedModel,
+    max_memory: Mapping[int | str, int | str] | None,
+    size: Sizes,
+    figures: Mapping[int, GpuFigures],
+    links: Mapping[tuple[int, int], Link],
+    head: HeadBytes = HeadBytes(),  # noqa: B008  # immutable
+) -> Plan:
+    """One strategy's placement with its memory and, from figures and links, its times."""
+    try:
+        placed = plan_placement(model, strategy, None if max_memory is None else dict(max_memory))
+    except ValueError as error:  # no GPU, or none that is large enough
+        return Plan(strategy, problem=str(error))
+    device_map = {name: device_name(device) for name, device in placed.items()}
+    on_the_way = [_device_of(name, device_map) for name in size.path]
+    first, *of_layers, last = on_the_way
+    devices = (first, *(after for before, after in pairwise(on_the_way) if after != before))
+    given = Plan(
+        strategy, devices, _by_device(size.weights, device_map), _by_device(size.cache, device_map),
+        {last: head.resident} if head.resident else {},
+        {device: of_layers.count(device) for device in dict.fromkeys(of_layers)},
+    )  # fmt: skip
+    read = _by_device({name: count for name, count in size.weights.items() if name != size.unread}, device_map)
+    cached = [(device, count) for device, count in given.cache.items() if device.startswith("cuda")]
+    try:
+        return replace(
+            given,
+            verify_seconds=sum(count / _rate(device, figures) for device, count in [*read.items(), *cached]),
+            copy_seconds=sum(_copy_seconds(before, after, links) for before, after in pairwise(devices)),
+            draft_seconds=head.read / _rate(last, figures),
+        )
+    except LookupError as error:
+        return replace(given, problem=f"no time: {error.args[0]}")
+
+
+def device_name(device: torch.device | int | str) -> str:
+    """'cuda:0', 'cpu' or 'disk', however a device_map spells it."""
+    if isinstance(device, int):
+        return f"cuda:{device}"
+    return "disk" if device == "disk" else str(torch.device(device))
+
+
+def _device_of(name: str, device_map: Mapping[str, str]) -> str:
+    """The device of a module or parameter: that of the longest entry that it is part of."""
+    while name not in device_map:
+        if not name:
+            raise ValueError("the placement does not name every module")
+        name = name.rpartition(".")[0]
+    return device_map[name]
+
+
+def _by_device(counts: Mapping[str, int], device_map: Mapping[str, str]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for name, count in counts.items():
+        device = _device_of(name, device_map)
+        total[device] = total.get(device, 0) + count
+    return total
+
+
+def _rate(device: str, figures: Mapping[int, GpuFigures]) -> float:
+    """Bytes a second at which a round reads what lies on a device."""
+    if device == "disk":
+        raise LookupError("the disk's speed is not measured")
+    if device == "cpu":
+        rates = [each.from_host for each in figures.values() if each.from_host]
+        if not rates:
+            raise LookupError("no copy from the host was measured")
+        return min(rates)
+    found = figures.get(int(device.partition(":")[2] or 0))
+    if found is None or found.read is None:
+        raise LookupError(f"{device} was not measured" + (f" ({found.problem})" if found and found.problem else ""))
+    return found.read
+
+
+def _copy_seconds(source: str, target: str, links: Mapping[tuple[int, int], Link]) -> float:
+    """A copy of the hidden rows. To and from the CPU it is left out: the weights that move there dwarf it."""
+    if not (source.startswith("cuda") and target.startswith("cuda")):
+        return 0.0
+    found = links.get((int(source[5:]), int(target[5:])))
+    if found is None or found.small_seconds is None:
+        raise LookupError(f"no copy from {source} to {target} was measured")
+    return found.small_seconds

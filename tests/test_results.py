@@ -1,0 +1,125 @@
+"""Records, the tables made from them, and the benches' behaviour where something that they need is missing."""
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCH = ROOT / "bench"
+ROUND = {
+    "round_ms": 9.0,
+    "plain_ms": 6.0,
+    "floor_ms": 6.5,
+    "plain_floor_ms": 4.5,
+    "hardware": "NVIDIA X",
+    "commit": "c1",
+}
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Modules of bench/ by name, as its scripts import them."""
+    monkeypatch.syspath_prepend(BENCH)
+    return importlib.import_module
+
+
+def script(*arguments, **environment):
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=300)
+
+
+def test_the_readme_says_what_the_records_say():
+    done = script(BENCH / "report.py", "--check")
+    assert done.returncode == 0, f"run bench/report.py:\n{done.stdout}{done.stderr}"
+
+
+def test_every_record_says_where_it_comes_from():
+    paths = list((BENCH / "results").glob("*.json"))
+    assert paths
+    for path in paths:
+        record = json.loads(path.read_text())
+        assert record["hardware"], path.name
+        assert record["commit"] not in ("", "unknown"), path.name
+
+
+def test_a_changed_record_changes_the_readme(bench, tmp_path):
+    report = bench("report")
+    text = report.render(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n", tmp_path)
+    assert text == f"above\n{report.BEGIN}\n\n{report.END}\nbelow\n"
+    (tmp_path / f"{report.ROUND}.json").write_text(json.dumps(ROUND))
+    text = report.render(text, tmp_path)
+    assert "| round, 8B | 9.00 ms | ≤ 8.2 ms | 6.50 ms | X | c1 |\n" in text
+    assert "in `eagenerate`'s loop" not in text, "the record has no such field"
+    (tmp_path / f"{report.ROUND}-32k.json").write_text(
+        json.dumps({**ROUND, "round_ms": 12.0, "floor_ms": 8.5, "commit": "c2"})
+    )
+    changed = report.render(text, tmp_path)
+    assert "| context 32k, over its bytes' time | 1.50 x | ≤ 1.25 x |  | X | c2 |\n" in changed
+    assert report.render(changed, tmp_path) == changed
+    with pytest.raises(ValueError, match="must have this line once"):
+        report.render("no markers", tmp_path)
+
+
+def test_benches_of_record_want_a_gpu():
+    done = script(BENCH / "suite.py", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 1
+    assert "need a CUDA GPU" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_commits_are_those_of_the_checkout(bench, tmp_path):
+    records = bench("records")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    assert records.git_commit(tmp_path / "nowhere") == ""
+    subprocess.run([*git, "init", "-q"], check=True)
+    (tmp_path / "code.py").write_text("1")
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "first"], check=True)
+    commit = records.git_commit(tmp_path)
+    assert len(commit) >= 7
+    (tmp_path / "README.md").write_text("new, and not code")
+    assert records.git_commit(tmp_path) == commit
+    (tmp_path / "code.py").write_text("2")
+    assert records.git_commit(tmp_path) == commit + "+"
+    (tmp_path / "copy").mkdir()
+    assert records.git_commit(tmp_path / "copy") == "", "a folder inside another checkout has no commit of its own"
+    assert records.environment("given")["commit"] == "given"
+
+
+def upstream_arguments(folder, python):
+    settings = {"shape": "smollm2-135m", "tree": [60, 7, 10], "context": 512, "temperature": 0.0}
+    return SimpleNamespace(upstream=folder, upstream_python=python, **settings)
+
+
+def test_upstream_is_timed_by_a_python_of_its_own(bench, tmp_path, capsys):
+    """The one given here stands for an environment with the checkout's dependencies, and prints what it was asked."""
+    python = tmp_path / "python"
+    python.write_text(f"#!{sys.executable}\nimport sys\nprint('loading')\nprint(sys.argv[3])\n")
+    python.chmod(0o755)
+    record = bench("round").upstream(upstream_arguments(tmp_path, str(python)))
+    assert (record["checkout"], record["tree"], record["draft_vocab"]) == (tmp_path.name, [60, 7, 10], 32000)
+    assert record["shape"]["num_hidden_layers"] == 30
+    bench("round").show_upstream({"checkout": "c", "round_ms": 66.5, "plain_ms": 50.0, "rounds": 32})
+    assert "round 66.50 ms, plain token 50.00 ms, over 32 rounds" in capsys.readouterr().out
+
+
+def test_upstream_without_its_dependencies_says_so(bench, tmp_path, capsys):
+    model = tmp_path / "eagle" / "model"
+    model.mkdir(parents=True)
+    (model / "cnets.py").write_text("import a_package_of_long_ago")
+    record = bench("round").upstream(upstream_arguments(tmp_path, sys.executable))
+    assert record["error"] == "ModuleNotFoundError: No module named 'a_package_of_long_ago'"
+    bench("round").show_upstream(record)
+    shown = capsys.readouterr().out
+    assert "did not run: ModuleNotFoundError" in shown
+    assert "--upstream-python" in shown
+    done = script(BENCH / "round.py", "smollm2-135m", "--upstream", tmp_path)
+    assert done.returncode == 2
+    assert "no checkout of SafeAILab/EAGLE there" in done.stderr
