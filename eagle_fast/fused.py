@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from eagle_fast_kernels.draft_head import rope_append
 from eagle_fast_kernels.linear import few_rows_sums, gated_matmul
-from eagle_fast_kernels.rms_norm import add_rms_norm, rms_norm
+from eagle_fast_kernels.rms_norm import add_parts, add_rms_norm, rms_norm
 from eagle_fast_kernels.tree_attention import tree_attention
 from torch import nn
 
@@ -101,8 +101,7 @@ class FusedLayer(nn.Module):
         normed, residual = add_rms_norm(attended, residual, post.weight, post.variance_epsilon)
         out = few_rows_sums(gated_matmul(normed, self.gate_up), self.down)
         if self.next_norm is None:
-            whole = out if out.dim() == 2 else out.sum(0)
-            return (whole + residual).to(residual.dtype).view(shape)
+            return add_parts(out, residual).view(shape)
         weight, eps = self.next_norm.weight, self.next_norm.variance_epsilon
         normed, out = (each.view(shape) for each in add_rms_norm(out, residual, weight, eps))
         self.next_norm.handover.give(out, normed)

@@ -24,7 +24,7 @@ from typing import TypeGuard, cast
 
 import torch
 from eagle_fast_kernels.draft_head import head_input
-from eagle_fast_kernels.rms_norm import add_rms_norm, rms_norm_ref
+from eagle_fast_kernels.rms_norm import add_parts, add_rms_norm, rms_norm_ref
 from torch import Tensor, nn
 
 from eagle_fast.checkpoint import HeadCheckpoint, write_head
@@ -209,8 +209,7 @@ class DraftHead(nn.Module):
             x, residual = self._add_norm(layer.o.sums(attended), residual, layer.post_norm)
             out = layer.down.sums(layer.gate_up.gated(x))
         if self.norm is None:
-            whole = out if out.dim() == residual.dim() else out.sum(0)
-            output = (whole + residual).to(residual.dtype)
+            output = add_parts(out, residual)
             return output, output
         states, output = self._add_norm(out, residual, self.norm)
         return (states if self.config.norm_output else output), states

@@ -123,5 +123,11 @@ def rms_norm_ref(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 def add_rms_norm_ref(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """`add_rms_norm` in plain PyTorch, differentiable."""
-    total = x + residual if x.dim() == 2 else (x.sum(0) + residual).to(residual.dtype)
+    total = add_parts(x, residual)
     return rms_norm_ref(total, weight, eps), total
+
+
+def add_parts(x: Tensor, residual: Tensor) -> Tensor:
+    """residual [..., H] and x, which is as large or comes in parts [S, ..., H] (`linear.few_rows_sums`), added up."""
+    whole = x if x.dim() == residual.dim() else x.sum(0)
+    return (whole + residual).to(residual.dtype)
