@@ -159,13 +159,9 @@ class EaModel(HFGenerateMixin, nn.Module):
         A text ends before max_new_tokens at max_length, or where a model with learned positions has no more of them.
         Raises ValueError for arguments that cannot be meant, NaNLogitsError.
         """
-        settings: dict[str, Any] = {
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "max_new_tokens": max_new_tokens,
-        }
-        return self._collect(True, log, input_ids, max_length=max_length, is_llama3=is_llama3, **settings, **options)
+        options.update(temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens)
+        options.update(max_length=max_length, is_llama3=is_llama3)
+        return self._collect(True, log, input_ids, **options)
 
     def naivegenerate(
         self,
@@ -180,13 +176,9 @@ class EaModel(HFGenerateMixin, nn.Module):
         **options,
     ):
         """The same without speculation, one token a round: the same text for the same seed. See `eagenerate`."""
-        settings: dict[str, Any] = {
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "max_new_tokens": max_new_tokens,
-        }
-        return self._collect(False, log, input_ids, max_length=max_length, is_llama3=is_llama3, **settings, **options)
+        options.update(temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens)
+        options.update(max_length=max_length, is_llama3=is_llama3)
+        return self._collect(False, log, input_ids, **options)
 
     def ea_generate(
         self,
@@ -201,13 +193,9 @@ class EaModel(HFGenerateMixin, nn.Module):
         **options,
     ) -> Iterator[torch.Tensor]:
         """`eagenerate` as a generator: yields the ids so far after each round. It may be closed early."""
-        settings: dict[str, Any] = {
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "max_new_tokens": max_new_tokens,
-        }
-        return self._stream(True, input_ids, max_length=max_length, is_llama3=is_llama3, **settings, **options)
+        options.update(temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens)
+        options.update(max_length=max_length, is_llama3=is_llama3)
+        return self._stream(True, input_ids, **options)
 
     def naive_generate(
         self,
@@ -222,13 +210,9 @@ class EaModel(HFGenerateMixin, nn.Module):
         **options,
     ) -> Iterator[torch.Tensor]:
         """`naivegenerate` as a generator: yields the ids so far after each token."""
-        settings: dict[str, Any] = {
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "max_new_tokens": max_new_tokens,
-        }
-        return self._stream(False, input_ids, max_length=max_length, is_llama3=is_llama3, **settings, **options)
+        options.update(temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens)
+        options.update(max_length=max_length, is_llama3=is_llama3)
+        return self._stream(False, input_ids, **options)
 
     def forward(self, input_ids=None, attention_mask=None, past_key_values=None, output_orig=False, position_ids=None):
         """The target alone, as in SafeAILab/EAGLE: (outputs, hidden), or (outputs, logits, hidden) with output_orig.
