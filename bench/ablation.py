@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from eagle_fast_kernels import linear, lm_head_topk, rms_norm
 from round import repeatable
 from shapes import SHAPES, build_head, build_target
+from timing import milliseconds
 
 from eagle_fast import EaModel, TreeConfig
 from eagle_fast.round import Round
@@ -33,25 +33,6 @@ def changed(module: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(module, name, before)
-
-
-def milliseconds(work: Callable[[], object]) -> float:
-    """Median time of `work` as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.synchronize()
-    graph, times = torch.cuda.CUDAGraph(), []
-    with torch.cuda.graph(graph, stream=stream):
-        work()
-    for _ in range(REPEATS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
 
 
 def variants() -> Iterator[tuple[str, Any]]:
@@ -76,13 +57,10 @@ def main() -> None:
     states = [Round(model.target, head, tree, 1, CONTEXT + tree.max_path) for head in (model.ea_layer, None)]
     for state in states:
         state.begin(tokens, torch.tensor([CONTEXT]), torch.tensor([state.max_length - 1]))
-    drafter = states[0].drafter
-    assert drafter is not None
     print(f"{'':<44}{'round':>9}{'plain':>9}{'draft':>9}  ms")
     for name, change in variants():
         with change:
-            times = [milliseconds(repeatable(state)) for state in states]
-            times.append(milliseconds(lambda: drafter.grow(states[0].roots, states[0].lengths, states[0].sampling)))
+            times = [milliseconds(work, REPEATS) for work in (*map(repeatable, states), states[0].draft)]
         print(f"{name:<44}{times[0]:>9.3f}{times[1]:>9.3f}{times[2]:>9.3f}", flush=True)
 
 

@@ -16,9 +16,11 @@ from typing import NamedTuple
 import torch
 from round import repeatable
 from shapes import SHAPES, build_head, build_target
+from timing import graphed
 from torch.profiler import ProfilerActivity, profile
 
 from eagle_fast import EaModel, TreeConfig
+from eagle_fast.graph import GraphedStep
 from eagle_fast.round import Round
 
 REPLAYS = 5
@@ -32,11 +34,11 @@ class Span(NamedTuple):
     end: float
 
 
-def spans(graph: torch.cuda.CUDAGraph) -> list[Span]:
+def spans(step: GraphedStep) -> list[Span]:
     """The kernels of several replays, in the order in which they ended."""
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         for _ in range(REPLAYS):
-            graph.replay()
+            step()
         torch.cuda.synchronize()
     device_events = (e for e in recorded.events() if e.device_type == torch.autograd.DeviceType.CUDA)
     found = [Span(e.name, e.time_range.start, e.time_range.end) for e in device_events]
@@ -72,18 +74,12 @@ def prefilled(args: argparse.Namespace) -> Round:
 @torch.no_grad()
 def main() -> None:
     args = parse()
-    work = repeatable(prefilled(args))
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        work()
+    state = prefilled(args)
+    step = graphed(repeatable(state), state.devices)
     for _ in range(3):
-        graph.replay()
+        step()
     torch.cuda.synchronize()
-    recorded = spans(graph)
+    recorded = spans(step)
     added: dict[str, list[float]] = collections.defaultdict(list)
     durations: dict[str, float] = collections.defaultdict(float)
     reached = recorded[0].start

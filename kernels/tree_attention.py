@@ -24,13 +24,12 @@ combining inside the first kernel.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from eagle_fast_kernels.launch import device_guard, upcast, use_triton
+from eagle_fast_kernels.launch import device_guard, resources, upcast, use_triton
 from eagle_fast_kernels.tree_attention_ref import tree_attention_ref
 from torch import Tensor
 
@@ -56,14 +55,9 @@ TILES = {
 MAX_SPLITS = 64  # the combine kernel holds one partial of every split
 
 
-@functools.cache
 def _resources(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors, and bytes of shared memory that one program may use. Interpreted: few, for few programs."""
-    if device.type != "cuda":
-        return 8, 232448
-    properties = torch.cuda.get_device_properties(device)
-    shared_memory = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-    return properties.multi_processor_count, shared_memory
+    """As `launch.resources`; interpreted, of a GPU with few multiprocessors, for few programs."""
+    return resources(device) if device.type == "cuda" else (8, 232448)
 
 
 def _tile(q: Tensor, k: Tensor) -> Tile:
