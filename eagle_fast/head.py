@@ -209,7 +209,7 @@ class DraftHead(nn.Module):
             x, residual = self._add_norm(layer.o.sums(attended), residual, layer.post_norm)
             out = layer.down.sums(layer.gate_up.gated(x))
         if self.norm is None:
-            output = add_parts(out, residual)
+            output = add_parts(*_flat(out, residual)).view(residual.shape)
             return output, output
         states, output = self._add_norm(out, residual, self.norm)
         return (states if self.config.norm_output else output), states
@@ -234,8 +234,7 @@ class DraftHead(nn.Module):
     def _add_norm(self, x: Tensor, residual: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """(RMSNorm(x + residual), x + residual), all [B, T, H]; x may come in parts, [S, B, T, H]."""
         assert weight is not None
-        flat = x.flatten(-3, -2), residual.reshape(-1, residual.shape[-1])
-        normed, total = add_rms_norm(*flat, weight, self.config.rms_norm_eps)
+        normed, total = add_rms_norm(*_flat(x, residual), weight, self.config.rms_norm_eps)
         return normed.view(residual.shape), total.view(residual.shape)
 
     def quantise(self) -> None:
@@ -275,6 +274,11 @@ class DraftHead(nn.Module):
     def export(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors in SafeAILab's layout."""
         write_head(folder, self.checkpoint())
+
+
+def _flat(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., B, T, H] and residual [B, T, H] as rows."""
+    return x.flatten(-3, -2), residual.reshape(-1, residual.shape[-1])
 
 
 def _described(tensor: Tensor | None) -> str:

@@ -186,14 +186,35 @@ def _by_names(model: PreTrainedModel, device_map: dict[str, Any]) -> Placement:
     if missing:
         raise ValueError(f"device_map gives no device to {_listed(missing)}")
     first = next(device for device in placement.values() if device is not None)
-    return {name: first if device is None else device for name, device in placement.items()}
+    placement = {name: first if device is None else device for name, device in placement.items()}
+    _keep_tied_together(model, placement)
+    return placement
+
+
+def _keep_tied_together(model: PreTrainedModel, placement: Placement) -> None:
+    """An embedding that is the lm_head goes where the lm_head does."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or embedding.weight is not head.weight:
+        return
+    names = {id(module): name for name, module in model.named_modules()}
+    first, last = (_longest_name(placement, names[id(module)]) for module in (embedding, head))
+    if placement[first] != placement[last]:
+        warnings.warn(
+            f"{first} and lm_head are one tied weight: both go to {placement[last]}, not to {placement[first]}",
+            stacklevel=6,
+        )
+        placement[first] = placement[last]
 
 
 def _longest(device_map: dict[str, Any], name: str) -> Any:
     """The entry for a module or parameter: that of the longest name that it is part of; None if there is none."""
+    return device_map.get(_longest_name(device_map, name))
+
+
+def _longest_name(device_map: dict[str, Any], name: str) -> str:
     while name and name not in device_map:
         name = name.rpartition(".")[0]
-    return device_map.get(name)
+    return name
 
 
 def _listed(names: list[str], most: int = 8) -> str:

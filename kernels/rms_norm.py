@@ -2,8 +2,9 @@
 
     rms_norm        out = rms(x)
     add_rms_norm    total = x + residual,   normed = rms(total)          rms(x) = weight * x / sqrt(mean(x^2) + eps)
+    add_parts       total alone, to the same bits, where the norm that reads it lies on another device
 
-x of add_rms_norm may come in parts, fp32 [S, R, H] from `linear.few_rows_sums`, which are added up here in order.
+x of the last two may come in parts, fp32 [S, R, H] from `linear.few_rows_sums`, which are added up here in order.
 Bytes: in and out once; 60 rows of 4096 in bf16 are 1 MB, 0.3 us at 3.08 TB/s: one launch, so the launch is the cost.
 Left out: widths over 65536.
 """
@@ -69,6 +70,19 @@ def _add_rms_norm_kernel(
     tl.store(normed_ptr + row * H + i, normed.to(normed_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _add_parts_kernel(
+    x_ptr, residual_ptr, total_ptr, stride_s, stride_x, stride_r,
+    H: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    after_earlier_kernels(PDL)
+    row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    mask = i < H
+    total = sum_parts(x_ptr + row * stride_x, i, mask, stride_s, PARTS)
+    total += tl.load(residual_ptr + row * stride_r + i, mask=mask, other=0.0).to(tl.float32)
+    tl.store(total_ptr + row * H + i, total.to(total_ptr.dtype.element_ty), mask=mask)
+
+
 def num_warps(block: int) -> int:
     """Warps for a program of a row of `block` elements."""
     return min(16, max(1, block // 512))
@@ -112,6 +126,25 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6)
     return normed, total
 
 
+def add_parts(x: Tensor, residual: Tensor) -> Tensor:
+    """x + residual, [R, H] as residual is; x [R, H] or parts of it, fp32 [S, R, H]."""
+    num_rows, width = residual.shape
+    assert x.shape[-2:] == residual.shape
+    assert residual.dtype == x.dtype or x.dim() == 3
+    assert x.stride(-1) == residual.stride(1) == 1
+    if not use_triton(x, residual):
+        return add_parts_ref(x, residual)
+    parts = x if x.dim() == 3 else x[None]
+    total = residual.new_empty(num_rows, width)
+    block = triton.next_power_of_2(width)
+    with device_guard(x):
+        _add_parts_kernel[(num_rows,)](
+            x, residual, total, *parts.stride()[:2], residual.stride(0),
+            H=width, BLOCK=block, PARTS=len(parts), num_warps=num_warps(block), **dependent_launch(x.device),
+        )  # fmt: skip
+    return total
+
+
 def rms_norm_ref(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """RMSNorm over the last dimension as LlamaRMSNorm rounds it, differentiable; without a weight, x itself."""
     if weight is None:
@@ -123,11 +156,11 @@ def rms_norm_ref(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 def add_rms_norm_ref(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """`add_rms_norm` in plain PyTorch, differentiable."""
-    total = add_parts(x, residual)
+    total = add_parts_ref(x, residual)
     return rms_norm_ref(total, weight, eps), total
 
 
-def add_parts(x: Tensor, residual: Tensor) -> Tensor:
-    """residual [..., H] and x, which is as large or comes in parts [S, ..., H] (`linear.few_rows_sums`), added up."""
+def add_parts_ref(x: Tensor, residual: Tensor) -> Tensor:
+    """`add_parts` in plain PyTorch, differentiable."""
     whole = x if x.dim() == residual.dim() else x.sum(0)
     return (whole + residual).to(residual.dtype)

@@ -30,6 +30,7 @@ import torch
 import triton
 import triton.language as tl
 from eagle_fast_kernels.launch import device_guard, resources, upcast, use_triton
+from eagle_fast_kernels.overlap import after_earlier_kernels, dependent_launch
 from eagle_fast_kernels.tree_attention_ref import tree_attention_ref
 from torch import Tensor
 
@@ -153,7 +154,9 @@ def _attend_kernel(
     stride_ab, stride_at, stride_db,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
     SOFTCAP: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    after_earlier_kernels(PDL)
     split, group = tl.program_id(0), tl.program_id(2).to(tl.int64)
     sequence, kv_head = group // num_kv_heads, group % num_kv_heads
     num_slots = first + num_queries
@@ -229,8 +232,9 @@ def _attend_kernel(
 def _combine_kernel(
     acc_ptr, peak_ptr, total_ptr, lengths_ptr, sinks_ptr, out_ptr, num_queries, num_kv_heads, first,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    after_earlier_kernels(PDL)
     row, group = tl.program_id(0), tl.program_id(1).to(tl.int64)
     sequence, head = group // num_kv_heads, group % num_kv_heads * G + row % G
     length = tl.load(lengths_ptr + sequence).to(tl.int32)
@@ -286,7 +290,7 @@ def tree_attention(
         peak, total = q.new_empty(2, groups, splits, packed_rows, dtype=torch.float32)
     shared = dict(
         G=num_heads // num_kv_heads, D=head_dim, BLOCK_D=_padded(head_dim),
-        WINDOW=window, CHUNK=chunk, SPLITS=splits, BLOCK_N=tile.block_n,
+        WINDOW=window, CHUNK=chunk, SPLITS=splits, BLOCK_N=tile.block_n, **dependent_launch(q.device),
     )  # fmt: skip
     with device_guard(q):
         _attend_kernel[(splits, triton.cdiv(packed_rows, tile.block_m), groups)](

@@ -1,6 +1,6 @@
 """On two GPUs or more: the text of one GPU, as one graph, with no copies but those meant, and through faults.
 
-Device numbers of the placements are taken modulo the GPUs that are there.
+Where there are fewer GPUs than a placement names, the last one stands for those that are missing.
 """
 
 import contextlib
@@ -48,8 +48,8 @@ def device_map(placement):
     numbers, others, draft = PLACEMENTS[placement]
     names = {"model.embed_tokens": numbers[0], **{f"model.layers.{n}": number for n, number in enumerate(numbers)}}
     names |= {"model.norm": numbers[-1], "lm_head": numbers[-1], **others}
-    count = torch.cuda.device_count()
-    return {name: number % count for name, number in names.items()}, None if draft is None else draft % count
+    last = torch.cuda.device_count() - 1
+    return {name: min(number, last) for name, number in names.items()}, None if draft is None else min(draft, last)
 
 
 @contextlib.contextmanager
@@ -70,6 +70,8 @@ def check_lossless(model, placement, writer=write_often_right_head):
     with saved(model, writer) as folders:
         single, decoder = EaModel.from_pretrained(**folders, device_map=0), spread(folders, placement)
     placed, draft = device_map(placement)
+    if model.get_input_embeddings().weight is model.get_output_embeddings().weight:
+        placed["model.embed_tokens"] = placed["lm_head"]
     assert {name: decoder.device_map[name].index for name in placed} == placed
     assert decoder.ea_layer.device.index == (placed["lm_head"] if draft is None else draft)
     ids = prompt(19, HOME)
@@ -96,6 +98,7 @@ def test_lossless(name, placement):
 
 
 @pytest.mark.parametrize("placement", ["lm_head first", "halves", "reversed"])
+@pytest.mark.filterwarnings("ignore:model.embed_tokens and lm_head are one tied weight")
 def test_lossless_with_tied_embeddings(placement):
     check_lossless(make("qwen3", tie_word_embeddings=True), placement, write_random_head)
 
@@ -119,10 +122,10 @@ def test_strategies(strategy):
 
 def test_auto_takes_one_gpu_and_says_so():
     with saved(make("llama")) as folders:
-        with pytest.warns(UserWarning, match="fits on one GPU and is on cuda:0 alone; 'balanced' spreads it"):
+        with pytest.warns(UserWarning, match=r"fits on one GPU and is on cuda:\d alone; 'balanced' spreads it"):
             decoder = EaModel.from_pretrained(**folders, device_map="auto")
-        assert decoder.device_map == {"": HOME}
-        assert set(EaModel.from_pretrained(**folders, device_map="balanced").device_map.values()) > {HOME}
+        assert len(decoder.device_map) == 1
+        assert len(set(EaModel.from_pretrained(**folders, device_map="balanced").device_map.values())) > 1
 
 
 def test_weights_on_the_cpu():
@@ -140,8 +143,9 @@ def test_weights_on_the_cpu():
 @pytest.mark.parametrize("placement", ["halves", "rest elsewhere"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_spread_round_gives_the_bits_of_one_gpu(placement, dtype):
-    """The same kernels on the same rows: what crosses devices is copied, not computed."""
-    with saved(make("llama")) as folders:
+    """The same kernels on the same rows: what crosses devices is copied, not computed. Wide enough for products in
+    many parts."""
+    with saved(make("llama", hidden_size=512, intermediate_size=1536, head_dim=16), write_random_head) as folders:
         found = []
         for options in (
             {"device_map": 0},

@@ -140,6 +140,15 @@ def test_strategies_on_several_gpus(gpus):
     assert len(runs(tied)) == 4
 
 
+def test_an_embedding_tied_to_the_lm_head_goes_with_it(gpus):
+    gpus(80, 80)
+    layers = {f"model.layers.{n}": n // 18 for n in range(36)}
+    device_map = {"model.embed_tokens": 0, **layers, "model.norm": 1, "lm_head": 1}
+    with pytest.warns(UserWarning, match="model.embed_tokens and lm_head are one tied weight: both go to cuda:1"):
+        tied = plan_placement(QWEN3_4B, device_map)
+    assert tied["model.embed_tokens"] == tied["lm_head"] == torch.device("cuda", 1)
+
+
 def test_auto_spreads_what_one_gpu_cannot_hold(gpus):
     """8B in bf16: 15 GiB of weights, and the head, a cache and room to work beside them."""
     gpus(16, 16)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from eagle_fast_kernels.rms_norm import rms_norm
+from eagle_fast_kernels.rms_norm import add_parts, add_rms_norm, rms_norm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 
@@ -23,6 +23,22 @@ def test_equals_llama(shape, device):
     wide = torch.full((*shape[:-1], shape[-1] + 7), float("nan"), device=device)
     wide[..., : shape[-1]] = x
     torch.testing.assert_close(rms_norm(wide[..., : shape[-1]], norm.weight, 1e-5), norm(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("parts", [1, 2, 14])
+@pytest.mark.usefixtures("triton_kernels")
+def test_a_sum_has_the_bits_of_the_sum_that_is_normed(parts, dtype, device):
+    """What a layer sends to another device is what the next layer would have read on its own."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(parts, 5, 96, generator=generator).to(device)
+    residual = torch.randn(5, 99, generator=generator).to(device, dtype)[:, :96]
+    weight = torch.ones(96, device=device, dtype=dtype)
+    for given in (x, x[0].to(dtype)):
+        total = add_parts(given, residual)
+        assert torch.equal(total, add_rms_norm(given, residual, weight)[1])
+        exact = given.double().reshape(-1, 5, 96).sum(0) + residual.double()
+        torch.testing.assert_close(total.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5)
 
 
 @pytest.mark.gpu
