@@ -123,7 +123,9 @@ class FusedLayer(nn.Module):
         if isinstance(step, PrefillStep):
             return prefill_attention(query, keys, values, step, scale=self.scale, window=window)
         local = {"window": window, "depths": step.depths} if window else {}
-        return tree_attention(query, keys, values, step.lengths, step.ancestors, scale=self.scale, **local)
+        return tree_attention(
+            query, keys, values, step.lengths, step.ancestors, scale=self.scale, ahead=self.o, **local
+        )
 
 
 def merge(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -30,7 +30,7 @@ import torch
 import triton
 import triton.language as tl
 from eagle_fast_kernels.launch import device_guard, resources, upcast, use_triton
-from eagle_fast_kernels.overlap import after_earlier_kernels, dependent_launch
+from eagle_fast_kernels.overlap import after_earlier_kernels, can_fetch, dependent_launch, fetch_ahead
 from eagle_fast_kernels.tree_attention_ref import tree_attention_ref
 from torch import Tensor
 
@@ -146,15 +146,15 @@ def _absorb(q, k, v, visible, acc, peak, total, scale, SOFTCAP: tl.constexpr):
     return acc, new_peak, total * decay + tl.sum(weights, 1)
 
 
-@triton.jit(do_not_specialize=["num_queries", "first"])
+@triton.jit(do_not_specialize=["num_queries", "first", "ahead_bytes"])
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, lengths_ptr, ancestors_ptr, depths_ptr, sinks_ptr, out_ptr, acc_ptr, peak_ptr, total_ptr,
-    num_queries, num_kv_heads, first, scale,
+    ahead_ptr, ahead_bytes, num_queries, num_kv_heads, first, scale,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_ab, stride_at, stride_db,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
     SOFTCAP: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
-    PDL: tl.constexpr,
+    THREADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     after_earlier_kernels(PDL)
     split, group = tl.program_id(0), tl.program_id(2).to(tl.int64)
@@ -163,7 +163,12 @@ def _attend_kernel(
     length = tl.load(lengths_ptr + sequence).to(tl.int32)
     begin, prefix_tiles, num_tiles, share = _plan(length, num_slots, WINDOW, CHUNK, SPLITS, BLOCK_N)
     low, high = split * share, tl.minimum((split + 1) * share, num_tiles)
-    if low >= high:
+    if low >= high:  # the others attend: time to fetch what comes after
+        if PDL and ahead_ptr is not None:
+            idle = split - tl.cdiv(num_tiles, share)
+            idle = (idle * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2)
+            if idle.to(tl.int64) * (THREADS * 4096) < ahead_bytes:
+                fetch_ahead(ahead_ptr, ahead_bytes, idle, THREADS)
         return
     full = tl.minimum(high, (length - begin) // BLOCK_N)
 
@@ -262,13 +267,15 @@ def _combine_kernel(
 def tree_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, ancestors: Tensor, *, scale: float, depths: Tensor | None = None,
     first: int = 0, window: int = 0, chunk: int = 0, softcap: float = 0.0, sinks: Tensor | None = None,
+    ahead: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of T tree nodes over the prefix and the tree slots that they see.
 
     q [B, Hq, T, D] of any strides, row i is tree slot first + i; k, v [B, Hkv, L, D], views of a slab (all three with a
     contiguous last dimension); lengths [B] prefix rows; ancestors [B, T, W] int64 bits of the visible slots; scale > 0;
     depths [B, N] of the slots, needed by `window` (keys less than so many positions back) and `chunk` (keys of one
-    chunk); window, chunk, softcap: 0 = off; sinks [Hq]. Rows from lengths[b] + first + T on are never read. Returns
+    chunk); window, chunk, softcap: 0 = off; sinks [Hq]; ahead: a contiguous tensor that is read next,
+    which programs without work fetch into L2. Rows from lengths[b] + first + T on are never read. Returns
     [B, T, Hq, D], contiguous; a query that sees nothing gets zeros.
     """
     _check(q, k, v, lengths, ancestors, depths, first, window or chunk, sinks)
@@ -284,6 +291,8 @@ def tree_attention(
     packed_rows = num_queries * num_heads // num_kv_heads
     groups, splits = num_sequences * num_kv_heads, tile.num_splits
     out = q.new_empty(num_sequences, num_queries, num_heads, head_dim)
+    if ahead is not None and not can_fetch(ahead):
+        ahead = None
     acc = peak = total = None
     if splits > 1:
         acc = q.new_empty(groups, splits, packed_rows, head_dim, dtype=torch.float32)
@@ -295,11 +304,11 @@ def tree_attention(
     with device_guard(q):
         _attend_kernel[(splits, triton.cdiv(packed_rows, tile.block_m), groups)](
             q, k, v, lengths, ancestors, depths, sinks, out, acc, peak, total,
-            num_queries, num_kv_heads, first, scale,
+            ahead, 0 if ahead is None else ahead.nbytes, num_queries, num_kv_heads, first, scale,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             *ancestors.stride()[:2], 0 if depths is None else depths.stride(0),
             **shared, SOFTCAP=softcap, BLOCK_M=tile.block_m, UPCAST=upcast(q.dtype),
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            THREADS=32 * tile.num_warps, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         if splits > 1:
             _combine_kernel[(packed_rows, groups)](
