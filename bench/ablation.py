@@ -40,7 +40,10 @@ def variants() -> Iterator[tuple[str, Any]]:
     yield "as it is", contextlib.nullcontext()
     yield "no prefetch of a product's own weight", changed(linear, "PREFETCH", 2**40)
     yield "o not fetched ahead by attention", changed(tree_attention, "can_fetch", lambda tensor: False)
-    yield "attention launched after what is before", changed(tree_attention, "dependent_launch", lambda _: {"PDL": False})
+    yield (
+        "attention launched after what is before",
+        changed(tree_attention, "dependent_launch", lambda _: {"PDL": False}),
+    )
     yield "norms with twice the warps", changed(rms_norm, "num_warps", lambda block: min(32, max(1, block // 256)))
     tiles = lm_head_topk.TILES
     for tile in ((64, 128, 4, 5), (64, 256, 4, 4), (128, 128, 4, 5), (128, 256, 8, 4), (256, 256, 8, 3)):

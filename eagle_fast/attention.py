@@ -19,7 +19,7 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
-from eagle_fast.transfers import packed_to
+from eagle_fast.transfers import Transfers
 
 IMPLEMENTATION = "eagle_fast"
 BLOCK = 1024  # queries that share a mask
@@ -92,9 +92,11 @@ class TreeStep(Step):
         """[B] cache row of each sequence's first row."""
         return self.lengths
 
-    def sent_to(self, device: torch.device, tokens: torch.Tensor) -> tuple[torch.Tensor, TreeStep]:
+    def sent_to(
+        self, device: torch.device, tokens: torch.Tensor, transfers: Transfers
+    ) -> tuple[torch.Tensor, TreeStep]:
         """(tokens [B, T], the step) on another device, sent as one copy."""
-        tokens, *step = packed_to(device, tokens, self.lengths, self.slots, self.ancestors, self.depths)
+        tokens, *step = transfers.packed(device, tokens, self.lengths, self.slots, self.ancestors, self.depths)
         return tokens, TreeStep(*step)
 
 

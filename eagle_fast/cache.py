@@ -14,7 +14,7 @@ from eagle_fast_kernels.compact_kv import compact_kv
 from transformers.cache_utils import Cache
 
 from eagle_fast.attention import AttentionContext, PrefillStep, TreeStep
-from eagle_fast.transfers import packed_to
+from eagle_fast.transfers import Transfers
 
 
 class LayerShape(NamedTuple):
@@ -44,12 +44,12 @@ class KVSlab:
             for place, index in enumerate(members):
                 self.keys[index], self.values[index] = slab[2 * place], slab[2 * place + 1]
 
-    def compact(self, path: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor) -> None:
+    def compact(self, path: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor, transfers: Transfers) -> None:
         """Move tree rows path[b, r], r < counts[b], to rows lengths[b] + r, in every layer, on whichever device."""
         moves: dict[torch.device, tuple[torch.Tensor, ...]] = {path.device: (path, counts, lengths)}
         for slab in self.slabs:
             if slab.device not in moves:
-                moves[slab.device] = packed_to(slab.device, path, counts, lengths)
+                moves[slab.device] = transfers.packed(slab.device, path, counts, lengths)
             compact_kv(slab, *moves[slab.device])
 
     def adopt(self, rows: torch.Tensor, other: KVSlab) -> None:

@@ -25,7 +25,7 @@ from eagle_fast.draft import Drafter
 from eagle_fast.head import DraftHead
 from eagle_fast.sampling import SamplingTensors
 from eagle_fast.target import Target
-from eagle_fast.transfers import distinct, packed_to
+from eagle_fast.transfers import distinct
 from eagle_fast.tree import Tree, root_only
 
 PREFILL_CHUNK = 8192  # prompt rows of all sequences that one forward takes: bounds its activations
@@ -71,9 +71,9 @@ class Round:
         """The tree under the newest token of each sequence."""
         if self.drafter is None:
             return root_only(self.roots)
-        roots, lengths = packed_to(self.drafter.device, self.roots, self.lengths)
+        roots, lengths = self.target.transfers.packed(self.drafter.device, self.roots, self.lengths)
         tree = self.drafter.grow(roots, lengths, self.draft_sampling)
-        return Tree(*packed_to(self.target.device, *tree))
+        return Tree(*self.target.transfers.packed(self.target.device, *tree))
 
     def propose(self) -> tuple[Tree, torch.Tensor, torch.Tensor]:
         """Draft and verify: the tree, the target's logits [B, T, V] and the features [B, T, F] of its nodes."""
@@ -92,10 +92,10 @@ class Round:
         """Compact, absorb and move on, by no more tokens than each sequence may still get."""
         path, emitted = accepted.path, accepted.emitted
         counts = torch.minimum(accepted.counts, (self.ends - self.lengths).clamp(min=0))
-        self.cache.slab.compact(path, counts, self.lengths)
+        self.cache.slab.compact(path, counts, self.lengths, self.target.transfers)
         tokens = emitted.clamp(min=0)  # -1 marks NaN logits, which the host reports
         if self.drafter:
-            nodes, *rows = packed_to(self.drafter.device, path, tokens, counts, self.lengths)
+            nodes, *rows = self.target.transfers.packed(self.drafter.device, path, tokens, counts, self.lengths)
             self.drafter.absorb(features.gather(1, nodes[..., None].expand(-1, -1, features.shape[-1])), *rows)
         newest = tokens.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]
         self.roots.copy_(torch.where(counts > 0, newest, self.roots))
@@ -124,7 +124,7 @@ class Round:
         if self.drafter:
             if self.draft_sampling is not self.sampling:
                 self.draft_sampling.copy_(self.sampling)
-            roots, lengths = packed_to(self.drafter.device, self.roots, lengths)
+            roots, lengths = self.target.transfers.packed(self.drafter.device, self.roots, lengths)
             self.drafter.start_without_prefix(roots)
         prefix = tokens.shape[1] - 1
         chunk = max(1, PREFILL_CHUNK // self.batch)

@@ -205,7 +205,7 @@ class Target:
     def verify(self, tokens: torch.Tensor, step: TreeStep, cache: SlabCache) -> tuple[torch.Tensor, torch.Tensor]:
         """Run tree nodes [B, T], which write their K and V after the prefix; returns (logits [B, T, V], features)."""
         self.experts.for_rows(tokens.numel())
-        sent = {device: step.sent_to(device, tokens) for device in self._step_devices()}
+        sent = {device: step.sent_to(device, tokens, self.transfers) for device in self._step_devices()}
         for device, context in self.contexts.items():
             context.step = sent[device][1]
         positions = {device: self._node_positions(local) for device, (_, local) in sent.items()}

@@ -69,7 +69,7 @@ def test_tree_equals_every_path_by_itself(name, device):
 
     path = torch.tensor([paths(PARENTS)[9], paths(PARENTS)[5] + [0, 0]], device=device)
     counts = torch.tensor([5, 3], device=device)
-    cache.slab.compact(path, counts, lengths)
+    cache.slab.compact(path, counts, lengths, target.transfers)
     logits, _ = target.verify(nodes[1], tree_step(lengths + counts, device), cache)
     for row in range(2):
         accepted = nodes[0, row][path[row, : counts[row]]]
