@@ -22,7 +22,9 @@ README = ROOT / "README.md"
 BEGIN = "<!-- results: written by bench/report.py from bench/results, not by hand -->"
 END = "<!-- end of results -->"
 ROUND = "round-llama-3.1-8b"
+ROUND_70B = "round-llama-3.3-70b"
 DECODE = "decode-smollm2-135m"
+OPS = "ops"
 
 
 class Figure(NamedTuple):
@@ -57,6 +59,21 @@ def _mean_speedup(record: dict) -> float:
     return sum(rows) / len(rows)
 
 
+def _op(op: str, shape: str, name: str) -> Callable[[dict], float]:
+    """A field of a row of bench/ops.py; a KeyError where the record has no such row."""
+
+    def value(record: dict) -> float:
+        found = {(row["op"], row["shape"]): row for row in record["rows"]}
+        return found[op, shape][name]
+
+    return value
+
+
+def _boundary(several: dict, one: dict) -> float:
+    """What each boundary between GPUs adds to a round, in us."""
+    return (several["round_ms"] - one["round_ms"]) / several["boundaries"] * 1e3
+
+
 FIGURES = (
     Figure("round, 8B", (ROUND,), _field("round_ms"), "{:.2f} ms", "≤ 8.2 ms", _field("floor_ms")),
     Figure("the same in `eagenerate`'s loop", (ROUND,), _field("loop_ms"), "{:.2f} ms", "", _field("floor_ms")),
@@ -64,6 +81,12 @@ FIGURES = (
     Figure("T=1 with top-p, over T=0", (f"{ROUND}-t1", ROUND), _ratio("round_ms"), "{:.2f} x", "≤ 1.03 x"),
     Figure("plain token, 8B", (ROUND,), _field("plain_ms"), "{:.2f} ms", "≤ 5.9 ms", _field("plain_floor_ms")),
     Figure("context 32k, over its bytes' time", (f"{ROUND}-32k", ROUND), _growth, "{:.2f} x", "≤ 1.25 x"),
+    Figure(
+        "`tree_attention`, 60 rows, context 32k", (OPS,),
+        _op("tree_attention", "B=1, 60 rows, context 32000", "share_of_ceiling"), "{:.0%} of the bandwidth", "≥ 80 %",
+    ),
+    Figure("`compact_kv`, 32 layers, 8 rows", (OPS,), _op("compact_kv", "B=1, 32 layers, 8 rows", "us"), "{:.1f} us",
+           "≤ 10 us"),
     Figure("batch 8, over batch 1", (f"{ROUND}-batch8", ROUND), _ratio("round_ms"), "{:.2f} x", "≤ 1.6 x"),
     Figure(
         "prefill of 8k tokens with the head, over the stock model's", (f"{ROUND}-8k",),
@@ -71,6 +94,9 @@ FIGURES = (
     ),
     Figure("round, SmolLM2-135M", ("round-smollm2-135m",), _field("round_ms"), "{:.2f} ms", "", _field("floor_ms")),
     Figure("SmolLM2 pair over plain decoding, T=0", (DECODE,), _mean_speedup, "{:.2f} x", "≥ 1.8 x"),
+    Figure("8B over 2 GPUs: a boundary adds", (f"{ROUND}-2gpus", ROUND), _boundary, "{:.0f} us", "≤ 60 us"),
+    Figure("round, 70B over 2 GPUs", (f"{ROUND_70B}-2gpus",), _field("round_ms"), "{:.1f} ms", "≤ 1.15 x the floor",
+           _field("floor_ms")),
 )  # fmt: skip
 
 
@@ -95,7 +121,9 @@ def figure_row(figure: Figure, records: dict[str, dict]) -> str | None:
 
 def figures_table(records: dict[str, dict]) -> list[str]:
     rows = [row for figure in FIGURES if (row := figure_row(figure, records))]
-    head = "| `bench/round.py`, `bench/decode.py` | measured | aim | floor (bytes) | hardware | commit |"
+    head = (
+        "| `bench/round.py`, `bench/decode.py`, `bench/ops.py` | measured | aim | floor (bytes) | hardware | commit |"
+    )
     return [head, "| --- | --- | --- | --- | --- | --- |", *rows] if rows else []
 
 

@@ -1,4 +1,4 @@
-"""All benches of record, on one GPU: `make bench` runs this. Writes bench/results and the README's tables.
+"""All benches of record, on one GPU and on all that are there: `make bench` runs this. Writes bench/results and the README's tables.
 
     python bench/suite.py --prompts mt_bench.jsonl gsm8k.jsonl humaneval.jsonl
 
@@ -35,6 +35,7 @@ ROUNDS = {  # record -> arguments of round.py
     "round-qwen3-32b": ["qwen3-32b"],
     "round-smollm2-135m": ["smollm2-135m"],
 }
+OVER_SEVERAL = ("llama-3.1-8b", "llama-3.3-70b")  # over 2, 4 and 8 GPUs, where there are as many
 
 
 def parse() -> argparse.Namespace:
@@ -53,8 +54,17 @@ def run(script: str, *arguments: str) -> bool:
     return subprocess.run(command, check=False).returncode == 0
 
 
+def rounds() -> dict[str, list[str]]:
+    """Record -> arguments of round.py, for this machine."""
+    counts = [count for count in (2, 4, 8) if count <= torch.cuda.device_count()]
+    several = {
+        f"round-{shape}-{count}gpus": [shape, "--device-map", str(count)] for count in counts for shape in OVER_SEVERAL
+    }
+    return ROUNDS | several
+
+
 def run_round(name: str, args: argparse.Namespace) -> bool:
-    arguments = [*ROUNDS[name], "--out", str(RESULTS / f"{name}.json"), "--commit", args.commit]
+    arguments = [*rounds()[name], "--out", str(RESULTS / f"{name}.json"), "--commit", args.commit]
     if args.upstream and name == next(iter(ROUNDS)):
         arguments += ["--upstream", args.upstream, "--upstream-python", args.upstream_python]
     return run("round.py", *arguments)
@@ -88,11 +98,23 @@ def run_decode(args: argparse.Namespace) -> bool:
     return True
 
 
-def run_lossless(args: argparse.Namespace) -> bool:
-    path = RESULTS / "lossless-float32.json"
-    if not run("lossless.py", *pair_arguments(args), "--out", str(path)):
+def of_pair() -> dict[str, list[str]]:
+    """Record -> script and its arguments; each writes its own record."""
+    count = torch.cuda.device_count()
+    several = {f"placements-smollm2-135m-{count}gpus": ["placements.py"]} if count > 1 else {}
+    return {
+        "lossless-float32": ["lossless.py"],
+        "lossless-bfloat16": ["lossless.py", "--dtype", "bfloat16"],
+        "int8-head-smollm2-135m": ["int8_head.py"],
+        **several,
+    }
+
+
+def run_of_pair(name: str, args: argparse.Namespace) -> bool:
+    path, arguments = RESULTS / f"{name}.json", of_pair()[name]
+    if not run(*arguments, *pair_arguments(args), "--out", str(path)):
         return False
-    complete(path, args)
+    complete(path, args, model=SMOLLM2, head=f"eagle_fast/heads/{SMOLLM2}")
     return True
 
 
@@ -101,11 +123,11 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("bench: the benches of record need a CUDA GPU, and torch sees none here", file=sys.stderr)
         return 1
-    benches = {name: lambda name=name: run_round(name, args) for name in ROUNDS}
+    benches = {name: lambda name=name: run_round(name, args) for name in rounds()}
     benches["ops"] = lambda: run_ops(args)
     if args.prompts and (user_cache() / SMOLLM2 / "model.safetensors").is_file():
         benches["decode-smollm2-135m"] = lambda: run_decode(args)
-        benches["lossless-float32"] = lambda: run_lossless(args)
+        benches |= {name: lambda name=name: run_of_pair(name, args) for name in of_pair()}
     else:
         print(f"bench: the pair is left out: {SMOLLM2} is not in {user_cache()} (make demo), or no --prompts")
     wanted = [name for name in benches if not args.only or name.startswith(tuple(args.only))]
