@@ -1,4 +1,6 @@
-"""All benches of record, on one GPU and on all that are there: `make bench` runs this. Writes bench/results and the README's tables.
+"""All benches of record, on one GPU and on all that are there: `make bench` runs this.
+
+Writes bench/results and the README's tables.
 
     python bench/suite.py --prompts mt_bench.jsonl gsm8k.jsonl humaneval.jsonl
 

@@ -56,6 +56,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("shape", choices=SHAPES, help="whose shapes the target has")
     parser.add_argument("--tree", nargs=3, type=int, default=[60, 7, 10], metavar=("NODES", "DEPTH", "TOP_K"))
     parser.add_argument("--context", type=int, default=512, metavar="L", help="tokens before the round (default 512)")
+    parser.add_argument("--batch", type=int, default=1, metavar="B")
     parser.add_argument("--plain", action="store_true", help="a token of plain decoding instead")
     parser.add_argument("--no-fp8", action="store_true", help="the head's weights stay in bf16")
     return parser.parse_args()
@@ -65,9 +66,10 @@ def prefilled(args: argparse.Namespace) -> Round:
     """A round after a prompt of random tokens."""
     target, tree = build_target(args.shape, "cuda"), TreeConfig(*args.tree)
     model = EaModel(target, build_head(target, fp8=False if args.no_fp8 else None), tree=tree)
-    state = Round(model.target, None if args.plain else model.ea_layer, tree, 1, args.context + tree.max_path)
-    tokens = torch.randint(0, model.target.vocab_size, (1, args.context), generator=torch.Generator().manual_seed(0))
-    state.begin(tokens, torch.tensor([args.context]), torch.tensor([state.max_length - 1]))
+    state = Round(model.target, None if args.plain else model.ea_layer, tree, args.batch, args.context + tree.max_path)
+    shape, generator = (args.batch, args.context), torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, model.target.vocab_size, shape, generator=generator)
+    state.begin(tokens, *(torch.full((args.batch,), end) for end in (args.context, state.max_length - 1)))
     return state
 
 
