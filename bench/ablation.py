@@ -43,7 +43,7 @@ def variants() -> Iterator[tuple[str, Any]]:
     tiles = lm_head_topk.TILES
     for tile in ((64, 128, 4, 5), (64, 256, 4, 4), (128, 128, 4, 5), (128, 256, 8, 4), (256, 256, 8, 3)):
         others = {**tiles, 1: {**tiles[1], 16: lm_head_topk.Tile(*tile)}}
-        yield f"fp8 lm_head tile {tile}", changed(lm_head_topk, "TILES", others)
+        yield f"int8 lm_head tile {tile}", changed(lm_head_topk, "TILES", others)
     yield "as it is, again", contextlib.nullcontext()
 
 

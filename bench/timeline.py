@@ -57,14 +57,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tree", nargs=3, type=int, default=[60, 7, 10], metavar=("NODES", "DEPTH", "TOP_K"))
     parser.add_argument("--context", type=int, default=512, metavar="L", help="tokens before the round (default 512)")
     parser.add_argument("--plain", action="store_true", help="a token of plain decoding instead")
-    parser.add_argument("--no-fp8", action="store_true", help="the head's weights stay in bf16")
+    parser.add_argument("--no-int8", action="store_true", help="the head's weights stay in bf16")
     return parser.parse_args()
 
 
 def prefilled(args: argparse.Namespace) -> Round:
     """A round after a prompt of random tokens."""
     target, tree = build_target(args.shape, "cuda"), TreeConfig(*args.tree)
-    model = EaModel(target, build_head(target, fp8=False if args.no_fp8 else None), tree=tree)
+    model = EaModel(target, build_head(target, int8=False if args.no_int8 else None), tree=tree)
     state = Round(model.target, None if args.plain else model.ea_layer, tree, 1, args.context + tree.max_path)
     tokens = torch.randint(0, model.target.vocab_size, (1, args.context), generator=torch.Generator().manual_seed(0))
     state.begin(tokens, torch.tensor([args.context]), torch.tensor([state.max_length - 1]))

@@ -10,9 +10,9 @@ as still fill the GPU; narrow weights are also split along K, and the parts are 
 product (`add_rms_norm`, `rope_append`), which costs no launch. The tile and the splits depend on the weight alone, as
 does the order of additions: a row's result does not depend on how many rows there are, nor on what they hold.
 
-fp8 weights (e4m3, a scale a row) become bf16 after the load: seee emmm moves to s000 0eee emmm 0000, and one
-multiplication by 2^120 puts the bias of the exponent right, for subnormal numbers too. Launches overlap (`overlap.py`):
-the first bytes of each weight tile are fetched into L2 before the kernel waits for its x.
+int8 weights (a scale a row) become bf16 after the load, exactly: a byte with 0x43 above it is cut into 0x4300 | its low
+seven bits, which is 128 more than they are, and 0x4300 | its top bit, 128 or 256; the difference is its value. Launches
+overlap (`overlap.py`): the first bytes of each weight tile are fetched into L2 before the kernel waits for its x.
 
 On a CPU the BLAS that torch ships is slow at 2 to 30 rows: it packs the weight for a tall x. With the operands swapped
 the weight is the tall one. 240 projections of a 135M model in fp32, 2 cores, ms (1 row: 36 either way):
@@ -41,7 +41,7 @@ from .silu_mul import silu_mul
 MOST_ROWS_CPU = 32
 ROW_STEP = 8  # on a CPU whole vectors of rows are fast, what is left over is not
 MOST_ROWS = 64  # on a GPU more rows go to cuBLAS: a second tile of rows costs a third more time, cuBLAS nearly nothing
-MOST_ROWS_FP8 = 256  # what cuBLAS takes instead is made anew each time: 9 bytes moved a weight, against 1 and L2
+MOST_ROWS_INT8 = 256  # what cuBLAS takes instead is made anew each time: 9 bytes moved a weight, against 1 and L2
 PREFETCH = 512  # bytes of each weight row of a tile, fetched before the wait
 
 
@@ -91,25 +91,22 @@ def _most_splits(steps: int, most: int) -> int:
 
 @triton.jit
 def to_dtype(w, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
-    """A tile of weights in the dtype of x; e4m3 to bf16 four at a time, by moving bits and times 2^120."""
+    """A tile of weights in the dtype of x; int8 to bf16 four at a time, by moving bits and a subtraction."""
     if UPCAST:
         return w.to(tl.float32)
-    if w.dtype == tl.float8e4nv and DTYPE == tl.bfloat16:  # noqa: SIM300
+    if w.dtype == tl.int8 and DTYPE == tl.bfloat16:  # noqa: SIM300
         return tl.inline_asm_elementwise(
             """{
-            .reg .b32 a, b, c, d;
-            prmt.b32 a, 0, $2, 0x5040;
-            prmt.b32 b, 0, $2, 0x7060;
-            and.b32 c, a, 0x7f007f00;
-            and.b32 d, b, 0x7f007f00;
-            shr.u32 c, c, 4;
-            shr.u32 d, d, 4;
-            lop3.b32 a, a, 0x80008000, c, 0xEA;
-            lop3.b32 b, b, 0x80008000, d, 0xEA;
-            mov.b32 c, 0x7b807b80;
-            mov.b32 d, 0x80008000;
-            fma.rn.bf16x2 $0, a, c, d;
-            fma.rn.bf16x2 $1, b, c, d;
+            .reg .b32 a, b, c, d, e;
+            prmt.b32 a, $2, 0x43434343, 0x4140;
+            prmt.b32 b, $2, 0x43434343, 0x4342;
+            and.b32 c, a, 0xff80ff80;
+            and.b32 d, b, 0xff80ff80;
+            and.b32 a, a, 0xff7fff7f;
+            and.b32 b, b, 0xff7fff7f;
+            mov.b32 e, 0xbf80bf80;
+            fma.rn.bf16x2 $0, c, e, a;
+            fma.rn.bf16x2 $1, d, e, b;
             }""",
             "=r,=r,r",
             [w],
@@ -186,15 +183,15 @@ def _few_rows_kernel(
 
 
 def streams(x: Tensor, weight: Tensor) -> bool:
-    """True if products of x [..., K] with this weight take the kernel: few rows, 16 bits or fp8, on a GPU."""
-    most_rows = MOST_ROWS if weight.element_size() > 1 else MOST_ROWS_FP8
+    """True if products of x [..., K] with this weight take the kernel: few rows, 16 bits or int8, on a GPU."""
+    most_rows = MOST_ROWS if weight.element_size() > 1 else MOST_ROWS_INT8
     if not use_triton(x, weight) or x.numel() > most_rows * x.shape[-1]:
         return False
     return not x.is_cuda or (x.dtype in (torch.bfloat16, torch.float16) and weight.element_size() <= 2)
 
 
 def few_rows_matmul(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """x [..., K] times weight [N, K] transposed, times scale [N] fp32 (of fp8 weights), plus bias [N] -> [..., N].
+    """x [..., K] times weight [N, K] transposed, times scale [N] fp32 (of int8 weights), plus bias [N] -> [..., N].
 
     A few rows take the kernel on a GPU, and the faster of two ways to say it on a CPU; others torch's matmul.
     """

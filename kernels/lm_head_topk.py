@@ -5,7 +5,7 @@
     scores = the k largest of log_softmax(y), tokens = their target ids
 
 Bytes: the weights, Vd H elements, once for every 64 rows (EAGLE-3's 32000 x 4096 in bf16: 262 MB, 85 us at 3.08 TB/s;
-43 us in fp8). A program takes one tile of the vocabulary: it keeps the tile's k best as packed (value, index) keys and
+43 us in int8). A program takes one tile of the vocabulary: it keeps the tile's k best as packed (value, index) keys and
 its log-sum-exp (R tiles (8 k + 8) bytes, 0.4 MB at R = 10), which one program per row merges. Lower draft ids win ties;
 a NaN counts as -inf. Left out: overlapping the merge with the next launch.
 """
