@@ -118,7 +118,7 @@ def to_dtype(w, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def _prefetch(row_ptrs):
+def prefetch_rows(row_ptrs):
     """Bring the first 512 bytes of each row [N, 1] into L2, in two pieces: as many as there are threads."""
     addresses = row_ptrs.to(tl.int64) + tl.arange(0, 2)[None, :] * 256
     tl.inline_asm_elementwise(
@@ -127,33 +127,18 @@ def _prefetch(row_ptrs):
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_rows", "splits"])
-def _few_rows_kernel(
-    x_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, num_rows, num_columns, inner, stride_x, stride_weight, splits,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
-    PREFETCH: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+@triton.jit
+def tile_product(
+    x_ptrs, weight_ptrs, row_mask, left, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """num_columns: of the output. GATED tiles take rows of gate and up in turns, which end in one thread."""
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    tile, split = tl.program_id(1), tl.program_id(2)
-    n, k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    if GATED:
-        weight_rows = n % 2 * num_columns + tl.minimum(tile * (BLOCK_N // 2) + n // 2, num_columns - 1)
-    else:
-        weight_rows = tl.minimum(tile * BLOCK_N + n, num_columns - 1)
-    share = tl.cdiv(tl.cdiv(inner, BLOCK_K), splits) * BLOCK_K
-    first = split * share
-    weight_ptrs = weight_ptr + weight_rows.to(tl.int64)[:, None] * stride_weight + first
-    if PDL:
-        gdc_launch_dependents()
-        if PREFETCH:
-            _prefetch(weight_ptrs)
-        gdc_wait()
+    """[M, N] in fp32, from pointers to the first of `left` elements of x's rows [M, 1] and the weight's [N, 1].
+
+    EVEN: left is a multiple of BLOCK_K.
+    """
+    k = tl.arange(0, BLOCK_K)
+    x_ptrs += k[None, :]
     weight_ptrs += k[None, :]
-    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_x + first + k[None, :]
-    row_mask = (rows < num_rows)[:, None]
-    z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    left = tl.minimum(share, inner - first)
+    z = tl.zeros((x_ptrs.shape[0], weight_ptrs.shape[0]), tl.float32)
     for start in range(0, left, BLOCK_K):
         if EVEN:
             x = tl.load(x_ptrs, mask=row_mask, other=0.0)
@@ -167,6 +152,34 @@ def _few_rows_kernel(
         z = tl.dot(x, tl.trans(to_dtype(w, x.dtype, UPCAST)), z, input_precision="ieee")
         x_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K
+    return z
+
+
+@triton.jit(do_not_specialize=["num_rows", "splits"])
+def _few_rows_kernel(
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, num_rows, num_columns, inner, stride_x, stride_weight, splits,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
+    PREFETCH: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """num_columns: of the output. GATED tiles take rows of gate and up in turns, which end in one thread."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile, split = tl.program_id(1), tl.program_id(2)
+    n = tl.arange(0, BLOCK_N)
+    if GATED:
+        weight_rows = n % 2 * num_columns + tl.minimum(tile * (BLOCK_N // 2) + n // 2, num_columns - 1)
+    else:
+        weight_rows = tl.minimum(tile * BLOCK_N + n, num_columns - 1)
+    share = tl.cdiv(tl.cdiv(inner, BLOCK_K), splits) * BLOCK_K
+    first = split * share
+    weight_ptrs = weight_ptr + weight_rows.to(tl.int64)[:, None] * stride_weight + first
+    if PDL:
+        gdc_launch_dependents()
+        if PREFETCH:
+            prefetch_rows(weight_ptrs)
+        gdc_wait()
+    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_x + first
+    row_mask = (rows < num_rows)[:, None]
+    z = tile_product(x_ptrs, weight_ptrs, row_mask, tl.minimum(share, inner - first), BLOCK_K, EVEN, UPCAST)
     if scale_ptr is not None:
         z *= tl.load(scale_ptr + weight_rows)[None, :]
     if bias_ptr is not None:
@@ -188,6 +201,12 @@ def streams(x: Tensor, weight: Tensor) -> bool:
     if not use_triton(x, weight) or x.numel() > most_rows * x.shape[-1]:
         return False
     return not x.is_cuda or (x.dtype in (torch.bfloat16, torch.float16) and weight.element_size() <= 2)
+
+
+def prefetches(weight: Tensor, inner: int) -> bool:
+    """Whether `prefetch_rows` may ask for the first of `inner` elements of the weight's rows."""
+    size = weight.element_size()
+    return weight.stride(0) * size % 16 == 0 and weight.data_ptr() % 16 == 0 and inner * size >= PREFETCH
 
 
 def few_rows_matmul(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -235,14 +254,13 @@ def _launch(
     tile = weight_tile(len(weight), inner, weight, len(rows), split=split)
     num_columns, block_n = out.shape[-1], tile.block_n // 2 if gated else tile.block_n
     even = inner % (tile.block_k * tile.splits) == 0
-    aligned = weight.stride(0) * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0
     grid = (triton.cdiv(len(rows), tile.block_m), triton.cdiv(num_columns, block_n), tile.splits)
     with device_guard(x):
         _few_rows_kernel[grid](
             rows, weight, scale, bias, out, len(rows), num_columns, inner, rows.stride(0), weight.stride(0),
             tile.splits, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GATED=gated,
             EVEN=even, UPCAST=upcast(x.dtype),
-            PREFETCH=even and aligned and inner // tile.splits * weight.element_size() >= PREFETCH,
+            PREFETCH=even and prefetches(weight, inner // tile.splits),
             num_warps=tile.num_warps, num_stages=tile.num_stages, **dependent_launch(x.device),
         )  # fmt: skip
 

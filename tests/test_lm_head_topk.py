@@ -135,6 +135,23 @@ def test_ties_go_to_the_lower_draft_index(use_kernel, device, request):
 
 
 @pytest.mark.parametrize("use_kernel", [False, True], ids=["ref", "kernel"])
+def test_the_best_of_more_tiles_than_k(use_kernel, device, request):
+    """Equal maxima of tiles, one tile with all the best, the best in the last tile."""
+    if use_kernel:
+        request.getfixturevalue("triton_kernels")
+    k, vocab_size = 5, 64 * 9 + 1
+    logits = torch.zeros(4, vocab_size, device=device)
+    logits[1, 300:310] = torch.arange(10.0, device=device)
+    logits[2, ::64] = 3.0
+    logits[2, 7::64] = 3.0
+    logits[3, -1] = 1.0
+    hidden = torch.eye(4, 32, device=device)
+    _, tokens = lm_head_topk(hidden, torch.nn.functional.pad(logits.T, (0, 28)), k)
+    expected = [[0, 1, 2, 3, 4], [309, 308, 307, 306, 305], [0, 7, 64, 71, 128], [vocab_size - 1, 0, 1, 2, 3]]
+    assert tokens.tolist() == expected
+
+
+@pytest.mark.parametrize("use_kernel", [False, True], ids=["ref", "kernel"])
 def test_rows_that_are_not_finite(use_kernel, device, request):
     """NaN counts as -inf, tokens stay distinct and inside the vocabulary, other rows do not notice."""
     if use_kernel:
