@@ -47,11 +47,11 @@ def logits_tile(num_rows: int, vocab_size: int, weight: torch.Tensor) -> Tile:
     if size == 4:
         return Tile(block_m, 64, 32, 4, 3)
     if block_m == 64:
-        return Tile(64, 128, 128 // size, 8, 5) if size == 2 else Tile(64, 128, 128, 8, 4)
+        return Tile(64, 128, 64, 8, 5) if size == 2 else Tile(64, 128, 128, 8, 4)
     stage = (64 * size + block_m * max(size, 2)) * 128
     programs = min(4, triton.cdiv(triton.cdiv(vocab_size, 64), num_sms))
-    num_stages = 1 + (shared_memory // programs - 2048) // stage  # the last stage is in registers
-    return Tile(block_m, 64, 128, 4, min(6, max(2, num_stages)))
+    num_stages = 1 + (shared_memory // programs - 1024) // stage  # a buffer less than stages
+    return Tile(block_m, 64, 128, 4, min(6, max(3, num_stages)))
 
 
 @triton.jit
