@@ -112,6 +112,9 @@ def _merge_kernel(
     tiles, slots = tl.arange(0, BLOCK_TILES), tl.arange(0, SLOTS)
     peaks = tl.load(peaks_ptr + row * num_tiles + tiles, mask=tiles < num_tiles, other=float("-inf"))
     masses = tl.load(masses_ptr + row * num_tiles + tiles, mask=tiles < num_tiles, other=0.0)
+    peak = tl.max(peaks, 0)
+    log_sum = peak + tl.log(tl.sum(masses * tl.exp(peaks - tl.where(peak == float("-inf"), 0.0, peak)), 0))
+
     keys = tl.where(tiles < num_tiles, order_key(peaks), ABSENT)
     chosen = tl.full([SLOTS], num_tiles, tl.int32)  # no such tile, for slots that stay empty
     for j in tl.static_range(K):
@@ -126,9 +129,6 @@ def _merge_kernel(
         best, column, keys = take_best(keys, columns)
         top_keys = tl.where(slots == j, best, top_keys)
         top_columns = tl.where(slots == j, column, top_columns)
-
-    peak = tl.max(peaks, 0)
-    log_sum = peak + tl.log(tl.sum(masses * tl.exp(peaks - tl.where(peak == float("-inf"), 0.0, peak)), 0))
     scores = order_value(top_keys) - log_sum
     tl.store(scores_ptr + row * K + slots, tl.where(scores == scores, scores, float("-inf")), mask=slots < K)
     tokens = top_columns.to(tl.int64)
