@@ -45,10 +45,9 @@ def variants() -> Iterator[tuple[str, Any]]:
         changed(tree_attention, "dependent_launch", lambda _: {"PDL": False}),
     )
     yield "norms with twice the warps", changed(rms_norm, "num_warps", lambda block: min(32, max(1, block // 256)))
-    tiles = lm_head_topk.TILES
-    for tile in ((64, 128, 4, 5), (64, 256, 4, 4), (128, 128, 4, 5), (128, 256, 8, 4), (256, 256, 8, 3)):
-        others = {**tiles, 1: {**tiles[1], 16: lm_head_topk.Tile(*tile)}}
-        yield f"fp8 lm_head tile {tile}", changed(lm_head_topk, "TILES", others)
+    for sizes in ((16, 64, 128, 4, 6), (16, 64, 256, 4, 3), (16, 128, 128, 4, 5), (16, 128, 256, 8, 4)):
+        tile = lm_head_topk.Tile(*sizes)
+        yield f"draft lm_head tile {sizes}", changed(lm_head_topk, "logits_tile", lambda *_, tile=tile: tile)
     yield "as it is, again", contextlib.nullcontext()
 
 

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from eagle_fast.head import DraftHead
 from eagle_fast.head_config import HeadConfig, default_feature_layers
-from eagle_fast.loading import runs_in_fp8
+from eagle_fast.loading import runs_in_int8
 from eagle_fast.placement import Placement, plan_placement, skeleton
 
 
@@ -83,10 +83,10 @@ def plan_target(name: str, text: str, dtype: torch.dtype = torch.bfloat16) -> Pl
     return plan_placement(AutoConfig.for_model(settings.pop("model_type"), **settings), *device_map(text), dtype)
 
 
-def build_head(target: PreTrainedModel, *, fp8: bool | None = None) -> DraftHead:
+def build_head(target: PreTrainedModel, *, int8: bool | None = None) -> DraftHead:
     """An EAGLE-3 head of the usual size for a target: one layer of the target's widths, 32,000 draft tokens.
 
-    fp8: as `draft_fp8` of EaModel.from_pretrained.
+    int8: as `draft_int8` of EaModel.from_pretrained.
     """
     config = target.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -99,7 +99,7 @@ def build_head(target: PreTrainedModel, *, fp8: bool | None = None) -> DraftHead
     )  # fmt: skip
     embedding, lm_head = target.get_input_embeddings().weight, target.get_output_embeddings().weight
     head = DraftHead.random(head_config, embedding=embedding, dtype=embedding.dtype, device=lm_head.device)
-    if runs_in_fp8(head, fp8):
+    if runs_in_int8(head, int8):
         head.quantise()
     return head
 

@@ -58,14 +58,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=512, metavar="L", help="tokens before the round (default 512)")
     parser.add_argument("--batch", type=int, default=1, metavar="B")
     parser.add_argument("--plain", action="store_true", help="a token of plain decoding instead")
-    parser.add_argument("--no-fp8", action="store_true", help="the head's weights stay in bf16")
+    parser.add_argument("--no-int8", action="store_true", help="the head's weights stay in bf16")
     return parser.parse_args()
 
 
 def prefilled(args: argparse.Namespace) -> Round:
     """A round after a prompt of random tokens."""
     target, tree = build_target(args.shape, "cuda"), TreeConfig(*args.tree)
-    model = EaModel(target, build_head(target, fp8=False if args.no_fp8 else None), tree=tree)
+    model = EaModel(target, build_head(target, int8=False if args.no_int8 else None), tree=tree)
     state = Round(model.target, None if args.plain else model.ea_layer, tree, args.batch, args.context + tree.max_path)
     shape, generator = (args.batch, args.context), torch.Generator().manual_seed(0)
     tokens = torch.randint(0, model.target.vocab_size, shape, generator=generator)

@@ -238,7 +238,7 @@ class DraftHead(nn.Module):
         return normed.view(residual.shape), total.view(residual.shape)
 
     def quantise(self) -> None:
-        """Turn the weights of all products into fp8 with a scale for each output, for good: no training, no export.
+        """Turn the weights of all products into int8 with a scale for each output, for good: no training, no export.
 
         What is drafted changes a little, the text does not. Norms, biases and the embedding stay as they are; an
         lm_head shared with the target gets a copy of its own.

@@ -79,7 +79,7 @@ def merged_linear(*parts: tuple[Tensor, Tensor | None]) -> FewRowsLinear:
 
 def split_linear(linear: nn.Module, rows: dict[str, int]) -> dict[str, Tensor]:
     """The named parts of a merged linear layer, which must not have been replaced by a quantised one."""
-    if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point() or linear.weight.itemsize < 2:
+    if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
         raise ValueError("the head's weights are quantised: export it before, or load it without quantisation")
     parts = dict(zip((f"{name}.weight" for name in rows), linear.weight.split(list(rows.values())), strict=True))
     if linear.bias is not None:

@@ -133,16 +133,16 @@ def load_head(
     )
 
 
-def runs_in_fp8(head: DraftHead, wanted: bool | None) -> bool:
-    """Whether the head's weights become fp8: `wanted`, or None for where the GPU has it and the head is in 16 bits.
+def runs_in_int8(head: DraftHead, wanted: bool | None) -> bool:
+    """Whether the head's weights become int8: `wanted`, or None for where the kernels can and the head is in 16 bits.
 
     Raises ValueError where it is wanted and cannot be.
     """
-    has_fp8 = head.device.type == "cuda" and torch.cuda.get_device_capability(head.device) >= (8, 9)
-    able = has_fp8 and head.dtype in (torch.bfloat16, torch.float16)
+    capable = head.device.type == "cuda" and torch.cuda.get_device_capability(head.device) >= (8, 0)
+    able = capable and head.dtype in (torch.bfloat16, torch.float16)
     if wanted and not able:
         raise ValueError(
-            f"draft_fp8=True, but the head runs in {head.dtype} on {head.device}: fp8 needs a GPU of compute "
-            "capability 8.9 or newer and a target in bfloat16 or float16; leave draft_fp8 out"
+            f"draft_int8=True, but the head runs in {head.dtype} on {head.device}: int8 needs a GPU of compute "
+            "capability 8.0 or newer and a target in bfloat16 or float16; leave draft_int8 out"
         )
     return able if wanted is None else wanted

@@ -30,7 +30,7 @@ from eagle_fast.loading import (
     known_path,
     load_head,
     load_target,
-    runs_in_fp8,
+    runs_in_int8,
 )
 from eagle_fast.old_options import modern
 from eagle_fast.placement import device_map_of, resolve_device, warn_if_slow
@@ -83,14 +83,14 @@ class EaModel(HFGenerateMixin, nn.Module):
         max_memory: dict | None = None,
         draft_device=None,
         ea_revision: str | None = None,
-        draft_fp8: bool | None = None,
+        draft_int8: bool | None = None,
         **kwargs,
     ) -> EaModel:
         """Load a target and a head from the hub or from folders.
 
         use_eagle3 None detects the kind of head from its tensors; a value that contradicts the file is an error.
-        draft_fp8: the head's weights in fp8 (e4m3), which changes how much is accepted by a little and the text not at
-        all; None does it where the GPU has fp8 and the target runs in 16 bits.
+        draft_int8: the head's weights in int8, which changes how much is accepted by a little and the text not at all;
+        None does it on a GPU of compute capability 8.0 or newer where the target runs in 16 bits.
         base_model_path may be a loaded model. threshold is accepted for SafeAILab/EAGLE's sake and changes nothing.
         device_map: "auto" (one GPU if the pair fits on one), "balanced", "balanced_low_0", "sequential" with max_memory
         as in transformers, a device, or a dict of module names; draft_device: the head's, by default the lm_head's.
@@ -108,7 +108,7 @@ class EaModel(HFGenerateMixin, nn.Module):
         head = load_head(
             head_path, base_model, use_eagle3=use_eagle3, revision=ea_revision, options=head_options, device=there
         )
-        if runs_in_fp8(head, draft_fp8):
+        if runs_in_int8(head, draft_int8):
             head.quantise()
         model = cls(base_model, head, tree=tree)
         model._tokenizer_options = {key: kwargs[key] for key in TOKENIZER_OPTIONS if key in kwargs}

@@ -10,9 +10,9 @@ as still fill the GPU; narrow weights are also split along K, and the parts are 
 product (`add_rms_norm`, `rope_append`), which costs no launch. The tile and the splits depend on the weight alone, as
 does the order of additions: a row's result does not depend on how many rows there are, nor on what they hold.
 
-fp8 weights (e4m3, a scale a row) become bf16 after the load: seee emmm moves to s000 0eee emmm 0000, and one
-multiplication by 2^120 puts the bias of the exponent right, for subnormal numbers too. Launches overlap (`overlap.py`):
-the first bytes of each weight tile are fetched into L2 before the kernel waits for its x.
+int8 weights (a scale a row) become bf16 after the load, exactly: a byte with 0x43 above it is cut into 0x4300 | its low
+seven bits, which is 128 more than they are, and 0x4300 | its top bit, 128 or 256; the difference is its value. Launches
+overlap (`overlap.py`): the first bytes of each weight tile are fetched into L2 before the kernel waits for its x.
 
 On a CPU the BLAS that torch ships is slow at 2 to 30 rows: it packs the weight for a tall x. With the operands swapped
 the weight is the tall one. 240 projections of a 135M model in fp32, 2 cores, ms (1 row: 36 either way):
@@ -41,7 +41,7 @@ from .silu_mul import silu_mul
 MOST_ROWS_CPU = 32
 ROW_STEP = 8  # on a CPU whole vectors of rows are fast, what is left over is not
 MOST_ROWS = 64  # on a GPU more rows go to cuBLAS: a second tile of rows costs a third more time, cuBLAS nearly nothing
-MOST_ROWS_FP8 = 256  # what cuBLAS takes instead is made anew each time: 9 bytes moved a weight, against 1 and L2
+MOST_ROWS_INT8 = 256  # what cuBLAS takes instead is made anew each time: 9 bytes moved a weight, against 1 and L2
 PREFETCH = 512  # bytes of each weight row of a tile, fetched before the wait
 
 
@@ -91,25 +91,22 @@ def _most_splits(steps: int, most: int) -> int:
 
 @triton.jit
 def to_dtype(w, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
-    """A tile of weights in the dtype of x; e4m3 to bf16 four at a time, by moving bits and times 2^120."""
+    """A tile of weights in the dtype of x; int8 to bf16 four at a time, by moving bits and a subtraction."""
     if UPCAST:
         return w.to(tl.float32)
-    if w.dtype == tl.float8e4nv and DTYPE == tl.bfloat16:  # noqa: SIM300
+    if w.dtype == tl.int8 and DTYPE == tl.bfloat16:  # noqa: SIM300
         return tl.inline_asm_elementwise(
             """{
-            .reg .b32 a, b, c, d;
-            prmt.b32 a, 0, $2, 0x5040;
-            prmt.b32 b, 0, $2, 0x7060;
-            and.b32 c, a, 0x7f007f00;
-            and.b32 d, b, 0x7f007f00;
-            shr.u32 c, c, 4;
-            shr.u32 d, d, 4;
-            lop3.b32 a, a, 0x80008000, c, 0xEA;
-            lop3.b32 b, b, 0x80008000, d, 0xEA;
-            mov.b32 c, 0x7b807b80;
-            mov.b32 d, 0x80008000;
-            fma.rn.bf16x2 $0, a, c, d;
-            fma.rn.bf16x2 $1, b, c, d;
+            .reg .b32 a, b, c, d, e;
+            prmt.b32 a, $2, 0x43434343, 0x4140;
+            prmt.b32 b, $2, 0x43434343, 0x4342;
+            and.b32 c, a, 0xff80ff80;
+            and.b32 d, b, 0xff80ff80;
+            and.b32 a, a, 0xff7fff7f;
+            and.b32 b, b, 0xff7fff7f;
+            mov.b32 e, 0xbf80bf80;
+            fma.rn.bf16x2 $0, c, e, a;
+            fma.rn.bf16x2 $1, d, e, b;
             }""",
             "=r,=r,r",
             [w],
@@ -121,7 +118,7 @@ def to_dtype(w, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def _prefetch(row_ptrs):
+def prefetch_rows(row_ptrs):
     """Bring the first 512 bytes of each row [N, 1] into L2, in two pieces: as many as there are threads."""
     addresses = row_ptrs.to(tl.int64) + tl.arange(0, 2)[None, :] * 256
     tl.inline_asm_elementwise(
@@ -130,33 +127,18 @@ def _prefetch(row_ptrs):
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_rows", "splits"])
-def _few_rows_kernel(
-    x_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, num_rows, num_columns, inner, stride_x, stride_weight, splits,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
-    PREFETCH: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+@triton.jit
+def tile_product(
+    x_ptrs, weight_ptrs, row_mask, left, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """num_columns: of the output. GATED tiles take rows of gate and up in turns, which end in one thread."""
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    tile, split = tl.program_id(1), tl.program_id(2)
-    n, k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    if GATED:
-        weight_rows = n % 2 * num_columns + tl.minimum(tile * (BLOCK_N // 2) + n // 2, num_columns - 1)
-    else:
-        weight_rows = tl.minimum(tile * BLOCK_N + n, num_columns - 1)
-    share = tl.cdiv(tl.cdiv(inner, BLOCK_K), splits) * BLOCK_K
-    first = split * share
-    weight_ptrs = weight_ptr + weight_rows.to(tl.int64)[:, None] * stride_weight + first
-    if PDL:
-        gdc_launch_dependents()
-        if PREFETCH:
-            _prefetch(weight_ptrs)
-        gdc_wait()
+    """[M, N] in fp32, from pointers to the first of `left` elements of x's rows [M, 1] and the weight's [N, 1].
+
+    EVEN: left is a multiple of BLOCK_K.
+    """
+    k = tl.arange(0, BLOCK_K)
+    x_ptrs += k[None, :]
     weight_ptrs += k[None, :]
-    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_x + first + k[None, :]
-    row_mask = (rows < num_rows)[:, None]
-    z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    left = tl.minimum(share, inner - first)
+    z = tl.zeros((x_ptrs.shape[0], weight_ptrs.shape[0]), tl.float32)
     for start in range(0, left, BLOCK_K):
         if EVEN:
             x = tl.load(x_ptrs, mask=row_mask, other=0.0)
@@ -170,6 +152,34 @@ def _few_rows_kernel(
         z = tl.dot(x, tl.trans(to_dtype(w, x.dtype, UPCAST)), z, input_precision="ieee")
         x_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K
+    return z
+
+
+@triton.jit(do_not_specialize=["num_rows", "splits"])
+def _few_rows_kernel(
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, num_rows, num_columns, inner, stride_x, stride_weight, splits,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
+    PREFETCH: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """num_columns: of the output. GATED tiles take rows of gate and up in turns, which end in one thread."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile, split = tl.program_id(1), tl.program_id(2)
+    n = tl.arange(0, BLOCK_N)
+    if GATED:
+        weight_rows = n % 2 * num_columns + tl.minimum(tile * (BLOCK_N // 2) + n // 2, num_columns - 1)
+    else:
+        weight_rows = tl.minimum(tile * BLOCK_N + n, num_columns - 1)
+    share = tl.cdiv(tl.cdiv(inner, BLOCK_K), splits) * BLOCK_K
+    first = split * share
+    weight_ptrs = weight_ptr + weight_rows.to(tl.int64)[:, None] * stride_weight + first
+    if PDL:
+        gdc_launch_dependents()
+        if PREFETCH:
+            prefetch_rows(weight_ptrs)
+        gdc_wait()
+    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_x + first
+    row_mask = (rows < num_rows)[:, None]
+    z = tile_product(x_ptrs, weight_ptrs, row_mask, tl.minimum(share, inner - first), BLOCK_K, EVEN, UPCAST)
     if scale_ptr is not None:
         z *= tl.load(scale_ptr + weight_rows)[None, :]
     if bias_ptr is not None:
@@ -186,15 +196,21 @@ def _few_rows_kernel(
 
 
 def streams(x: Tensor, weight: Tensor) -> bool:
-    """True if products of x [..., K] with this weight take the kernel: few rows, 16 bits or fp8, on a GPU."""
-    most_rows = MOST_ROWS if weight.element_size() > 1 else MOST_ROWS_FP8
+    """True if products of x [..., K] with this weight take the kernel: few rows, 16 bits or int8, on a GPU."""
+    most_rows = MOST_ROWS if weight.element_size() > 1 else MOST_ROWS_INT8
     if not use_triton(x, weight) or x.numel() > most_rows * x.shape[-1]:
         return False
     return not x.is_cuda or (x.dtype in (torch.bfloat16, torch.float16) and weight.element_size() <= 2)
 
 
+def prefetches(weight: Tensor, inner: int) -> bool:
+    """Whether `prefetch_rows` may ask for the first of `inner` elements of the weight's rows."""
+    size = weight.element_size()
+    return weight.stride(0) * size % 16 == 0 and weight.data_ptr() % 16 == 0 and inner * size >= PREFETCH
+
+
 def few_rows_matmul(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """x [..., K] times weight [N, K] transposed, times scale [N] fp32 (of fp8 weights), plus bias [N] -> [..., N].
+    """x [..., K] times weight [N, K] transposed, times scale [N] fp32 (of int8 weights), plus bias [N] -> [..., N].
 
     A few rows take the kernel on a GPU, and the faster of two ways to say it on a CPU; others torch's matmul.
     """
@@ -238,14 +254,13 @@ def _launch(
     tile = weight_tile(len(weight), inner, weight, len(rows), split=split)
     num_columns, block_n = out.shape[-1], tile.block_n // 2 if gated else tile.block_n
     even = inner % (tile.block_k * tile.splits) == 0
-    aligned = weight.stride(0) * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0
     grid = (triton.cdiv(len(rows), tile.block_m), triton.cdiv(num_columns, block_n), tile.splits)
     with device_guard(x):
         _few_rows_kernel[grid](
             rows, weight, scale, bias, out, len(rows), num_columns, inner, rows.stride(0), weight.stride(0),
             tile.splits, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GATED=gated,
             EVEN=even, UPCAST=upcast(x.dtype),
-            PREFETCH=even and aligned and inner // tile.splits * weight.element_size() >= PREFETCH,
+            PREFETCH=even and prefetches(weight, inner // tile.splits),
             num_warps=tile.num_warps, num_stages=tile.num_stages, **dependent_launch(x.device),
         )  # fmt: skip
 

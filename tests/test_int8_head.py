@@ -1,4 +1,4 @@
-"""Heads in fp8: they compute with the weights that quantisation left, change no text, and take half the memory."""
+"""Heads in int8: they compute with the weights that quantisation left, change no text, and take half the memory."""
 
 import copy
 
@@ -12,7 +12,7 @@ from eagle_fast import EaModel
 from eagle_fast.head import DraftHead
 from eagle_fast.head_config import HeadConfig
 from eagle_fast.linear import QuantisedLinear
-from eagle_fast.loading import runs_in_fp8
+from eagle_fast.loading import runs_in_int8
 
 SIZES = dict(
     hidden_size=H, target_hidden_size=H, embedding_size=H, intermediate_size=MLP, num_heads=HEADS,
@@ -67,7 +67,7 @@ def test_a_quantised_head_computes_with_its_quantised_weights(kind, device):
         outputs(quantised), outputs(dequantised(quantised, original)), outputs(original), strict=True
     ):
         torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
-        assert 0 < (ours - plain).norm() < 0.1 * plain.norm()
+        assert 0 < (ours - plain).norm() < 0.03 * plain.norm()
 
 
 def test_memory_halves_and_the_targets_lm_head_stays():
@@ -97,19 +97,21 @@ def test_the_text_is_the_same(temperature, device):
     assert out.statistics.tau > 1.5, "an often-right head stays often right"
 
 
-def test_when_a_head_runs_in_fp8(device):
+def test_when_a_head_runs_in_int8(device):
     full = random_head("eagle3", device)
-    assert not runs_in_fp8(full, None)
-    assert not runs_in_fp8(full, False)
-    with pytest.raises(ValueError, match=r"draft_fp8=True, but the head runs in torch.float32 .* leave draft_fp8 out"):
-        runs_in_fp8(full, True)
+    assert not runs_in_int8(full, None)
+    assert not runs_in_int8(full, False)
+    with pytest.raises(
+        ValueError, match=r"draft_int8=True, but the head runs in torch.float32 .* leave draft_int8 out"
+    ):
+        runs_in_int8(full, True)
     half = random_head("eagle3", device, torch.bfloat16)
-    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-    assert runs_in_fp8(half, None) == able
-    assert not runs_in_fp8(half, False)
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    assert runs_in_int8(half, None) == able
+    assert not runs_in_int8(half, False)
     if not able:
-        with pytest.raises(ValueError, match=r"draft_fp8=True, but .* compute capability 8.9"):
-            runs_in_fp8(half, True)
+        with pytest.raises(ValueError, match=r"draft_int8=True, but .* compute capability 8.0"):
+            runs_in_int8(half, True)
 
 
 @pytest.mark.gpu
@@ -120,11 +122,11 @@ def test_it_is_the_default_on_a_gpu_and_can_be_left_out(tmp_path):
     model = make("llama")
     write_often_right_head(copy.deepcopy(model), tmp_path)
     model = model.to("cuda", torch.bfloat16)
-    able = torch.cuda.get_device_capability() >= (8, 9)
+    able = torch.cuda.get_device_capability() >= (8, 0)
     for wanted, expected in ((None, able), (False, False), (True, True)):
         if wanted and not able:
             continue
-        loaded = EaModel.from_pretrained(base_model_path=model, ea_model_path=tmp_path, draft_fp8=wanted, **TREE)
+        loaded = EaModel.from_pretrained(base_model_path=model, ea_model_path=tmp_path, draft_int8=wanted, **TREE)
         assert (loaded.ea_layer.lm_head_scale is not None) == expected
         out = loaded.eagenerate(prompt(11, "cuda"), max_new_tokens=24, return_dict_in_generate=True)
         assert out.statistics.tau > 1.5

@@ -1,6 +1,6 @@
-"""What a head's weights in fp8 cost in acceptance, on a real pair: tau with the weights as they are, and quantised.
+"""What a head's weights in int8 cost in acceptance, on a real pair: tau with the weights as they are, and quantised.
 
-    python bench/fp8_head.py --model TARGET --head HEAD --prompts mt_bench.jsonl gsm8k.jsonl
+    python bench/int8_head.py --model TARGET --head HEAD --prompts mt_bench.jsonl gsm8k.jsonl
 
 On a GPU both run through the kernels; on a CPU the quantised weights are computed with in the target's dtype, which
 tells the same within noise. Tau is tokens a round, over the first turns of the prompts. Ends with one line of JSON.
@@ -37,25 +37,30 @@ def main() -> None:
     tree = dict(zip(("total_token", "depth", "top_k"), args.tree, strict=True))
     plain = EaModel.from_pretrained(
         base_model_path=args.model, ea_model_path=args.head, device_map=args.device, dtype=getattr(torch, args.dtype),
-        draft_fp8=False, **tree,
+        draft_int8=False, **tree,
     )  # fmt: skip
     quantised = EaModel.from_pretrained(
-        base_model_path=plain.base_model, ea_model_path=args.head, draft_fp8=False, **tree
+        base_model_path=plain.base_model, ea_model_path=args.head, draft_int8=False, **tree
     )
     quantised.ea_layer.quantise()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     rows = []
-    print(f"{'prompts':<16}{'T':>5}{'tau':>8}{'in fp8':>8}{'ratio':>9}")
+    print(f"{'prompts':<16}{'T':>5}{'tau':>8}{'in int8':>8}{'ratio':>9}")
     for path in args.prompts:
         prompts = read_prompts(path, tokenizer, args.limit)
         for temperature in args.temperature:
-            tau, tau_fp8 = (accepted_counts(each, prompts, args, temperature).tau for each in (plain, quantised))
-            row = {"prompts": path.stem, "temperature": temperature, "tau": round(tau, 4), "tau_fp8": round(tau_fp8, 4)}
-            rows.append({**row, "ratio": round(tau_fp8 / tau, 4)})
-            print(f"{path.stem:<16}{temperature:>5.1f}{tau:>8.3f}{tau_fp8:>8.3f}{tau_fp8 / tau:>9.4f}", flush=True)
+            tau, tau_int8 = (accepted_counts(each, prompts, args, temperature).tau for each in (plain, quantised))
+            row = {
+                "prompts": path.stem,
+                "temperature": temperature,
+                "tau": round(tau, 4),
+                "tau_int8": round(tau_int8, 4),
+            }
+            rows.append({**row, "ratio": round(tau_int8 / tau, 4)})
+            print(f"{path.stem:<16}{temperature:>5.1f}{tau:>8.3f}{tau_int8:>8.3f}{tau_int8 / tau:>9.4f}", flush=True)
     ratios = [row["ratio"] for row in rows]
     print(f"mean ratio {sum(ratios) / len(ratios):.4f}")
-    print(json.dumps({"bench": "fp8_head", "model": args.model, "head": args.head, "tree": args.tree, "rows": rows}))
+    print(json.dumps({"bench": "int8_head", "model": args.model, "head": args.head, "tree": args.tree, "rows": rows}))
 
 
 if __name__ == "__main__":
