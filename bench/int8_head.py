@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 import torch
 from decode import accepted_counts, add_pair_arguments, read_prompts
@@ -28,6 +29,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tree", nargs=3, type=int, default=[60, 7, 10], metavar=("NODES", "DEPTH", "TOP_K"))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     parser.set_defaults(no_shared_noise=False)  # for accepted_counts
     return parser.parse_args()
 
@@ -60,7 +62,10 @@ def main() -> None:
             print(f"{path.stem:<16}{temperature:>5.1f}{tau:>8.3f}{tau_int8:>8.3f}{tau_int8 / tau:>9.4f}", flush=True)
     ratios = [row["ratio"] for row in rows]
     print(f"mean ratio {sum(ratios) / len(ratios):.4f}")
-    print(json.dumps({"bench": "int8_head", "model": args.model, "head": args.head, "tree": args.tree, "rows": rows}))
+    record = {"bench": "int8_head", "model": args.model, "head": args.head, "tree": args.tree, "rows": rows}
+    if args.out:
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record))
 
 
 if __name__ == "__main__":

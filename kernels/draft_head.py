@@ -26,6 +26,8 @@ from eagle_fast_kernels.rms_norm import normalise, num_warps, rms_norm_ref, sum_
 from einops import rearrange
 from torch import Tensor
 
+FEW_ROWS, ROWS = 64, 8  # of rope_append: up to so many rows, one a program; beyond, so many a program
+
 
 @triton.jit
 def _copy_normed(source, norm_ptr, target, width, eps, BLOCK: tl.constexpr):
@@ -55,44 +57,48 @@ def _head_input_kernel(
 @triton.jit
 def _rope_append_kernel(
     qkv_ptr, positions_ptr, cos_ptr, sin_ptr, k_ptr, v_ptr, slots_ptr, q_norm_ptr, k_norm_ptr, q_ptr,
-    num_rows, eps, stride_xs, stride_xb, stride_xt, stride_pb, stride_pt,
+    num_rows, total_rows, eps, stride_xs, stride_xb, stride_xt, stride_pb, stride_pt,
     stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr,
-    INTERLEAVED: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+    INTERLEAVED: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """A program takes one head of ROWS rows, counted over all sequences."""
     after_earlier_kernels(PDL)
-    pid, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    sequence, row = pid // num_rows, pid % num_rows
+    head = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
-    mask = d < D
-    source = qkv_ptr + sequence * stride_xb + row * stride_xt + head * D
-    x = sum_parts(source, d, mask, stride_xs, PARTS)
-    slot = tl.load(slots_ptr + sequence) + row
-    if head >= HQ + HKV:
-        target = v_ptr + sequence * stride_vb + (head - HQ - HKV) * stride_vh + slot * stride_vl
-        tl.store(target + d, x.to(v_ptr.dtype.element_ty), mask=mask)
+    if INTERLEAVED:
+        partner, sign = d ^ 1, tl.where(d % 2 == 0, -1.0, 1.0)
     else:
-        if INTERLEAVED:
-            partner, sign = d ^ 1, tl.where(d % 2 == 0, -1.0, 1.0)
+        partner, sign = (d + R // 2) % R, tl.where(d < R // 2, -1.0, 1.0)
+    for i in tl.static_range(ROWS):
+        pid = tl.program_id(0).to(tl.int64) * ROWS + i
+        here = pid < total_rows
+        mask, turns = here & (d < D), here & (d < R)
+        sequence, row = pid // num_rows, pid % num_rows
+        source = qkv_ptr + sequence * stride_xb + row * stride_xt + head * D
+        x = sum_parts(source, d, mask, stride_xs, PARTS)
+        slot = tl.load(slots_ptr + sequence, mask=here, other=0) + row
+        if head >= HQ + HKV:
+            target = v_ptr + sequence * stride_vb + (head - HQ - HKV) * stride_vh + slot * stride_vl
+            tl.store(target + d, x.to(v_ptr.dtype.element_ty), mask=mask)
         else:
-            partner, sign = (d + R // 2) % R, tl.where(d < R // 2, -1.0, 1.0)
-        turned = sum_parts(source, partner, d < R, stride_xs, PARTS)
-        if q_norm_ptr is not None:
-            of_q, of_k = mask & (head < HQ), mask & (head >= HQ)
-            weight = tl.load(q_norm_ptr + d, mask=of_q, other=0.0).to(tl.float32)
-            weight += tl.load(k_norm_ptr + d, mask=of_k, other=0.0).to(tl.float32)
-            turned_weight = tl.load(q_norm_ptr + partner, mask=of_q & (d < R), other=0.0).to(tl.float32)
-            turned_weight += tl.load(k_norm_ptr + partner, mask=of_k & (d < R), other=0.0).to(tl.float32)
-            x, turned = normalise(x, turned, weight, turned_weight, D, eps, q_ptr.dtype.element_ty)
-        table = tl.load(positions_ptr + sequence * stride_pb + row * stride_pt) * R + d
-        cos = tl.load(cos_ptr + table, mask=d < R, other=1.0).to(tl.float32)
-        sin = tl.load(sin_ptr + table, mask=d < R, other=0.0).to(tl.float32)
-        rotated = x * cos + sign * turned * sin
-        if head < HQ:
-            tl.store(q_ptr + (pid * HQ + head) * D + d, rotated.to(q_ptr.dtype.element_ty), mask=mask)
-        else:
-            target = k_ptr + sequence * stride_kb + (head - HQ) * stride_kh + slot * stride_kl
-            tl.store(target + d, rotated.to(k_ptr.dtype.element_ty), mask=mask)
+            turned = sum_parts(source, partner, turns, stride_xs, PARTS)
+            if q_norm_ptr is not None:
+                of_q, of_k = mask & (head < HQ), mask & (head >= HQ)
+                weight = tl.load(q_norm_ptr + d, mask=of_q, other=0.0).to(tl.float32)
+                weight += tl.load(k_norm_ptr + d, mask=of_k, other=0.0).to(tl.float32)
+                turned_weight = tl.load(q_norm_ptr + partner, mask=of_q & (d < R), other=0.0).to(tl.float32)
+                turned_weight += tl.load(k_norm_ptr + partner, mask=of_k & (d < R), other=0.0).to(tl.float32)
+                x, turned = normalise(x, turned, weight, turned_weight, D, eps, q_ptr.dtype.element_ty)
+            table = tl.load(positions_ptr + sequence * stride_pb + row * stride_pt, mask=here, other=0) * R + d
+            cos = tl.load(cos_ptr + table, mask=turns, other=1.0).to(tl.float32)
+            sin = tl.load(sin_ptr + table, mask=turns, other=0.0).to(tl.float32)
+            rotated = x * cos + sign * turned * sin
+            if head < HQ:
+                tl.store(q_ptr + (pid * HQ + head) * D + d, rotated.to(q_ptr.dtype.element_ty), mask=mask)
+            else:
+                target = k_ptr + sequence * stride_kb + (head - HQ) * stride_kh + slot * stride_kl
+                tl.store(target + d, rotated.to(k_ptr.dtype.element_ty), mask=mask)
 
 
 def head_input(
@@ -148,12 +154,14 @@ def rope_append(
         )  # fmt: skip
     parts = qkv if qkv.dim() == 4 else qkv[None]
     q = qkv.new_empty(num_sequences, num_rows, num_heads, head_dim, dtype=_whole_dtype(qkv, k_slab))
+    total_rows, heads = num_sequences * num_rows, num_heads + 2 * num_kv_heads
+    rows = 1 if total_rows <= FEW_ROWS else ROWS
     with device_guard(qkv):
-        _rope_append_kernel[(num_sequences * num_rows, num_heads + 2 * num_kv_heads)](
-            qkv, positions, cos, sin, k_slab, v_slab, slots, q_norm, k_norm, q, num_rows, eps,
+        _rope_append_kernel[(triton.cdiv(total_rows, rows), heads)](
+            qkv, positions, cos, sin, k_slab, v_slab, slots, q_norm, k_norm, q, num_rows, total_rows, eps,
             *parts.stride()[:3], *positions.stride(), *k_slab.stride()[:3], *v_slab.stride()[:3],
             HQ=num_heads, HKV=num_kv_heads, D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), R=rotary_dim,
-            INTERLEAVED=interleaved, PARTS=len(parts), num_warps=1, **dependent_launch(qkv.device),
+            INTERLEAVED=interleaved, PARTS=len(parts), ROWS=rows, num_warps=1, **dependent_launch(qkv.device),
         )  # fmt: skip
     return q.transpose(1, 2)
 

@@ -119,6 +119,22 @@ def test_rope_append(heads, head_dim, rotary_dim, normed, interleaved, dtype, wa
     assert slab.isnan().all()
 
 
+@pytest.mark.usefixtures("triton_kernels")
+def test_many_rows_are_rotated_as_few_are(device, monkeypatch):
+    """A program then takes several rows, of two sequences sometimes, and the last program fewer."""
+    qkv = torch.randn(3, 7, 4 * 16, device=device)
+    positions = torch.randint(0, 31, (3, 7), device=device)
+    slots = torch.tensor([5, 0, 2], device=device)
+    found = []
+    for few in (100, 0):
+        monkeypatch.setattr(draft_head, "FEW_ROWS", few)
+        slab = torch.full((2, 3, 1, 12, 16), float("nan"), device=device)
+        q = draft_head.rope_append(qkv, positions, *table(31, 16, False, device), slab[0], slab[1], slots, 2, 1)
+        found.append((q, slab.nan_to_num(-9.0)))
+    for one, several in zip(*found, strict=True):
+        assert torch.equal(one, several)
+
+
 @pytest.mark.parametrize(("interleaved", "stock"), [(False, rope_of_llama), (True, rope_of_cohere)])
 def test_rope_is_that_of_transformers(interleaved, stock):
     x = torch.randn(2, 7, 3, 32)
