@@ -81,11 +81,11 @@ class Drafter:
             bias=self.head.lm_head_bias,
             scale=self.head.lm_head_scale,
             token_ids=self.head.token_ids,
-            gain=sampling.draft_gain.repeat_interleave(rows),
-            share=sampling.draft_share.repeat_interleave(rows),
-            positions=positions.repeat_interleave(rows),
-            seeds=sampling.seeds.repeat_interleave(rows),
-            sequences=sampling.sequences.repeat_interleave(rows),
+            gain=sampling.draft_gain,
+            share=sampling.draft_share,
+            positions=positions,
+            seeds=sampling.seeds,
+            sequences=sampling.sequences,
         )
         return scores.view(batch, rows, -1), tokens.view(batch, rows, -1)
 

@@ -1,7 +1,7 @@
 """The draft head's last step in one pass over its weights: logits, log-softmax and top-k, without writing the logits.
 
     z = hidden @ weight.T (* scale) (+ bias)                             hidden [R, H], weight [Vd, H]
-    y = gain z + share G(seed, sequence, position, target token)         gain, share [R], G the target's own noise
+    y = gain z + share G(seed, sequence, position, target token)         gain, share [B], G the target's own noise
     scores = the k largest of log_softmax(y), tokens = their target ids
 
 Bytes: the weights, Vd H elements, once for every 64 rows (EAGLE-3's 32000 x 4096 in bf16: 262 MB, 85 us at 3.08 TB/s;
@@ -65,7 +65,7 @@ def _logits_tile(
 def _tile_topk_kernel(
     packed_ptr, partial_ptr, hidden_ptr, weight_ptr, bias_ptr, scale_ptr, token_ids_ptr,
     gain_ptr, share_ptr, positions_ptr, seeds_ptr, sequences_ptr,
-    num_rows, vocab_size, hidden_size, stride_hidden, stride_weight,
+    num_rows, rows_per_sequence, vocab_size, hidden_size, stride_hidden, stride_weight,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -84,12 +84,13 @@ def _tile_topk_kernel(
     if bias_ptr is not None:
         z += tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     if gain_ptr is not None:
-        z *= tl.load(gain_ptr + rows, mask=row_mask, other=0.0)[:, None]
-        share = tl.load(share_ptr + rows, mask=row_mask, other=0.0)
+        b = rows // rows_per_sequence
+        z *= tl.load(gain_ptr + b, mask=row_mask, other=0.0)[:, None]
+        share = tl.load(share_ptr + b, mask=row_mask, other=0.0)
         if tl.max(share, 0) > 0:
-            seed = tl.load(seeds_ptr + rows, mask=row_mask, other=0)[:, None]
-            sequence = tl.load(sequences_ptr + rows, mask=row_mask, other=0)[:, None]
-            position = tl.load(positions_ptr + rows, mask=row_mask, other=0)[:, None]
+            seed = tl.load(seeds_ptr + b, mask=row_mask, other=0)[:, None]
+            sequence = tl.load(sequences_ptr + b, mask=row_mask, other=0)[:, None]
+            position = tl.load(positions_ptr + b, mask=row_mask, other=0)[:, None]
             tokens = columns.to(tl.int64)
             if token_ids_ptr is not None:
                 tokens = tl.load(token_ids_ptr + columns, mask=column_mask, other=0)
@@ -152,8 +153,8 @@ def lm_head_topk(
     """(scores [R, k] float32 log-probabilities in descending order, tokens [R, k] int64 target ids).
 
     bias and scale (of a quantised weight's rows) are [Vd]; token_ids [Vd] maps draft to target ids (None: the same).
-    gain and share (at least 0) float32, positions, seeds and sequences int64 are [R], given together or not at all:
-    without them y = z.
+    gain and share (at least 0) float32, positions, seeds and sequences int64 are [B], each for R / B rows in turn, given
+    together or not at all: without them y = z.
     """
     noise = (gain, share, positions, seeds, sequences)
     if any(x is None for x in noise) and any(x is not None for x in noise):
@@ -168,7 +169,8 @@ def lm_head_topk(
     assert hidden.stride(1) == weight.stride(1) == 1
     assert 1 <= k <= vocab_size
     assert all(x is None or (x.shape == (vocab_size,) and x.is_contiguous()) for x in (bias, scale, token_ids))
-    assert all(x is None or (x.shape == (num_rows,) and x.is_contiguous()) for x in noise)
+    rows_per_sequence = 1 if gain is None else num_rows // len(gain)
+    assert all(x is None or (rows_per_sequence * len(x) == num_rows and x.is_contiguous()) for x in noise)
     block_m = min(64, max(16, triton.next_power_of_2(num_rows)))
     block_n, block_k, num_warps, num_stages = TILES[weight.element_size()][block_m]
     num_tiles = triton.cdiv(vocab_size, block_n)
@@ -180,7 +182,7 @@ def lm_head_topk(
     with device_guard(hidden):
         _tile_topk_kernel[(triton.cdiv(num_rows, block_m), num_tiles)](
             packed, partial, hidden, weight, bias, scale, token_ids, *noise,
-            num_rows, vocab_size, hidden_size, hidden.stride(0), weight.stride(0),
+            num_rows, rows_per_sequence, vocab_size, hidden_size, hidden.stride(0), weight.stride(0),
             K=k, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, UPCAST=upcast(hidden.dtype),
             num_warps=num_warps, num_stages=num_stages, **dependent_launch(hidden.device),
         )  # fmt: skip
@@ -217,14 +219,15 @@ def lm_head_topk_ref(
         assert positions is not None
         assert seeds is not None
         assert sequences is not None
-        z = z * gain[:, None]
+        z = z.unflatten(0, (len(gain), -1)) * gain[:, None, None]
         # Only a CPU tensor can be asked for its value at no cost.
         if z.device.type != "cpu" or bool((share > 0).any()):
             if token_ids is None:
                 noise = gumbel_row_ref(seeds, sequences, positions, weight.shape[0])
             else:
                 noise = gumbel_ref(seeds[:, None], sequences[:, None], positions[:, None], token_ids)
-            z = z + share[:, None] * noise
+            z = z + (share[:, None] * noise)[:, None]
+        z = z.flatten(0, 1)
     best, index = unpack_ref(pack_ref(z, draft_ids).topk(k, -1).values)
     scores = best - z.masked_fill(z.isnan(), float("-inf")).logsumexp(-1, keepdim=True)
     return scores.masked_fill(scores.isnan(), float("-inf")), index if token_ids is None else token_ids[index]
