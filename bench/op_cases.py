@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from eagle_fast_kernels.accept import accept
 from eagle_fast_kernels.compact_kv import compact_kv
-from eagle_fast_kernels.draft_head import add_rms_norm, head_input, rope_append, silu_mul
+from eagle_fast_kernels.draft_head import head_input, rope_append
 from eagle_fast_kernels.grow import finish_tree, grow
 from eagle_fast_kernels.linear import few_rows_matmul
 from eagle_fast_kernels.lm_head_topk import lm_head_topk
-from eagle_fast_kernels.rms_norm import rms_norm
+from eagle_fast_kernels.rms_norm import add_rms_norm, rms_norm
 from eagle_fast_kernels.sample import sample
+from eagle_fast_kernels.silu_mul import silu_mul
 from eagle_fast_kernels.soft_cross_entropy import soft_cross_entropy
 from eagle_fast_kernels.tree_attention import tree_attention
 
@@ -216,7 +217,7 @@ def head_input_cases() -> Iterator[Case]:
 
     num_bytes = 4 * TOP_K * HIDDEN * DTYPE.itemsize
     yield Case(
-        "head_input", f"{TOP_K} rows", num_bytes, lambda _: head_input(tokens, hidden, embedding, norms[0], norms[1]),
+        "head_input", f"{TOP_K} rows", num_bytes, lambda _: head_input(tokens, hidden, embedding, *norms)[0],
         pytorch, "embedding, two norms, cat",
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ from eagle_fast.cache import KVSlab, LayerShape
 from eagle_fast.config import TreeConfig
 from eagle_fast.head import DraftHead
 from eagle_fast.sampling import SamplingTensors
-from eagle_fast.tree import Tree, chain_masks, own_bits
+from eagle_fast.tree import Tree, chain_masks
 
 
 class Drafter:
@@ -37,39 +37,39 @@ class Drafter:
         path, k = tree.max_path, tree.top_k
         self.path_rows = torch.arange(path, device=device)
         self.path_masks = chain_masks(path, device).repeat(batch, 1, 1)
-        self.level_slots = torch.arange(max(tree.depth, 1) * k, device=device)
-        self.level_depths = self.level_slots.div(k, rounding_mode="floor")
-        self.levels = torch.arange(tree.depth + 1, device=device)[:, None]
-        self.first_beam = self.level_slots[:k].repeat(batch, 1)
-        self.first_masks = own_bits(k, self.level_slots.numel(), device).repeat(batch, 1, 1)
+        rows = torch.arange(max(tree.depth, 1) * k, device=device)
+        self.level_depths = rows.div(k, rounding_mode="floor")
+        levels = torch.arange(tree.depth + 1, device=device)[:, None]
+        self.level_offsets = torch.stack([levels, (levels - 1) * k])
+        words = -(-(tree.depth + 1) * k // 64)
+        # the root as a beam: score, candidate, ancestors
+        self.root = (
+            torch.zeros(batch, 1, device=device),
+            torch.full((batch, 1), -1, device=device),
+            torch.zeros(batch, 1, words, dtype=torch.long, device=device),
+        )
 
     # -- grow ------------------------------------------------------------------------------------------------------
 
     def grow(self, roots: torch.Tensor, lengths: torch.Tensor, sampling: SamplingTensors) -> Tree:
         """The tree of T nodes under roots [B], whose position is lengths [B]."""
         k, batch = self.tree.top_k, roots.numel()
-        candidates = self._candidate_buffers(batch)
-        positions, slots = lengths + self.levels, lengths + self.levels * k  # [depth + 1, B]
-        scores, tokens = self._propose(self.states[:, None], lengths, sampling)
-        scores, tokens = scores[:, 0], tokens[:, 0]
-        candidates[0][:, :k], candidates[1][:, :k] = scores, tokens
-        hidden = self.hidden[:, None].expand(-1, k, -1)
-        beam, masks = self.first_beam, self.first_masks
-        for level in range(1, self.tree.depth + 1):
-            attend = self._tree_attend(lengths, masks, self.level_depths, (level - 1) * k, slots[level - 1])
-            rows_at = positions[level - 1][:, None].expand_as(tokens)
-            hidden, states = self.head(tokens, hidden, rows_at, attend, parts=True)
-            child_scores, child_tokens = self._propose(states, positions[level], sampling)
-            tokens, scores, beam, rows, masks = grow(
-                child_scores, child_tokens, scores, beam, masks, level, *candidates
-            )
-            hidden = hidden.gather(1, rows[..., None].expand_as(hidden))
+        size = (batch, self.tree.num_candidates)
+        candidates = (
+            torch.empty(size, device=self.device),
+            *torch.empty(2, *size, dtype=torch.long, device=self.device),
+        )
+        positions, slots = lengths + self.level_offsets  # [depth + 1, B]; slots of the level before
+        hidden, states = self.hidden, self.states[:, None]
+        scores, beam, masks = self.root
+        for level in range(self.tree.depth + 1):
+            if level:
+                attend = self._tree_attend(lengths, masks, self.level_depths, (level - 1) * k, slots[level])
+                at = positions[level - 1][:, None].expand_as(tokens)
+                hidden, states = self.head(tokens, hidden, at, attend, rows=rows, parts=True)
+            best = self._propose(states, positions[level], sampling)
+            tokens, scores, beam, rows, masks = grow(*best, scores, beam, masks, level, *candidates)
         return Tree(*finish_tree(*candidates, roots, self.tree.total_token))
-
-    def _candidate_buffers(self, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        size, device = (batch, self.tree.num_candidates), self.hidden.device
-        scores = torch.empty(size, device=device)
-        return scores, torch.empty(size, dtype=torch.long, device=device), torch.full(size, -1, device=device)
 
     def _propose(self, states, positions, sampling):
         """Best k next tokens after rows [B, R, H] whose tokens stand at positions [B]: (scores, tokens) [B, R, k]."""

@@ -1,12 +1,12 @@
 """The small fused pieces of a draft head's forward that are its own: its input, and RoPE with the cache write.
 
-    head_input     out[r] = rms(embedding[tokens[r]]) | rms(hidden[r])          (| joins; a norm that is None copies)
+    head_input     out[r] = rms(embedding[tokens[r]]) | rms(hidden[rows[r]])    (| joins; a norm that is None copies)
     rope_append    q, k, v of one row; q, k <- rope(rms(q)), rope(rms(k));          cache rows slots[b] + t <- k, v
 
     rms(x) = weight * x / sqrt(mean(x^2) + eps)          rope(x) = x cos[position] + turn(x) sin[position]
     turn(x) = (-x[D/2:], x[:D/2]), or interleaved (-x[1], x[0], -x[3], x[2], ...)
 
-    R rows   B sequences   T rows of a sequence   E, H embedding and hidden size   V vocabulary   P positions
+    R rows   N hidden states   B sequences   T rows of a sequence   E, H embedding and hidden size   V vocabulary   P positions
     L cache rows   Hq, Hkv heads   D head size
 
 Bytes: every input is read and every output written once. A level of 10 rows of an EAGLE-3 head for Llama-3.1-8B in bf16
@@ -28,9 +28,12 @@ from torch import Tensor
 
 
 @triton.jit
-def _copy_normed(source, norm_ptr, target, width, eps, BLOCK: tl.constexpr):
+def _copy_normed(source, norm_ptr, target, plain_target, width, eps, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
-    x = tl.load(source + i, mask=i < width, other=0.0).to(tl.float32)
+    x = tl.load(source + i, mask=i < width, other=0.0)
+    if plain_target is not None:
+        tl.store(plain_target + i, x, mask=i < width)
+    x = x.to(tl.float32)
     if norm_ptr is not None:
         weight = tl.load(norm_ptr + i, mask=i < width, other=0.0).to(tl.float32)
         x, _ = normalise(x, x, weight, weight, width, eps, source.dtype.element_ty)
@@ -39,17 +42,20 @@ def _copy_normed(source, norm_ptr, target, width, eps, BLOCK: tl.constexpr):
 
 @triton.jit
 def _head_input_kernel(
-    tokens_ptr, hidden_ptr, embedding_ptr, embed_norm_ptr, hidden_norm_ptr, out_ptr, eps, stride_h, stride_e,
-    E: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    tokens_ptr, hidden_ptr, rows_ptr, embedding_ptr, embed_norm_ptr, hidden_norm_ptr, out_ptr, taken_ptr, eps,
+    stride_h, stride_e, E: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     after_earlier_kernels(PDL)
     row = tl.program_id(0).to(tl.int64)
     target = out_ptr + row * (E + H)
     if tl.program_id(1) == 0:
         token = tl.maximum(tl.load(tokens_ptr + row), 0)
-        _copy_normed(embedding_ptr + token * stride_e, embed_norm_ptr, target, E, eps, BLOCK)
+        _copy_normed(embedding_ptr + token * stride_e, embed_norm_ptr, target, None, E, eps, BLOCK)
+    elif rows_ptr is None:
+        _copy_normed(hidden_ptr + row * stride_h, hidden_norm_ptr, target + E, None, H, eps, BLOCK)
     else:
-        _copy_normed(hidden_ptr + row * stride_h, hidden_norm_ptr, target + E, H, eps, BLOCK)
+        source = hidden_ptr + tl.load(rows_ptr + row) * stride_h
+        _copy_normed(source, hidden_norm_ptr, target + E, taken_ptr + row * H, H, eps, BLOCK)
 
 
 @triton.jit
@@ -97,26 +103,31 @@ def _rope_append_kernel(
 
 def head_input(
     tokens: Tensor, hidden: Tensor, embedding: Tensor, embed_norm: Tensor | None = None,
-    hidden_norm: Tensor | None = None, eps: float = 1e-6,
-) -> Tensor:  # fmt: skip
-    """[R, E+H] in hidden's dtype: embedding [V, E] rows of tokens [R], then hidden [R, H], each through its RMSNorm.
+    hidden_norm: Tensor | None = None, eps: float = 1e-6, rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """([R, E+H] in hidden's dtype, hidden[rows] [R, H]): embedding [V, E] rows of tokens [R], then the hidden states,
+    each through its RMSNorm.
 
-    A token of -1 (the target had no valid choice) reads row 0.
+    hidden is [N, H], rows [R]; without rows N = R and hidden itself is returned. A token of -1 (the target had no valid
+    choice) reads row 0.
     """
-    (num_rows, hidden_size), embed_size = hidden.shape, embedding.shape[1]
-    assert tokens.shape == (num_rows,)
+    (num_hidden, hidden_size), embed_size, num_rows = hidden.shape, embedding.shape[1], len(tokens)
+    assert tokens.shape == ((num_hidden,) if rows is None else rows.shape)
     assert tokens.is_contiguous()
+    assert rows is None or rows.is_contiguous()
     assert hidden.stride(1) == embedding.stride(1) == 1
     if not use_triton(*_given(hidden, embedding, embed_norm, hidden_norm)):
-        return head_input_ref(tokens, hidden, embedding, embed_norm, hidden_norm, eps)
+        return head_input_ref(tokens, hidden, embedding, embed_norm, hidden_norm, eps, rows)
     out = hidden.new_empty(num_rows, embed_size + hidden_size)
+    taken = hidden if rows is None else hidden.new_empty(num_rows, hidden_size)
     block = triton.next_power_of_2(max(embed_size, hidden_size))
     with device_guard(hidden):
         _head_input_kernel[(num_rows, 2)](
-            tokens, hidden, embedding, embed_norm, hidden_norm, out, eps, hidden.stride(0), embedding.stride(0),
-            E=embed_size, H=hidden_size, BLOCK=block, num_warps=num_warps(block), **dependent_launch(hidden.device),
+            tokens, hidden, rows, embedding, embed_norm, hidden_norm, out, taken, eps,
+            hidden.stride(0), embedding.stride(0), E=embed_size, H=hidden_size,
+            BLOCK=block, num_warps=num_warps(block), **dependent_launch(hidden.device),
         )  # fmt: skip
-    return out
+    return out, taken
 
 
 def rope_append(
@@ -189,11 +200,12 @@ def rope_ref(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, interleaved
 
 def head_input_ref(
     tokens: Tensor, hidden: Tensor, embedding: Tensor, embed_norm: Tensor | None = None,
-    hidden_norm: Tensor | None = None, eps: float = 1e-6,
-) -> Tensor:  # fmt: skip
+    hidden_norm: Tensor | None = None, eps: float = 1e-6, rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`head_input` in plain PyTorch, differentiable."""
+    taken = hidden if rows is None else hidden[rows]
     embedded = rms_norm_ref(embedding[tokens.clamp(min=0)], embed_norm, eps).to(hidden.dtype)
-    return torch.cat((embedded, rms_norm_ref(hidden, hidden_norm, eps)), -1)
+    return torch.cat((embedded, rms_norm_ref(taken, hidden_norm, eps)), -1), taken
 
 
 def rope_append_ref(
