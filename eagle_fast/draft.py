@@ -40,7 +40,7 @@ class Drafter:
         rows = torch.arange(max(tree.depth, 1) * k, device=device)
         self.level_depths = rows.div(k, rounding_mode="floor")
         levels = torch.arange(tree.depth + 1, device=device)[:, None]
-        self.level_offsets = torch.stack([levels, (levels - 1) * k])
+        self.level_offsets = torch.stack([levels, levels * k])
         words = -(-(tree.depth + 1) * k // 64)
         # the root as a beam: score, candidate, ancestors
         self.root = (
@@ -55,18 +55,16 @@ class Drafter:
         """The tree of T nodes under roots [B], whose position is lengths [B]."""
         k, batch = self.tree.top_k, roots.numel()
         size = (batch, self.tree.num_candidates)
-        candidates = (
-            torch.empty(size, device=self.device),
-            *torch.empty(2, *size, dtype=torch.long, device=self.device),
-        )
-        positions, slots = lengths + self.level_offsets  # [depth + 1, B]; slots of the level before
-        hidden, states = self.hidden, self.states[:, None]
-        scores, beam, masks = self.root
-        for level in range(self.tree.depth + 1):
-            if level:
-                attend = self._tree_attend(lengths, masks, self.level_depths, (level - 1) * k, slots[level])
-                at = positions[level - 1][:, None].expand_as(tokens)
-                hidden, states = self.head(tokens, hidden, at, attend, rows=rows, parts=True)
+        candidate_ids = torch.empty(2, *size, dtype=torch.long, device=self.device)
+        candidates = (torch.empty(size, device=self.device), *candidate_ids)
+        positions, slots = lengths + self.level_offsets  # [depth + 1, B]
+        best = self._propose(self.states[:, None], lengths, sampling)
+        tokens, scores, beam, rows, masks = grow(*best, *self.root, 0, *candidates)
+        hidden = self.hidden
+        for level in range(1, self.tree.depth + 1):
+            attend = self._tree_attend(lengths, masks, self.level_depths, (level - 1) * k, slots[level - 1])
+            rows_at = positions[level - 1][:, None].expand_as(tokens)
+            hidden, states = self.head(tokens, hidden, rows_at, attend, rows=rows, parts=True)
             best = self._propose(states, positions[level], sampling)
             tokens, scores, beam, rows, masks = grow(*best, scores, beam, masks, level, *candidates)
         return Tree(*finish_tree(*candidates, roots, self.tree.total_token))

@@ -200,8 +200,9 @@ class DraftHead(nn.Module):
         rows: Tensor | None = None,
         parts: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """One pass over rows of tokens [B, T] with hidden states [B, T, H] of the tokens before them, or with those that
-        rows [B, T] say of hidden [..., H].
+        """One pass over rows of tokens [B, T] with hidden states [B, T, H] of the tokens before them.
+
+        rows [B, T]: which of hidden [..., H] they are, if not all in order.
 
         attend(layer index, layer, qkv [B, T, (Hq + 2 Hkv) D], positions [B, T]) -> [B, T, Hq D] norms q and k, rotates
         them, stores keys and values and attends. parts: it also takes qkv as `few_rows_sums` gives it, [S, B, T, ...].

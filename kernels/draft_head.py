@@ -6,8 +6,8 @@
     rms(x) = weight * x / sqrt(mean(x^2) + eps)          rope(x) = x cos[position] + turn(x) sin[position]
     turn(x) = (-x[D/2:], x[:D/2]), or interleaved (-x[1], x[0], -x[3], x[2], ...)
 
-    R rows   N hidden states   B sequences   T rows of a sequence   E, H embedding and hidden size   V vocabulary   P positions
-    L cache rows   Hq, Hkv heads   D head size
+    R rows   N hidden states   B sequences   T rows of a sequence   E, H embedding and hidden size   V vocabulary
+    P positions   L cache rows   Hq, Hkv heads   D head size
 
 Bytes: every input is read and every output written once. A level of 10 rows of an EAGLE-3 head for Llama-3.1-8B in bf16
 moves 0.33 MB (head_input) and 0.24 MB (rope_append): 0.1 us at 3.08 TB/s, so what counts is how few launches there are,

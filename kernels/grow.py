@@ -1,8 +1,8 @@
 """Growing the draft tree: one beam step, and the choice of the final tree (EAGLE-2, sections 4.1 and 4.2).
 
 Candidates are numbered level by level: 0 .. k-1 are the root's children (level 0, parent -1); child j of beam row i of
-level l >= 1 is k + (l-1) k^2 + i k + j; C = k + depth k^2 for `depth` levels. Scores are cumulative log-probabilities, so a
-child scores at most its parent, and with ties going to the lower index no node is chosen before its parent. A NaN
+level l >= 1 is k + (l-1) k^2 + i k + j; C = k + depth k^2 for `depth` levels. Scores are cumulative log-probabilities,
+so a child scores at most its parent, and with ties going to the lower index no node is chosen before its parent. A NaN
 counts as -inf.
 
     B sequences   k rows of the beam and children of each   C candidates   T nodes of the tree   W mask words
@@ -130,8 +130,8 @@ def grow(
     beam_scores, beam_candidates [B, P], beam_ancestors [B, P, W]: the beam; row i is candidate beam_candidates[:, i].
         At level 0 it is the root: score 0, candidate -1, no ancestors
     out_scores, out_tokens, out_parents [B, C]: all candidates, written in place
-    -> tokens, scores, candidates, rows (of the parent among all P B of the old beams) [B, k], ancestors [B, k, W]: row r
-       becomes draft slot level * k + r, whose bit its ancestors get.
+    -> tokens, scores, candidates, rows (of the parent among the B P of all old beams) [B, k], ancestors [B, k, W]: row
+       r becomes draft slot level * k + r, whose bit its ancestors get.
     """
     (num_sequences, parents, k), num_words = topk_scores.shape, beam_ancestors.shape[-1]
     inputs = (topk_scores, topk_tokens, beam_scores, beam_candidates, beam_ancestors)

@@ -153,8 +153,8 @@ def lm_head_topk(
     """(scores [R, k] float32 log-probabilities in descending order, tokens [R, k] int64 target ids).
 
     bias and scale (of a quantised weight's rows) are [Vd]; token_ids [Vd] maps draft to target ids (None: the same).
-    gain and share (at least 0) float32, positions, seeds and sequences int64 are [B], each for R / B rows in turn, given
-    together or not at all: without them y = z.
+    gain and share (at least 0) float32, positions, seeds and sequences int64 are [B], each for R / B rows in turn, and
+    given together or not at all: without them y = z.
     """
     noise = (gain, share, positions, seeds, sequences)
     if any(x is None for x in noise) and any(x is not None for x in noise):
