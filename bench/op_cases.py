@@ -270,7 +270,10 @@ def sample_case(shape: str, logits: torch.Tensor, temperature: float, top_k: int
 def accept_cases() -> Iterator[Case]:
     parents = torch.tensor(some_tree(NODES), device="cuda")[None]
     tokens, chosen = torch.randint(0, 3, (2, 1, NODES), device="cuda")
-    active = constant(True, 1, dtype=torch.bool)
+    lengths, ends, roots, report = constant(0, 1), constant(99, 1), constant(0, 1), constant(0, 1, 1 + MAX_PATH)
+
+    def kernel(_):
+        return accept(tokens, parents, chosen, lengths, ends, roots, report)
 
     def pytorch(_):
         """A step of the walk a line: the child of the node that carries the chosen token, or the node itself."""
@@ -282,8 +285,7 @@ def accept_cases() -> Iterator[Case]:
         return torch.stack(path, 1)
 
     yield Case(
-        "accept", f"{NODES} nodes", 3 * NODES * 8, lambda _: accept(tokens, parents, chosen, active, MAX_PATH), pytorch,
-        "a loop of gathers", tolerance=None,
+        "accept", f"{NODES} nodes", 3 * NODES * 8, kernel, pytorch, "a loop of gathers", tolerance=None,
     )  # fmt: skip
 
 

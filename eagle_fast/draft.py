@@ -36,6 +36,7 @@ class Drafter:
         self.states = torch.zeros_like(self.hidden)
         path, k = tree.max_path, tree.top_k
         self.path_rows = torch.arange(path, device=device)
+        self.last_rows = (torch.arange(path + 1, device=device) - 1).clamp(min=0)  # of a path, by its length
         self.path_masks = chain_masks(path, device).repeat(batch, 1, 1)
         rows = torch.arange(max(tree.depth, 1) * k, device=device)
         self.level_depths = rows.div(k, rounding_mode="floor")
@@ -55,8 +56,8 @@ class Drafter:
         """The tree of T nodes under roots [B], whose position is lengths [B]."""
         k, batch = self.tree.top_k, roots.numel()
         size = (batch, self.tree.num_candidates)
-        candidate_ids = torch.empty(2, *size, dtype=torch.long, device=self.device)
-        candidates = (torch.empty(size, device=self.device), *candidate_ids)
+        candidate_tokens, parents = torch.empty(2, *size, dtype=torch.long, device=self.device)
+        candidates = torch.empty(size, device=self.device), candidate_tokens, parents
         positions, slots = lengths + self.level_offsets  # [depth + 1, B]
         best = self._propose(self.states[:, None], lengths, sampling)
         tokens, scores, beam, rows, masks = grow(*best, *self.root, 0, *candidates)
@@ -119,9 +120,9 @@ class Drafter:
         positions = lengths[:, None] + self.path_rows
         attend = self._tree_attend(lengths, self.path_masks, self.path_rows, 0, lengths)
         hidden, states = self.head(tokens, self.head.embed_features(features), positions, attend, parts=True)
-        last = (counts - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1])
-        self.hidden.copy_(hidden.gather(1, last)[:, 0])
-        self.states.copy_(states.gather(1, last)[:, 0])
+        last = self.last_rows[counts][:, None, None].expand(-1, 1, hidden.shape[-1])
+        torch.gather(hidden, 1, last, out=self.hidden[:, None])
+        torch.gather(states, 1, last, out=self.states[:, None])
 
     def absorb_prompt(self, features, tokens, start: int, lengths) -> None:
         """Take in a prompt chunk: features [B, C, F] of positions start.., tokens [B, C] after each."""

@@ -90,7 +90,10 @@ def _rope_append_kernel(
             turned_weight = tl.load(q_norm_ptr + partner, mask=of_q & (d < R), other=0.0).to(tl.float32)
             turned_weight += tl.load(k_norm_ptr + partner, mask=of_k & (d < R), other=0.0).to(tl.float32)
             x, turned = normalise(x, turned, weight, turned_weight, D, eps, q_ptr.dtype.element_ty)
-        table = tl.load(positions_ptr + sequence * stride_pb + row * stride_pt) * R + d
+        position = pid
+        if positions_ptr is not None:
+            position = tl.load(positions_ptr + sequence * stride_pb + row * stride_pt)
+        table = position * R + d
         cos = tl.load(cos_ptr + table, mask=d < R, other=1.0).to(tl.float32)
         sin = tl.load(sin_ptr + table, mask=d < R, other=0.0).to(tl.float32)
         rotated = x * cos + sign * turned * sin
@@ -131,22 +134,23 @@ def head_input(
 
 
 def rope_append(
-    qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, k_slab: Tensor, v_slab: Tensor, slots: Tensor,
+    qkv: Tensor, positions: Tensor | None, cos: Tensor, sin: Tensor, k_slab: Tensor, v_slab: Tensor, slots: Tensor,
     num_heads: int, num_kv_heads: int, *, q_norm: Tensor | None = None, k_norm: Tensor | None = None,
     eps: float = 1e-6, interleaved: bool = False,
 ) -> Tensor:  # fmt: skip
     """Rotated queries [B, Hq, T, D] (a view of [B, T, Hq, D]); rotated keys and values go to the cache.
 
     qkv [B, T, (Hq + 2 Hkv) D], or parts of it [S, B, T, ...], which give queries in the cache's dtype; positions
-    [B, T]; cos, sin [P, R], laid out as the dimensions they multiply, which are the first R <= D of a head: the others
-    pass; k_slab, v_slab [B, Hkv, L, D] get rows slots[b] + t; q_norm, k_norm [D] are given together or not at all.
+    [B, T], or None where row t of sequence b has position b T + t; cos, sin [P, R], laid out as the dimensions they
+    multiply, which are the first R <= D of a head: the others pass; k_slab, v_slab [B, Hkv, L, D] get rows
+    slots[b] + t; q_norm, k_norm [D] are given together or not at all.
     """
     num_sequences, num_rows, width = qkv.shape[-3:]
     head_dim, rotary_dim = k_slab.shape[3], cos.shape[1]
     assert width == (num_heads + 2 * num_kv_heads) * head_dim
     assert k_slab.shape == v_slab.shape == (num_sequences, num_kv_heads, k_slab.shape[2], head_dim)
     assert qkv.stride(-1) == k_slab.stride(3) == v_slab.stride(3) == 1
-    assert positions.shape == (num_sequences, num_rows)
+    assert positions is None or positions.shape == (num_sequences, num_rows)
     assert slots.shape == (num_sequences,)
     assert cos.shape == sin.shape
     assert rotary_dim <= head_dim
@@ -162,7 +166,8 @@ def rope_append(
     with device_guard(qkv):
         _rope_append_kernel[(num_sequences * num_rows, num_heads + 2 * num_kv_heads)](
             qkv, positions, cos, sin, k_slab, v_slab, slots, q_norm, k_norm, q, num_rows, eps,
-            *parts.stride()[:3], *positions.stride(), *k_slab.stride()[:3], *v_slab.stride()[:3],
+            *parts.stride()[:3], *((0, 0) if positions is None else positions.stride()),
+            *k_slab.stride()[:3], *v_slab.stride()[:3],
             HQ=num_heads, HKV=num_kv_heads, D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), R=rotary_dim,
             INTERLEAVED=interleaved, PARTS=len(parts), num_warps=1, **dependent_launch(qkv.device),
         )  # fmt: skip
@@ -209,7 +214,7 @@ def head_input_ref(
 
 
 def rope_append_ref(
-    qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, k_slab: Tensor, v_slab: Tensor, slots: Tensor,
+    qkv: Tensor, positions: Tensor | None, cos: Tensor, sin: Tensor, k_slab: Tensor, v_slab: Tensor, slots: Tensor,
     num_heads: int, num_kv_heads: int, *, q_norm: Tensor | None = None, k_norm: Tensor | None = None,
     eps: float = 1e-6, interleaved: bool = False,
 ) -> Tensor:  # fmt: skip
@@ -218,6 +223,8 @@ def rope_append_ref(
     if qkv.dim() == 4:
         qkv = qkv.sum(0).to(k_slab.dtype)
     heads = rearrange(qkv, "b t (h d) -> b t h d", d=head_dim)
+    if positions is None:
+        positions = torch.arange(heads.shape[0] * heads.shape[1], device=qkv.device).view(heads.shape[:2])
     q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), 2)
     q = rope_ref(rms_norm_ref(q, q_norm, eps), positions, cos, sin, interleaved)
     k = rope_ref(rms_norm_ref(k, k_norm, eps), positions, cos, sin, interleaved)
