@@ -70,7 +70,7 @@ class Drafter:
             tokens, scores, beam, rows, masks = grow(*best, scores, beam, masks, level, *candidates)
         return Tree(*finish_tree(*candidates, roots, self.tree.total_token))
 
-    def _propose(self, states, positions, sampling):
+    def _propose(self, states, positions, sampling) -> tuple[torch.Tensor, torch.Tensor]:
         """Best k next tokens after rows [B, R, H] whose tokens stand at positions [B]: (scores, tokens) [B, R, k]."""
         batch, rows, _ = states.shape
         scores, tokens = lm_head_topk(
