@@ -47,7 +47,7 @@ def variants() -> Iterator[tuple[str, Any]]:
     yield "norms with twice the warps", changed(rms_norm, "num_warps", lambda block: min(32, max(1, block // 256)))
     for sizes in ((16, 64, 128, 4, 6), (16, 64, 256, 4, 3), (16, 128, 128, 4, 5), (16, 128, 256, 8, 4)):
         tile = lm_head_topk.Tile(*sizes)
-        yield f"draft lm_head tile {sizes}", changed(lm_head_topk, "logits_tile", lambda *_, tile=tile: tile)
+        yield f"draft lm_head tile {sizes}", changed(lm_head_topk, "topk_tile", lambda *_, tile=tile: tile)
     yield "as it is, again", contextlib.nullcontext()
 
 

@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from eagle_fast_kernels.accept import accept
 from eagle_fast_kernels.compact_kv import compact_kv
-from eagle_fast_kernels.draft_head import add_rms_norm, head_input, rope_append, silu_mul
+from eagle_fast_kernels.draft_head import head_input, rope_append
 from eagle_fast_kernels.grow import finish_tree, grow
 from eagle_fast_kernels.linear import few_rows_matmul
 from eagle_fast_kernels.lm_head_topk import lm_head_topk
-from eagle_fast_kernels.rms_norm import rms_norm
+from eagle_fast_kernels.rms_norm import add_rms_norm, rms_norm
 from eagle_fast_kernels.sample import sample
+from eagle_fast_kernels.silu_mul import silu_mul
 from eagle_fast_kernels.soft_cross_entropy import soft_cross_entropy
 from eagle_fast_kernels.tree_attention import tree_attention
 
@@ -216,7 +217,7 @@ def head_input_cases() -> Iterator[Case]:
 
     num_bytes = 4 * TOP_K * HIDDEN * DTYPE.itemsize
     yield Case(
-        "head_input", f"{TOP_K} rows", num_bytes, lambda _: head_input(tokens, hidden, embedding, norms[0], norms[1]),
+        "head_input", f"{TOP_K} rows", num_bytes, lambda _: head_input(tokens, hidden, embedding, *norms)[0],
         pytorch, "embedding, two norms, cat",
     )  # fmt: skip
 
@@ -269,7 +270,10 @@ def sample_case(shape: str, logits: torch.Tensor, temperature: float, top_k: int
 def accept_cases() -> Iterator[Case]:
     parents = torch.tensor(some_tree(NODES), device="cuda")[None]
     tokens, chosen = torch.randint(0, 3, (2, 1, NODES), device="cuda")
-    active = constant(True, 1, dtype=torch.bool)
+    lengths, ends, roots, report = constant(0, 1), constant(99, 1), constant(0, 1), constant(0, 1, 1 + MAX_PATH)
+
+    def kernel(_):
+        return accept(tokens, parents, chosen, lengths, ends, roots, report)
 
     def pytorch(_):
         """A step of the walk a line: the child of the node that carries the chosen token, or the node itself."""
@@ -281,8 +285,7 @@ def accept_cases() -> Iterator[Case]:
         return torch.stack(path, 1)
 
     yield Case(
-        "accept", f"{NODES} nodes", 3 * NODES * 8, lambda _: accept(tokens, parents, chosen, active, MAX_PATH), pytorch,
-        "a loop of gathers", tolerance=None,
+        "accept", f"{NODES} nodes", 3 * NODES * 8, kernel, pytorch, "a loop of gathers", tolerance=None,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ families drop unknown keywords of forward. No mask function is registered under 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -25,19 +26,6 @@ IMPLEMENTATION = "eagle_fast"
 BLOCK = 1024  # queries that share a mask
 
 
-@dataclass(kw_only=True)
-class Step:
-    """What both kinds of forward have."""
-
-    rows: torch.Tensor | None = None
-
-    def row_index(self, batch: int, count: int, device: torch.device) -> torch.Tensor:
-        """[B, T] number of each row of the forward, made once for all layers."""
-        if self.rows is None:
-            self.rows = torch.arange(batch * count, device=device).view(batch, count)
-        return self.rows
-
-
 class Block(NamedTuple):
     """Queries at positions first .. high-1 of a prompt, over the keys low .. high-1."""
 
@@ -47,7 +35,7 @@ class Block(NamedTuple):
 
 
 @dataclass
-class PrefillStep(Step):
+class PrefillStep:
     """A chunk of the prompt: `count` tokens of every sequence at rows start .. start+count, causal.
 
     Rows past a sequence's own end hold garbage that no live query sees, and that decoding overwrites.
@@ -80,13 +68,17 @@ class PrefillStep(Step):
 
 
 @dataclass
-class TreeStep(Step):
+class TreeStep:
     """T nodes a sequence, at cache rows lengths + slot; see `eagle_fast_kernels.tree_attention`."""
 
     lengths: torch.Tensor  # [B]
-    slots: torch.Tensor  # [B, T] cache rows of the nodes
     ancestors: torch.Tensor  # [B, T, W]
     depths: torch.Tensor  # [B, T]
+
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        """[B, T] cache rows of the nodes."""
+        return self.lengths[:, None] + torch.arange(self.depths.shape[1], device=self.depths.device)
 
     def first_rows(self, batch: int, device: torch.device) -> torch.Tensor:
         """[B] cache row of each sequence's first row."""
@@ -96,7 +88,7 @@ class TreeStep(Step):
         self, device: torch.device, tokens: torch.Tensor, transfers: Transfers
     ) -> tuple[torch.Tensor, TreeStep]:
         """(tokens [B, T], the step) on another device, sent as one copy."""
-        tokens, *step = transfers.packed(device, tokens, self.lengths, self.slots, self.ancestors, self.depths)
+        tokens, *step = transfers.packed(device, tokens, self.lengths, self.ancestors, self.depths)
         return tokens, TreeStep(*step)
 
 

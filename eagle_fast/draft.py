@@ -20,7 +20,7 @@ from eagle_fast.cache import KVSlab, LayerShape
 from eagle_fast.config import TreeConfig
 from eagle_fast.head import DraftHead
 from eagle_fast.sampling import SamplingTensors
-from eagle_fast.tree import Tree, chain_masks, own_bits
+from eagle_fast.tree import Tree, chain_masks
 
 
 class Drafter:
@@ -36,42 +36,41 @@ class Drafter:
         self.states = torch.zeros_like(self.hidden)
         path, k = tree.max_path, tree.top_k
         self.path_rows = torch.arange(path, device=device)
+        self.last_rows = (torch.arange(path + 1, device=device) - 1).clamp(min=0)  # of a path, by its length
         self.path_masks = chain_masks(path, device).repeat(batch, 1, 1)
-        self.level_slots = torch.arange(max(tree.depth, 1) * k, device=device)
-        self.level_depths = self.level_slots.div(k, rounding_mode="floor")
-        self.levels = torch.arange(tree.depth + 1, device=device)[:, None]
-        self.first_beam = self.level_slots[:k].repeat(batch, 1)
-        self.first_masks = own_bits(k, self.level_slots.numel(), device).repeat(batch, 1, 1)
+        rows = torch.arange(max(tree.depth, 1) * k, device=device)
+        self.level_depths = rows.div(k, rounding_mode="floor")
+        levels = torch.arange(tree.depth + 1, device=device)[:, None]
+        self.level_offsets = torch.stack([levels, levels * k])
+        words = -(-(tree.depth + 1) * k // 64)
+        # the root as a beam: score, candidate, ancestors
+        self.root = (
+            torch.zeros(batch, 1, device=device),
+            torch.full((batch, 1), -1, device=device),
+            torch.zeros(batch, 1, words, dtype=torch.long, device=device),
+        )
 
     # -- grow ------------------------------------------------------------------------------------------------------
 
     def grow(self, roots: torch.Tensor, lengths: torch.Tensor, sampling: SamplingTensors) -> Tree:
         """The tree of T nodes under roots [B], whose position is lengths [B]."""
         k, batch = self.tree.top_k, roots.numel()
-        candidates = self._candidate_buffers(batch)
-        positions, slots = lengths + self.levels, lengths + self.levels * k  # [depth + 1, B]
-        scores, tokens = self._propose(self.states[:, None], lengths, sampling)
-        scores, tokens = scores[:, 0], tokens[:, 0]
-        candidates[0][:, :k], candidates[1][:, :k] = scores, tokens
-        hidden = self.hidden[:, None].expand(-1, k, -1)
-        beam, masks = self.first_beam, self.first_masks
+        size = (batch, self.tree.num_candidates)
+        candidate_tokens, parents = torch.empty(2, *size, dtype=torch.long, device=self.device)
+        candidates = torch.empty(size, device=self.device), candidate_tokens, parents
+        positions, slots = lengths + self.level_offsets  # [depth + 1, B]
+        best = self._propose(self.states[:, None], lengths, sampling)
+        tokens, scores, beam, rows, masks = grow(*best, *self.root, 0, *candidates)
+        hidden = self.hidden
         for level in range(1, self.tree.depth + 1):
             attend = self._tree_attend(lengths, masks, self.level_depths, (level - 1) * k, slots[level - 1])
             rows_at = positions[level - 1][:, None].expand_as(tokens)
-            hidden, states = self.head(tokens, hidden, rows_at, attend, parts=True)
-            child_scores, child_tokens = self._propose(states, positions[level], sampling)
-            tokens, scores, beam, rows, masks = grow(
-                child_scores, child_tokens, scores, beam, masks, level, *candidates
-            )
-            hidden = hidden.gather(1, rows[..., None].expand_as(hidden))
+            hidden, states = self.head(tokens, hidden, rows_at, attend, rows=rows, parts=True)
+            best = self._propose(states, positions[level], sampling)
+            tokens, scores, beam, rows, masks = grow(*best, scores, beam, masks, level, *candidates)
         return Tree(*finish_tree(*candidates, roots, self.tree.total_token))
 
-    def _candidate_buffers(self, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        size, device = (batch, self.tree.num_candidates), self.hidden.device
-        scores = torch.empty(size, device=device)
-        return scores, torch.empty(size, dtype=torch.long, device=device), torch.full(size, -1, device=device)
-
-    def _propose(self, states, positions, sampling):
+    def _propose(self, states, positions, sampling) -> tuple[torch.Tensor, torch.Tensor]:
         """Best k next tokens after rows [B, R, H] whose tokens stand at positions [B]: (scores, tokens) [B, R, k]."""
         batch, rows, _ = states.shape
         scores, tokens = lm_head_topk(
@@ -81,11 +80,11 @@ class Drafter:
             bias=self.head.lm_head_bias,
             scale=self.head.lm_head_scale,
             token_ids=self.head.token_ids,
-            gain=sampling.draft_gain.repeat_interleave(rows),
-            share=sampling.draft_share.repeat_interleave(rows),
-            positions=positions.repeat_interleave(rows),
-            seeds=sampling.seeds.repeat_interleave(rows),
-            sequences=sampling.sequences.repeat_interleave(rows),
+            gain=sampling.draft_gain,
+            share=sampling.draft_share,
+            positions=positions,
+            seeds=sampling.seeds,
+            sequences=sampling.sequences,
         )
         return scores.view(batch, rows, -1), tokens.view(batch, rows, -1)
 
@@ -121,9 +120,9 @@ class Drafter:
         positions = lengths[:, None] + self.path_rows
         attend = self._tree_attend(lengths, self.path_masks, self.path_rows, 0, lengths)
         hidden, states = self.head(tokens, self.head.embed_features(features), positions, attend, parts=True)
-        last = (counts - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1])
-        self.hidden.copy_(hidden.gather(1, last)[:, 0])
-        self.states.copy_(states.gather(1, last)[:, 0])
+        last = self.last_rows[counts][:, None, None].expand(-1, 1, hidden.shape[-1])
+        torch.gather(hidden, 1, last, out=self.hidden[:, None])
+        torch.gather(states, 1, last, out=self.states[:, None])
 
     def absorb_prompt(self, features, tokens, start: int, lengths) -> None:
         """Take in a prompt chunk: features [B, C, F] of positions start.., tokens [B, C] after each."""

@@ -114,12 +114,11 @@ class FusedLayer(nn.Module):
         keys, values = slab.keys[self.layer_idx], slab.values[self.layer_idx]
         step, window = self.binding.context.step, self.binding.window
         assert step is not None
-        rows = step.row_index(batch, count, qkv.device)
         slots = step.first_rows(batch, qkv.device)
         norms: dict[str, Any] = {}
         if self.q_norm is not None and self.k_norm is not None:
             norms = {"q_norm": self.q_norm.weight, "k_norm": self.k_norm.weight, "eps": self.q_norm.variance_epsilon}
-        query = rope_append(qkv, rows, cos, sin, keys, values, slots, self.num_heads, self.num_kv_heads, **norms)
+        query = rope_append(qkv, None, cos, sin, keys, values, slots, self.num_heads, self.num_kv_heads, **norms)
         if isinstance(step, PrefillStep):
             return prefill_attention(query, keys, values, step, scale=self.scale, window=window)
         local = {"window": window, "depths": step.depths} if window else {}

@@ -200,8 +200,8 @@ class Generator:
     def _processed_round(self) -> None:
         """A whole round with logits processors, which choose every token on the host."""
         tree, logits, features = self.state.propose()
-        accepted = walk_processed(self.state, tree, logits, self._process, self._take)
-        self.state.commit(accepted, features)
+        path = walk_processed(self.state, tree, logits, self._process, self._take)
+        self.state.commit(path, features)
 
     # -- tokens ----------------------------------------------------------------------------------------------------
 

@@ -191,16 +191,25 @@ class DraftHead(nn.Module):
         return features if self.fc is None else self.fc(features)
 
     def forward(
-        self, tokens: Tensor, hidden: Tensor, positions: Tensor, attend: Attend, *, parts: bool = False
+        self,
+        tokens: Tensor,
+        hidden: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        *,
+        rows: Tensor | None = None,
+        parts: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """One pass over rows of tokens [B, T] with hidden states [B, T, H] of the tokens before them.
+
+        rows [B, T]: which of hidden [..., H] they are, if not all in order.
 
         attend(layer index, layer, qkv [B, T, (Hq + 2 Hkv) D], positions [B, T]) -> [B, T, Hq D] norms q and k, rotates
         them, stores keys and values and attends. parts: it also takes qkv as `few_rows_sums` gives it, [S, B, T, ...].
 
         Returns (next hidden [B, T, H], fed back when drafting goes on; states [B, T, H], what lm_head reads).
         """
-        x, residual = self._first_input(tokens, hidden)
+        x, residual = self._first_input(tokens, hidden, rows)
         out = x
         for index, layer in enumerate(self._layers()):
             if index:
@@ -214,14 +223,14 @@ class DraftHead(nn.Module):
         states, output = self._add_norm(out, residual, self.norm)
         return (states if self.config.norm_output else output), states
 
-    def _first_input(self, tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def _first_input(self, tokens: Tensor, hidden: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         """What the first layer's attention reads, and the residual stream that it adds to."""
         first, eps, width = self._layers()[0], self.config.rms_norm_eps, hidden.shape[-1]
         eagle3 = self.config.kind == "eagle3"
         norms = (first.input_norm, first.hidden_norm) if eagle3 else (self.fc_embed_norm, self.fc_hidden_norm)
-        rows = tokens.reshape(-1).contiguous(), hidden.reshape(-1, width)
-        flat = head_input(*rows, self.embedding, *norms, eps)
-        x = flat.view(*tokens.shape, -1)
+        rows = None if rows is None else rows.reshape(-1)
+        flat = tokens.reshape(-1).contiguous(), hidden.reshape(-1, width)
+        x, hidden = (each.view(*tokens.shape, -1) for each in head_input(*flat, self.embedding, *norms, eps, rows=rows))
         if eagle3:
             return x, x[..., -width:] if self.config.norm_before_residual else hidden
         assert self.fc is not None

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from eagle_fast_kernels.accept import Accepted
 from torch import nn
 from transformers import (
     LogitsProcessorList,
@@ -112,16 +111,16 @@ def walk_processed(
     logits: torch.Tensor,
     process: Callable[[int, torch.Tensor], torch.Tensor],
     take: Callable[[int, int], bool],
-) -> Accepted:
-    """The walk of `Round.accept` under processors.
+) -> torch.Tensor:
+    """`Round.accept` under processors.
 
     process(row, logits [1, V]) gives the scores to choose from; take(row, token) appends the token to the sequence and
     says whether the sequence goes on.
     """
     tokens, parents = tree.tokens.tolist(), tree.parents.tolist()
     depths, lengths, ends = tree.depths.tolist(), state.lengths.tolist(), state.ends.tolist()
-    path, emitted = torch.zeros_like(state.emitted), torch.zeros_like(state.emitted)
-    counts = torch.zeros_like(state.counts)
+    path = torch.zeros_like(state.emitted)
+    state.report.zero_()
     for row in range(state.batch):
         limit = min(state.max_path, max(ends[row] - lengths[row], 0))
         children = {(parents[row][n], tokens[row][n]): n for n in reversed(range(len(tokens[row])))}  # first child wins
@@ -134,7 +133,9 @@ def walk_processed(
             nodes.append(node)
             chosen.append(token)
             node = children.get((node, token)) if take(row, token) else None
-        counts[row] = len(nodes)
+        state.counts[row] = len(nodes)
         path[row, : len(nodes)] = torch.tensor(nodes, dtype=torch.long)
-        emitted[row, : len(nodes)] = torch.tensor(chosen, dtype=torch.long)
-    return Accepted(path, counts, emitted)
+        state.emitted[row, : len(nodes)] = torch.tensor(chosen, dtype=torch.long)
+        if chosen:
+            state.roots[row] = chosen[-1]
+    return path

@@ -17,7 +17,7 @@ The state lies on the device of the logits. A head elsewhere gets the roots and 
 from __future__ import annotations
 
 import torch
-from eagle_fast_kernels.accept import Accepted, accept
+from eagle_fast_kernels.accept import accept
 
 from eagle_fast.attention import TreeStep
 from eagle_fast.config import TreeConfig
@@ -55,7 +55,6 @@ class Round:
         self.roots = torch.zeros_like(self.lengths)  # the newest token, not in the cache
         self.ends = torch.zeros_like(self.lengths)  # length at which a sequence is done
         self.long_rope = torch.zeros(batch, dtype=torch.bool, device=device)
-        self.node_slots = torch.arange(self.num_nodes, device=device)
         self.report = torch.zeros(batch, 1 + self.max_path, dtype=torch.long, device=device)  # what the host reads
         self.counts, self.emitted = self.report[:, 0], self.report[:, 1:]
 
@@ -79,29 +78,25 @@ class Round:
         """Draft and verify: the tree, the target's logits [B, T, V] and the features [B, T, F] of its nodes."""
         self.target.set_long_rope(self.long_rope)
         tree = self.draft()
-        slots = self.lengths[:, None] + self.node_slots
-        step = TreeStep(self.lengths, slots, tree.ancestors, tree.depths)
+        step = TreeStep(self.lengths, tree.ancestors, tree.depths)
         return tree, *self.target.verify(tree.tokens, step, self.cache)
 
-    def accept(self, tree: Tree, logits: torch.Tensor) -> Accepted:
-        chosen = self.sampling.choose(logits, self.lengths[:, None] + tree.depths)
-        active = self.ends > self.lengths
-        return accept(tree.tokens, tree.parents, chosen, active, self.max_path)
+    def accept(self, tree: Tree, logits: torch.Tensor) -> torch.Tensor:
+        """The accepted nodes [B, A]; `emitted`, `counts` and `roots` are then the next ones.
 
-    def commit(self, accepted: Accepted, features: torch.Tensor) -> None:
-        """Compact, absorb and move on, by no more tokens than each sequence may still get."""
-        path, emitted = accepted.path, accepted.emitted
-        counts = torch.minimum(accepted.counts, (self.ends - self.lengths).clamp(min=0))
-        self.cache.slab.compact(path, counts, self.lengths, self.target.transfers)
-        tokens = emitted.clamp(min=0)  # -1 marks NaN logits, which the host reports
+        Of NaN logits -1 is emitted, which the host reports.
+        """
+        chosen = self.sampling.choose(logits, self.lengths[:, None] + tree.depths)
+        return accept(tree.tokens, tree.parents, chosen, self.lengths, self.ends, self.roots, self.report)
+
+    def commit(self, path: torch.Tensor, features: torch.Tensor) -> None:
+        """Compact, absorb and move on by the accepted nodes [B, A]."""
+        transfers = self.target.transfers
+        self.cache.slab.compact(path, self.counts, self.lengths, transfers)
         if self.drafter:
-            nodes, *rows = self.target.transfers.packed(self.drafter.device, path, tokens, counts, self.lengths)
+            nodes, *rows = transfers.packed(self.drafter.device, path, self.emitted, self.counts, self.lengths)
             self.drafter.absorb(features.gather(1, nodes[..., None].expand(-1, -1, features.shape[-1])), *rows)
-        newest = tokens.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]
-        self.roots.copy_(torch.where(counts > 0, newest, self.roots))
-        self.lengths.add_(counts)
-        self.emitted.copy_(emitted)
-        self.counts.copy_(counts)
+        self.lengths.add_(self.counts)
 
     # -- before the first round ------------------------------------------------------------------------------------
 

@@ -28,11 +28,6 @@ def chain_masks(num_rows: int, device: torch.device) -> torch.Tensor:
     return bit_masks([range(row + 1) for row in range(num_rows)], num_rows, device)
 
 
-def own_bits(num_rows: int, num_slots: int, device: torch.device) -> torch.Tensor:
-    """Masks [num_rows, W] of the first beam: row r sees the prefix and its own slot r."""
-    return bit_masks([(row,) for row in range(num_rows)], num_slots, device)
-
-
 def bit_masks(visible, num_slots: int, device: torch.device) -> torch.Tensor:
     """Masks [rows, ceil(num_slots / 64)] int64 from the visible slots of each row."""
     words = [[sum(1 << (j % 64) for j in row if j // 64 == w) for w in range(-(-num_slots // 64))] for row in visible]

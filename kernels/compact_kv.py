@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from eagle_fast_kernels.launch import device_guard, use_triton
+from eagle_fast_kernels.overlap import after_earlier_kernels, dependent_launch
 from torch import Tensor
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -25,13 +26,14 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 @triton.jit
 def _compact_kernel(
     slab_ptr, path_ptr, counts_ptr, lengths_ptr, num_sequences, num_heads,
-    stride_n, stride_b, stride_h, stride_l,
-    A: tl.constexpr, BLOCK_A: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    stride_n, stride_b, stride_h, stride_l, stride_counts,
+    A: tl.constexpr, BLOCK_A: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    after_earlier_kernels(PDL)
     pid = tl.program_id(0).to(tl.int64)
     head, sequence, buffer = pid % num_heads, pid // num_heads % num_sequences, pid // num_heads // num_sequences
     step, d = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_D)
-    count = tl.load(counts_ptr + sequence)
+    count = tl.load(counts_ptr + sequence * stride_counts)
     source = tl.load(path_ptr + sequence * A + step, mask=step < A, other=0)
     base = slab_ptr + buffer * stride_n + sequence * stride_b + head * stride_h
     base += tl.load(lengths_ptr + sequence) * stride_l
@@ -52,7 +54,6 @@ def compact_kv(slab: Tensor, path: Tensor, counts: Tensor, lengths: Tensor) -> N
     assert counts.shape == lengths.shape == (num_sequences,)
     assert slab.stride(4) == 1
     assert path.is_contiguous()
-    assert counts.is_contiguous()
     assert lengths.is_contiguous()
     if not use_triton(slab):
         return compact_kv_ref(slab, path, counts, lengths)
@@ -60,9 +61,10 @@ def compact_kv(slab: Tensor, path: Tensor, counts: Tensor, lengths: Tensor) -> N
     max_path = path.shape[1]
     with device_guard(slab):
         _compact_kernel[(num_buffers * num_sequences * num_heads,)](
-            bits, path, counts, lengths, num_sequences, num_heads, *bits.stride()[:4],
+            bits, path, counts, lengths, num_sequences, num_heads, *bits.stride()[:4], counts.stride(0),
             A=max_path, BLOCK_A=triton.next_power_of_2(max_path),
             D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), num_warps=4,
+            **dependent_launch(slab.device),
         )  # fmt: skip
 
 

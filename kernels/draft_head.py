@@ -1,13 +1,13 @@
 """The small fused pieces of a draft head's forward that are its own: its input, and RoPE with the cache write.
 
-    head_input     out[r] = rms(embedding[tokens[r]]) | rms(hidden[r])          (| joins; a norm that is None copies)
+    head_input     out[r] = rms(embedding[tokens[r]]) | rms(hidden[rows[r]])    (| joins; a norm that is None copies)
     rope_append    q, k, v of one row; q, k <- rope(rms(q)), rope(rms(k));          cache rows slots[b] + t <- k, v
 
     rms(x) = weight * x / sqrt(mean(x^2) + eps)          rope(x) = x cos[position] + turn(x) sin[position]
     turn(x) = (-x[D/2:], x[:D/2]), or interleaved (-x[1], x[0], -x[3], x[2], ...)
 
-    R rows   B sequences   T rows of a sequence   E, H embedding and hidden size   V vocabulary   P positions
-    L cache rows   Hq, Hkv heads   D head size
+    R rows   N hidden states   B sequences   T rows of a sequence   E, H embedding and hidden size   V vocabulary
+    P positions   L cache rows   Hq, Hkv heads   D head size
 
 Bytes: every input is read and every output written once. A level of 10 rows of an EAGLE-3 head for Llama-3.1-8B in bf16
 moves 0.33 MB (head_input) and 0.24 MB (rope_append): 0.1 us at 3.08 TB/s, so what counts is how few launches there are,
@@ -30,9 +30,12 @@ FEW_ROWS, ROWS = 64, 8  # of rope_append: up to so many rows, one a program; bey
 
 
 @triton.jit
-def _copy_normed(source, norm_ptr, target, width, eps, BLOCK: tl.constexpr):
+def _copy_normed(source, norm_ptr, target, plain_target, width, eps, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
-    x = tl.load(source + i, mask=i < width, other=0.0).to(tl.float32)
+    x = tl.load(source + i, mask=i < width, other=0.0)
+    if plain_target is not None:
+        tl.store(plain_target + i, x, mask=i < width)
+    x = x.to(tl.float32)
     if norm_ptr is not None:
         weight = tl.load(norm_ptr + i, mask=i < width, other=0.0).to(tl.float32)
         x, _ = normalise(x, x, weight, weight, width, eps, source.dtype.element_ty)
@@ -41,17 +44,20 @@ def _copy_normed(source, norm_ptr, target, width, eps, BLOCK: tl.constexpr):
 
 @triton.jit
 def _head_input_kernel(
-    tokens_ptr, hidden_ptr, embedding_ptr, embed_norm_ptr, hidden_norm_ptr, out_ptr, eps, stride_h, stride_e,
-    E: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    tokens_ptr, hidden_ptr, rows_ptr, embedding_ptr, embed_norm_ptr, hidden_norm_ptr, out_ptr, taken_ptr, eps,
+    stride_h, stride_e, E: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     after_earlier_kernels(PDL)
     row = tl.program_id(0).to(tl.int64)
     target = out_ptr + row * (E + H)
     if tl.program_id(1) == 0:
         token = tl.maximum(tl.load(tokens_ptr + row), 0)
-        _copy_normed(embedding_ptr + token * stride_e, embed_norm_ptr, target, E, eps, BLOCK)
+        _copy_normed(embedding_ptr + token * stride_e, embed_norm_ptr, target, None, E, eps, BLOCK)
+    elif rows_ptr is None:
+        _copy_normed(hidden_ptr + row * stride_h, hidden_norm_ptr, target + E, None, H, eps, BLOCK)
     else:
-        _copy_normed(hidden_ptr + row * stride_h, hidden_norm_ptr, target + E, H, eps, BLOCK)
+        source = hidden_ptr + tl.load(rows_ptr + row) * stride_h
+        _copy_normed(source, hidden_norm_ptr, target + E, taken_ptr + row * H, H, eps, BLOCK)
 
 
 @triton.jit
@@ -90,7 +96,10 @@ def _rope_append_kernel(
                 turned_weight = tl.load(q_norm_ptr + partner, mask=of_q & (d < R), other=0.0).to(tl.float32)
                 turned_weight += tl.load(k_norm_ptr + partner, mask=of_k & (d < R), other=0.0).to(tl.float32)
                 x, turned = normalise(x, turned, weight, turned_weight, D, eps, q_ptr.dtype.element_ty)
-            table = tl.load(positions_ptr + sequence * stride_pb + row * stride_pt, mask=here, other=0) * R + d
+            position = pid
+            if positions_ptr is not None:
+                position = tl.load(positions_ptr + sequence * stride_pb + row * stride_pt, mask=here, other=0)
+            table = position * R + d
             cos = tl.load(cos_ptr + table, mask=turns, other=1.0).to(tl.float32)
             sin = tl.load(sin_ptr + table, mask=turns, other=0.0).to(tl.float32)
             rotated = x * cos + sign * turned * sin
@@ -103,45 +112,51 @@ def _rope_append_kernel(
 
 def head_input(
     tokens: Tensor, hidden: Tensor, embedding: Tensor, embed_norm: Tensor | None = None,
-    hidden_norm: Tensor | None = None, eps: float = 1e-6,
-) -> Tensor:  # fmt: skip
-    """[R, E+H] in hidden's dtype: embedding [V, E] rows of tokens [R], then hidden [R, H], each through its RMSNorm.
+    hidden_norm: Tensor | None = None, eps: float = 1e-6, rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """([R, E+H] in hidden's dtype, hidden[rows] [R, H]): embedding [V, E] rows of tokens [R], then the hidden states,
+    each through its RMSNorm.
 
-    A token of -1 (the target had no valid choice) reads row 0.
+    hidden is [N, H], rows [R]; without rows N = R and hidden itself is returned. A token of -1 (the target had no valid
+    choice) reads row 0.
     """
-    (num_rows, hidden_size), embed_size = hidden.shape, embedding.shape[1]
-    assert tokens.shape == (num_rows,)
+    (num_hidden, hidden_size), embed_size, num_rows = hidden.shape, embedding.shape[1], len(tokens)
+    assert tokens.shape == ((num_hidden,) if rows is None else rows.shape)
     assert tokens.is_contiguous()
+    assert rows is None or rows.is_contiguous()
     assert hidden.stride(1) == embedding.stride(1) == 1
     if not use_triton(*_given(hidden, embedding, embed_norm, hidden_norm)):
-        return head_input_ref(tokens, hidden, embedding, embed_norm, hidden_norm, eps)
+        return head_input_ref(tokens, hidden, embedding, embed_norm, hidden_norm, eps, rows)
     out = hidden.new_empty(num_rows, embed_size + hidden_size)
+    taken = hidden if rows is None else hidden.new_empty(num_rows, hidden_size)
     block = triton.next_power_of_2(max(embed_size, hidden_size))
     with device_guard(hidden):
         _head_input_kernel[(num_rows, 2)](
-            tokens, hidden, embedding, embed_norm, hidden_norm, out, eps, hidden.stride(0), embedding.stride(0),
-            E=embed_size, H=hidden_size, BLOCK=block, num_warps=num_warps(block), **dependent_launch(hidden.device),
+            tokens, hidden, rows, embedding, embed_norm, hidden_norm, out, taken, eps,
+            hidden.stride(0), embedding.stride(0), E=embed_size, H=hidden_size,
+            BLOCK=block, num_warps=num_warps(block), **dependent_launch(hidden.device),
         )  # fmt: skip
-    return out
+    return out, taken
 
 
 def rope_append(
-    qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, k_slab: Tensor, v_slab: Tensor, slots: Tensor,
+    qkv: Tensor, positions: Tensor | None, cos: Tensor, sin: Tensor, k_slab: Tensor, v_slab: Tensor, slots: Tensor,
     num_heads: int, num_kv_heads: int, *, q_norm: Tensor | None = None, k_norm: Tensor | None = None,
     eps: float = 1e-6, interleaved: bool = False,
 ) -> Tensor:  # fmt: skip
     """Rotated queries [B, Hq, T, D] (a view of [B, T, Hq, D]); rotated keys and values go to the cache.
 
     qkv [B, T, (Hq + 2 Hkv) D], or parts of it [S, B, T, ...], which give queries in the cache's dtype; positions
-    [B, T]; cos, sin [P, R], laid out as the dimensions they multiply, which are the first R <= D of a head: the others
-    pass; k_slab, v_slab [B, Hkv, L, D] get rows slots[b] + t; q_norm, k_norm [D] are given together or not at all.
+    [B, T], or None where row t of sequence b has position b T + t; cos, sin [P, R], laid out as the dimensions they
+    multiply, which are the first R <= D of a head: the others pass; k_slab, v_slab [B, Hkv, L, D] get rows
+    slots[b] + t; q_norm, k_norm [D] are given together or not at all.
     """
     num_sequences, num_rows, width = qkv.shape[-3:]
     head_dim, rotary_dim = k_slab.shape[3], cos.shape[1]
     assert width == (num_heads + 2 * num_kv_heads) * head_dim
     assert k_slab.shape == v_slab.shape == (num_sequences, num_kv_heads, k_slab.shape[2], head_dim)
     assert qkv.stride(-1) == k_slab.stride(3) == v_slab.stride(3) == 1
-    assert positions.shape == (num_sequences, num_rows)
+    assert positions is None or positions.shape == (num_sequences, num_rows)
     assert slots.shape == (num_sequences,)
     assert cos.shape == sin.shape
     assert rotary_dim <= head_dim
@@ -159,7 +174,8 @@ def rope_append(
     with device_guard(qkv):
         _rope_append_kernel[(triton.cdiv(total_rows, rows), heads)](
             qkv, positions, cos, sin, k_slab, v_slab, slots, q_norm, k_norm, q, num_rows, total_rows, eps,
-            *parts.stride()[:3], *positions.stride(), *k_slab.stride()[:3], *v_slab.stride()[:3],
+            *parts.stride()[:3], *((0, 0) if positions is None else positions.stride()),
+            *k_slab.stride()[:3], *v_slab.stride()[:3],
             HQ=num_heads, HKV=num_kv_heads, D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), R=rotary_dim,
             INTERLEAVED=interleaved, PARTS=len(parts), ROWS=rows, num_warps=1, **dependent_launch(qkv.device),
         )  # fmt: skip
@@ -197,15 +213,16 @@ def rope_ref(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, interleaved
 
 def head_input_ref(
     tokens: Tensor, hidden: Tensor, embedding: Tensor, embed_norm: Tensor | None = None,
-    hidden_norm: Tensor | None = None, eps: float = 1e-6,
-) -> Tensor:  # fmt: skip
+    hidden_norm: Tensor | None = None, eps: float = 1e-6, rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`head_input` in plain PyTorch, differentiable."""
+    taken = hidden if rows is None else hidden[rows]
     embedded = rms_norm_ref(embedding[tokens.clamp(min=0)], embed_norm, eps).to(hidden.dtype)
-    return torch.cat((embedded, rms_norm_ref(hidden, hidden_norm, eps)), -1)
+    return torch.cat((embedded, rms_norm_ref(taken, hidden_norm, eps)), -1), taken
 
 
 def rope_append_ref(
-    qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, k_slab: Tensor, v_slab: Tensor, slots: Tensor,
+    qkv: Tensor, positions: Tensor | None, cos: Tensor, sin: Tensor, k_slab: Tensor, v_slab: Tensor, slots: Tensor,
     num_heads: int, num_kv_heads: int, *, q_norm: Tensor | None = None, k_norm: Tensor | None = None,
     eps: float = 1e-6, interleaved: bool = False,
 ) -> Tensor:  # fmt: skip
@@ -214,6 +231,8 @@ def rope_append_ref(
     if qkv.dim() == 4:
         qkv = qkv.sum(0).to(k_slab.dtype)
     heads = rearrange(qkv, "b t (h d) -> b t h d", d=head_dim)
+    if positions is None:
+        positions = torch.arange(heads.shape[0] * heads.shape[1], device=qkv.device).view(heads.shape[:2])
     q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), 2)
     q = rope_ref(rms_norm_ref(q, q_norm, eps), positions, cos, sin, interleaved)
     k = rope_ref(rms_norm_ref(k, k_norm, eps), positions, cos, sin, interleaved)

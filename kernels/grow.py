@@ -1,8 +1,8 @@
 """Growing the draft tree: one beam step, and the choice of the final tree (EAGLE-2, sections 4.1 and 4.2).
 
-Candidates are numbered level by level: 0 .. k-1 are the root's children (parent -1); child j of beam row i of level
-l >= 1 is k + (l-1) k^2 + i k + j; C = k + depth k^2 for `depth` levels. Scores are cumulative log-probabilities, so a
-child scores at most its parent, and with ties going to the lower index no node is chosen before its parent. A NaN
+Candidates are numbered level by level: 0 .. k-1 are the root's children (level 0, parent -1); child j of beam row i of
+level l >= 1 is k + (l-1) k^2 + i k + j; C = k + depth k^2 for `depth` levels. Scores are cumulative log-probabilities,
+so a child scores at most its parent, and with ties going to the lower index no node is chosen before its parent. A NaN
 counts as -inf.
 
     B sequences   k rows of the beam and children of each   C candidates   T nodes of the tree   W mask words
@@ -20,6 +20,14 @@ import triton.language as tl
 
 from .launch import device_guard, use_triton
 from .order_key import ABSENT, PACKED_ABSENT, kth_key, order_key, pack
+from .overlap import after_earlier_kernels, dependent_launch
+
+
+@triton.jit
+def _node_bit(nodes, words):
+    """Mask words [N, W] of the nodes [N], each with its own bit."""
+    bit = tl.full(nodes.shape, 1, tl.int64) << (nodes & 63).to(tl.int64)
+    return tl.where((nodes >> 6)[:, None] == words[None, :], bit[:, None], 0)
 
 
 @triton.jit
@@ -27,18 +35,23 @@ def _grow_kernel(
     tokens_ptr, scores_ptr, candidates_ptr, rows_ptr, ancestors_ptr,
     topk_scores_ptr, topk_tokens_ptr, beam_scores_ptr, beam_candidates_ptr, beam_ancestors_ptr,
     out_scores_ptr, out_tokens_ptr, out_parents_ptr, stride_out, first, first_slot,
-    K: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
+    PARENTS: tl.constexpr, K: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_W: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """`first`: index of the level's first candidate; `first_slot`: draft slot of the new beam's first row."""
+    after_earlier_kernels(PDL)
     b = tl.program_id(0).to(tl.int64)
     child = tl.arange(0, BLOCK)
-    inside = child < K * K
-    row = child // K
-    total = tl.load(beam_scores_ptr + b * K + row, mask=inside, other=0.0)
-    total += tl.load(topk_scores_ptr + b * K * K + child, mask=inside, other=0.0)
+    inside = child < PARENTS * K
+    row = b * PARENTS + child // K
+    total = tl.load(beam_scores_ptr + row, mask=inside, other=0.0)
+    total += tl.load(topk_scores_ptr + b * PARENTS * K + child, mask=inside, other=0.0)
     total = tl.where(total == total, total, float("-inf"))
-    token = tl.load(topk_tokens_ptr + b * K * K + child, mask=inside, other=0)
-    parent = tl.load(beam_candidates_ptr + b * K + row, mask=inside, other=0)
+    token = tl.load(topk_tokens_ptr + b * PARENTS * K + child, mask=inside, other=0)
+    parent = tl.load(beam_candidates_ptr + row, mask=inside, other=0)
+    word = tl.arange(0, BLOCK_W)
+    word_mask = inside[:, None] & (word < WORDS)[None, :]
+    ancestors = tl.load(beam_ancestors_ptr + row[:, None] * WORDS + word[None, :], mask=word_mask, other=0)
     out = b * stride_out + first + child
     tl.store(out_scores_ptr + out, total, mask=inside)
     tl.store(out_tokens_ptr + out, token, mask=inside)
@@ -51,27 +64,18 @@ def _grow_kernel(
     tl.store(tokens_ptr + beam, token, mask=taken)
     tl.store(scores_ptr + beam, total, mask=taken)
     tl.store(candidates_ptr + beam, (first + child).to(tl.int64), mask=taken)
-    tl.store(rows_ptr + beam, row.to(tl.int64), mask=taken)
-    slot = (first_slot + rank).to(tl.int64)
-    for word in tl.static_range(WORDS):
-        mask = tl.load(beam_ancestors_ptr + (b * K + row) * WORDS + word, mask=taken, other=0)
-        mask |= tl.where((slot >> 6) == word, tl.full([BLOCK], 1, tl.int64) << (slot & 63), 0)
-        tl.store(ancestors_ptr + beam * WORDS + word, mask, mask=taken)
-
-
-@triton.jit
-def _node_bit(nodes, words):
-    """Mask words [N, W] of the nodes [N], each with its own bit."""
-    bit = tl.full(nodes.shape, 1, tl.int64) << (nodes & 63).to(tl.int64)
-    return tl.where((nodes >> 6)[:, None] == words[None, :], bit[:, None], 0)
+    tl.store(rows_ptr + beam, row, mask=taken)
+    ancestors |= _node_bit(first_slot + rank, word)
+    tl.store(ancestors_ptr + beam[:, None] * WORDS + word[None, :], ancestors, mask=taken[:, None] & word_mask)
 
 
 @triton.jit
 def _finish_tree_kernel(
     tree_tokens_ptr, tree_parents_ptr, depths_ptr, ancestors_ptr,
     scores_ptr, tokens_ptr, parents_ptr, roots_ptr, num_candidates, num_nodes,
-    WORDS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr,
+    WORDS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    after_earlier_kernels(PDL)
     b = tl.program_id(0).to(tl.int64)
     candidates = tl.arange(0, BLOCK_C)
     inside = candidates < num_candidates
@@ -121,34 +125,41 @@ def grow(
     out_tokens: torch.Tensor,
     out_parents: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Writes the k^2 candidates of `level` (>= 1) and returns the next beam, its best row first.
+    """Writes the P k candidates of `level` and returns the next beam, its best row first. P = k, but 1 at level 0.
 
-    topk_scores, topk_tokens [B, k, k]: the k best tokens after each beam row, log-probabilities and ids
-    beam_scores, beam_candidates [B, k], beam_ancestors [B, k, W]: the beam; row i is candidate beam_candidates[:, i]
+    topk_scores, topk_tokens [B, P, k]: the k best tokens after each beam row, log-probabilities and ids
+    beam_scores, beam_candidates [B, P], beam_ancestors [B, P, W]: the beam; row i is candidate beam_candidates[:, i].
+        At level 0 it is the root: score 0, candidate -1, no ancestors
     out_scores, out_tokens, out_parents [B, C]: all candidates, written in place
-    -> tokens, scores, candidates, rows (of the parent in the old beam) [B, k], ancestors [B, k, W]: row r becomes draft
-       slot level * k + r, whose bit its ancestors get.
+    -> tokens, scores, candidates, rows (of the parent among the B P of all old beams) [B, k], ancestors [B, k, W]: row
+       r becomes draft slot level * k + r, whose bit its ancestors get.
     """
-    (num_sequences, k, _), num_words = topk_scores.shape, beam_ancestors.shape[-1]
+    (num_sequences, parents, k), num_words = topk_scores.shape, beam_ancestors.shape[-1]
     inputs = (topk_scores, topk_tokens, beam_scores, beam_candidates, beam_ancestors)
     buffers = (out_scores, out_tokens, out_parents)
-    first = k + (level - 1) * k * k
-    assert level >= 1
-    assert first + k * k <= out_scores.shape[1], "the candidate buffers are too short"
+    first = _first_candidate(level, k)
+    assert parents == (k if level else 1)
+    assert first + parents * k <= out_scores.shape[1], "the candidate buffers are too short"
     assert (level + 1) * k <= 64 * num_words, "the mask has too few words"
     if not use_triton(topk_scores):
         return grow_ref(*inputs, level, *buffers)
     assert k <= 16
     assert all(x.is_contiguous() for x in (*inputs, *buffers))
-    scores = torch.empty_like(beam_scores)
-    tokens, candidates, rows = (torch.empty_like(beam_candidates) for _ in range(3))
-    ancestors = torch.empty_like(beam_ancestors)
+    scores = beam_scores.new_empty(num_sequences, k)
+    tokens, candidates, rows = (beam_candidates.new_empty(num_sequences, k) for _ in range(3))
+    ancestors = beam_ancestors.new_empty(num_sequences, k, num_words)
     with device_guard(topk_scores):
         _grow_kernel[(num_sequences,)](
             tokens, scores, candidates, rows, ancestors, *inputs, *buffers, out_scores.stride(0), first, level * k,
-            K=k, WORDS=num_words, BLOCK=triton.next_power_of_2(k * k), num_warps=4 if k <= 11 else 8,
+            PARENTS=parents, K=k, WORDS=num_words, BLOCK=triton.next_power_of_2(parents * k),
+            BLOCK_W=triton.next_power_of_2(num_words), num_warps=4 if k <= 11 else 8,
+            **dependent_launch(topk_scores.device),
         )  # fmt: skip
     return tokens, scores, candidates, rows, ancestors
+
+
+def _first_candidate(level: int, k: int) -> int:
+    return k + (level - 1) * k * k if level else 0
 
 
 def finish_tree(
@@ -172,6 +183,7 @@ def finish_tree(
             tree_tokens, tree_parents, depths, ancestors, scores, tokens, parents, roots, num_candidates, num_nodes,
             WORDS=num_words, BLOCK_C=block_c, BLOCK_T=triton.next_power_of_2(num_nodes),
             BLOCK_W=triton.next_power_of_2(num_words), num_warps=min(16, max(4, block_c // 256)),
+            **dependent_launch(scores.device),
         )  # fmt: skip
     return tree_tokens, tree_parents, depths, ancestors
 
@@ -187,21 +199,21 @@ def grow_ref(
     out_tokens: torch.Tensor,
     out_parents: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    k, device = topk_scores.shape[1], topk_scores.device
-    first = k + (level - 1) * k * k
+    (num_sequences, parents, k), device = topk_scores.shape, topk_scores.device
+    first = _first_candidate(level, k)
     total = (beam_scores[..., None] + topk_scores).flatten(1)
     total = total.masked_fill(total.isnan(), float("-inf"))
-    out_scores[:, first : first + k * k] = total
-    out_tokens[:, first : first + k * k] = topk_tokens.flatten(1)
-    out_parents[:, first : first + k * k] = beam_candidates.repeat_interleave(k, 1)
+    out_scores[:, first : first + parents * k] = total
+    out_tokens[:, first : first + parents * k] = topk_tokens.flatten(1)
+    out_parents[:, first : first + parents * k] = beam_candidates.repeat_interleave(k, 1)
 
     scores, index = total.sort(dim=-1, descending=True, stable=True)
     scores, index = scores[:, :k], index[:, :k]
-    rows = index // k
+    rows = index // k + torch.arange(num_sequences, device=device)[:, None] * parents
     slots = level * k + torch.arange(k, device=device)
     words = torch.arange(beam_ancestors.shape[-1], device=device)
     bits = torch.where(words == (slots >> 6)[:, None], (torch.ones_like(slots) << (slots & 63))[:, None], 0)
-    ancestors = beam_ancestors.gather(1, rows[..., None].expand_as(beam_ancestors)) | bits
+    ancestors = beam_ancestors.flatten(0, 1)[rows] | bits
     return topk_tokens.flatten(1).gather(1, index), scores, first + index, rows, ancestors
 
 

@@ -38,13 +38,13 @@ def pack(x, index):
 
 
 @triton.jit
-def take_best(keys, index):
-    """(the largest of int32 keys of any shape, the lowest index that has it, the keys with ABSENT there).
+def take_best(keys, index, axis: tl.constexpr):
+    """Along an axis, which is kept: (the largest of int32 keys, the lowest index that has it, keys with ABSENT there).
 
     Two reductions of 32 bits: a warp does each in one instruction, where one of packed keys takes ten and more.
     """
-    best = tl.max(keys)
-    first = tl.min(tl.where(keys == best, index, 2147483647))
+    best = tl.max(keys, axis, keep_dims=True)
+    first = tl.min(tl.where(keys == best, index, 2147483647), axis, keep_dims=True)
     return best, first, tl.where(index == first, ABSENT, keys)
 
 

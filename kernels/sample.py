@@ -27,6 +27,7 @@ import triton.language as tl
 
 from .launch import device_guard, use_triton
 from .noise import gumbel_tile
+from .overlap import after_earlier_kernels, dependent_launch
 from .sample_ref import GREEDY_TEMPERATURE, sample_ref
 from .sample_threshold import LOG2E, threshold
 
@@ -45,9 +46,10 @@ def _first_best(values, tokens):
 @triton.jit
 def _survey_kernel(
     best_ptr, token_ptr, mass_ptr, logits_ptr, temperature_ptr, num_nodes, vocab_size, stride_logits_b, stride_logits_t,
-    GREEDY: tl.constexpr, CHUNK: tl.constexpr,
+    GREEDY: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Best logit (NaN if there is one), its token, and the sum of exp((logit - best) / temperature) of one chunk."""
+    after_earlier_kernels(PDL)
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b = row // num_nodes
     tokens = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -69,9 +71,10 @@ def _survey_kernel(
 def _draw_kernel(
     best_ptr, token_ptr, chunk_best_ptr, least_ptr, logits_ptr, positions_ptr, temperature_ptr, min_p_ptr, seeds_ptr,
     sequences_ptr, num_nodes, vocab_size, stride_logits_b, stride_logits_t, stride_positions_b, stride_positions_t,
-    GREEDY: tl.constexpr, CHUNK: tl.constexpr, BLOCK_CHUNKS: tl.constexpr,
+    GREEDY: tl.constexpr, CHUNK: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The best x + G of what is kept of one chunk, -inf where nothing is, and its token."""
+    after_earlier_kernels(PDL)
     chunk, row, num_chunks = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
     b, node = row // num_nodes, row % num_nodes
     temperature = tl.load(temperature_ptr + b)
@@ -103,8 +106,9 @@ def _draw_kernel(
 @triton.jit
 def _pick_kernel(
     out_ptr, chunk_best_ptr, chunk_token_ptr, drawn_best_ptr, drawn_token_ptr, temperature_ptr, num_nodes, num_chunks,
-    GREEDY: tl.constexpr, BLOCK_CHUNKS: tl.constexpr,
+    GREEDY: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    after_earlier_kernels(PDL)
     row = tl.program_id(0).to(tl.int64)
     chunks = row * num_chunks + tl.arange(0, BLOCK_CHUNKS)
     exists = tl.arange(0, BLOCK_CHUNKS) < num_chunks
@@ -146,18 +150,20 @@ def sample(
     token, drawn_token = torch.empty(2, num_rows, num_chunks, dtype=torch.int32, device=logits.device)
     tokens = torch.empty(num_sequences, num_nodes, dtype=torch.int64, device=logits.device)
     grid, sizes = (num_chunks, num_rows), (num_nodes, vocab_size, *logits.stride()[:2])
-    block_chunks = triton.next_power_of_2(num_chunks)
+    block_chunks, overlap = triton.next_power_of_2(num_chunks), dependent_launch(logits.device)
     with device_guard(logits):
         _survey_kernel[grid](
-            best, token, mass, logits, temperature, *sizes, GREEDY=GREEDY_TEMPERATURE, CHUNK=chunk, num_warps=NUM_WARPS,
+            best, token, mass, logits, temperature, *sizes,
+            GREEDY=GREEDY_TEMPERATURE, CHUNK=chunk, num_warps=NUM_WARPS, **overlap,
         )  # fmt: skip
         least = threshold(logits, best, mass, temperature, top_k, top_p)
         _draw_kernel[grid](
             drawn, drawn_token, best, least, logits, positions, temperature, min_p, seeds, sequences, *sizes,
             *positions.stride(), GREEDY=GREEDY_TEMPERATURE, CHUNK=chunk, BLOCK_CHUNKS=block_chunks, num_warps=NUM_WARPS,
+            **overlap,
         )  # fmt: skip
         _pick_kernel[(num_rows,)](
             tokens, best, token, drawn, drawn_token, temperature, num_nodes, num_chunks,
-            GREEDY=GREEDY_TEMPERATURE, BLOCK_CHUNKS=block_chunks, num_warps=1,
+            GREEDY=GREEDY_TEMPERATURE, BLOCK_CHUNKS=block_chunks, num_warps=1, **overlap,
         )  # fmt: skip
     return tokens

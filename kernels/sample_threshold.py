@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from .order_key import kth_key, order_key, order_value
+from .overlap import after_earlier_kernels, dependent_launch
 from .sample_ref import GREEDY_TEMPERATURE
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -133,8 +134,9 @@ def _threshold_kernel(
     least_ptr, logits_ptr, best_ptr, mass_ptr, temperature_ptr, top_k_ptr, top_p_ptr, slots_ptr,
     num_nodes, vocab_size, num_chunks, stride_logits_b, stride_logits_t,
     GREEDY: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, TILE: tl.constexpr, LANE_SLOTS: tl.constexpr,
-    UNUSED: tl.constexpr,
+    UNUSED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    after_earlier_kernels(PDL)
     program = tl.program_id(0).to(tl.int64)
     b = program // num_nodes
     temperature = tl.load(temperature_ptr + b)
@@ -194,6 +196,6 @@ def threshold(
         least, logits, best, mass, temperature, top_k, top_p, slots,
         num_nodes, vocab_size, num_chunks, *logits.stride()[:2],
         GREEDY=GREEDY_TEMPERATURE, BLOCK_CHUNKS=triton.next_power_of_2(num_chunks), TILE=tile, LANE_SLOTS=LANE_SLOTS,
-        UNUSED=UNUSED_BITS[logits.dtype], num_warps=min(NUM_WARPS, tile // 128),
+        UNUSED=UNUSED_BITS[logits.dtype], num_warps=min(NUM_WARPS, tile // 128), **dependent_launch(logits.device),
     )  # fmt: skip
     return least

@@ -1,4 +1,4 @@
-"""accept walks as a Python loop does: random trees, dead ends, batches that are partly done."""
+"""accept walks as a Python loop does: random trees, dead ends, batches that are partly done or have little room."""
 
 import random
 
@@ -7,12 +7,12 @@ import torch
 from eagle_fast_kernels.accept import accept
 
 
-def walk(tokens, parents, chosen, active, max_path):
+def walk(tokens, parents, chosen, room, max_path):
     """One sequence, lists in, (path, emitted) out."""
-    if not active:
+    if room <= 0:
         return [], []
     path = [0]
-    while len(path) < max_path:
+    while len(path) < min(max_path, room):
         child = [c for c, p in enumerate(parents) if p == path[-1] and c > 0 and tokens[c] == chosen[path[-1]] >= 0]
         if not child:
             break
@@ -20,15 +20,20 @@ def walk(tokens, parents, chosen, active, max_path):
     return path, [chosen[node] for node in path]
 
 
-def check(tokens, parents, chosen, active, max_path, device):
-    arguments = (torch.tensor(x, device=device) for x in (tokens, parents, chosen, active))
-    path, counts, emitted = (x.tolist() for x in accept(*arguments, max_path))
+def check(tokens, parents, chosen, room, max_path, device):
+    lengths = torch.arange(len(tokens), device=device) + 30
+    ends, roots = lengths + torch.tensor(room, device=device), lengths + 900
+    report = torch.full((len(tokens), 1 + max_path), -12345, device=device)
+    tree = (torch.tensor(x, device=device) for x in (tokens, parents, chosen))
+    path = accept(*tree, lengths, ends, roots, report).tolist()
+    counts, emitted = report[:, 0].tolist(), report[:, 1:].tolist()
     for b in range(len(tokens)):
-        nodes, texts = walk(tokens[b], parents[b], chosen[b], active[b], max_path)
+        nodes, texts = walk(tokens[b], parents[b], chosen[b], room[b], max_path)
         padding = [0] * (max_path - len(nodes))
         assert path[b] == nodes + padding
         assert emitted[b] == texts + padding
         assert counts[b] == len(nodes)
+        assert roots[b] == (max(texts[-1], 0) if texts else 930 + b)
     return counts
 
 
@@ -42,26 +47,26 @@ def test_random_trees(num_nodes, way, device, monkeypatch):
         tokens = [[generator.randrange(3) for _ in range(num_nodes)] for _ in range(3)]
         parents = [[-1] + [generator.randrange(max(0, i - 6), i) for i in range(1, num_nodes)] for _ in range(3)]
         chosen = [[generator.choice((0, 1, 2, 2**40, -1)) for _ in range(num_nodes)] for _ in range(3)]
-        check(tokens, parents, chosen, [True, False, True], max_path, device)
+        check(tokens, parents, chosen, [99, 0, 3], max_path, device)
 
 
 @pytest.mark.parametrize("way", ["ref", "triton"])
 def test_full_acceptance_and_dead_ends(way, device, monkeypatch):
     monkeypatch.setenv("EAGLE_FAST_KERNELS", way)
     chain = list(range(-1, 11))
-    tokens = [list(range(100, 112))] * 5
+    tokens = [list(range(100, 112))] * 6
     after = list(range(101, 113))
     wrong, unknown = [0, *after[1:]], [*after[:3], -1, *after[4:]]
     counts = check(
-        tokens, [chain] * 5, [after, wrong, unknown, after, [-1] * 12], [True, True, True, False, True], 12, device
+        tokens, [chain] * 6, [after, wrong, unknown, after, [-1] * 12, after], [99, 12, 12, -5, 4, 3], 12, device
     )
-    assert counts == [12, 1, 4, 0, 1]
+    assert counts == [12, 1, 4, 0, 1, 3]
 
 
 @pytest.mark.parametrize("way", ["ref", "triton"])
 def test_root_is_nobodys_child_and_minus_one_matches_nothing(way, device, monkeypatch):
     """Padding nodes may carry token -1 and any parent; the root's own token and parent never take part."""
     monkeypatch.setenv("EAGLE_FAST_KERNELS", way)
-    counts = check([[5, -1, 5]], [[-1, 0, 1]], [[-1, 5, 5]], [True], 4, device)
-    counts += check([[5, 6, 5]], [[0, 0, 1]], [[5, 6, 6]], [True], 4, device)
+    counts = check([[5, -1, 5]], [[-1, 0, 1]], [[-1, 5, 5]], [4], 4, device)
+    counts += check([[5, 6, 5]], [[0, 0, 1]], [[5, 6, 6]], [4], 4, device)
     assert counts == [1, 1]

@@ -71,10 +71,12 @@ def test_head_input(sizes, norms, dtype, way, use, device):
     weights = [
         torch.randn(n, device=device).to(dtype) if given else None for n, given in zip(sizes, norms, strict=True)
     ]
-    out = draft_head.head_input(tokens, hidden, embedding, *weights, eps=EPS)
-    assert out.dtype == dtype
-    close(out[:, :embed_size], rms(embedding[[4, 0, 0]], weights[0]), 2)
-    close(out[:, embed_size:], rms(hidden, weights[1]), 2)
+    for rows in (None, torch.tensor([2, 0, 2], device=device)):
+        out, taken = draft_head.head_input(tokens, hidden, embedding, *weights, eps=EPS, rows=rows)
+        assert out.dtype == dtype
+        assert torch.equal(taken, hidden if rows is None else hidden[rows])
+        close(out[:, :embed_size], rms(embedding[[4, 0, 0]], weights[0]), 2)
+        close(out[:, embed_size:], rms(taken, weights[1]), 2)
 
 
 # (heads, D, rotary size, with q and k norms, interleaved, dtype); bfloat16 is slow in the interpreter: few heads
@@ -184,7 +186,7 @@ def test_gradients_flow_through_the_twins():
         leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
         assert torch.autograd.gradcheck(function, leaves)
 
-    check(lambda h, e, n, m: draft_head.head_input(tokens, h, e, n, m, EPS), (3, 5), (4, 6), (6,), (5,))
+    check(lambda h, e, n, m: draft_head.head_input(tokens, h, e, n, m, EPS)[0], (3, 5), (4, 6), (6,), (5,))
     check(lambda x, r, w: add_rms_norm(x, r, w, EPS), (2, 6), (2, 6), (6,))
     check(silu_mul, (3, 8))
     check(lambda x: draft_head.rope_ref(x, positions, cos, sin), (1, 2, 2, 8))
@@ -214,7 +216,7 @@ def test_real_shapes_round_as_pytorch_does(num_rows, dtype):
         tokens = torch.randint(0, 1000, (num_rows,), device="cuda")
         weight, other = random(hidden_size), random(hidden_size)
         arguments = (tokens, random(num_rows, hidden_size), random(1000, hidden_size), weight, other, EPS)
-        close(draft_head.head_input(*arguments), draft_head.head_input_ref(*arguments), 2)
+        close(draft_head.head_input(*arguments)[0], draft_head.head_input_ref(*arguments)[0], 2)
         arguments = (random(num_rows, hidden_size), random(num_rows, hidden_size), weight, EPS)
         for pair in zip(add_rms_norm(*arguments), add_rms_norm_ref(*arguments), strict=True):
             close(*pair, 2)

@@ -69,20 +69,14 @@ class Grown(NamedTuple):
 
 
 def start(drafts, depth, num_words, device):
-    """Candidate buffers with level 0 in them, everything else poisoned, and the first beam."""
+    """Poisoned candidate buffers, and the root as a beam."""
     k, num_sequences = drafts[0].k, len(drafts)
     num_candidates = k + depth * k * k
     scores = torch.full((num_sequences, num_candidates), float("nan"), device=device)
     tokens = torch.full((num_sequences, num_candidates), -12345, dtype=torch.int64, device=device)
-    parents = torch.full_like(tokens, -12345)
-    rows = torch.arange(k, device=device)
-    for b, draft in enumerate(drafts):
-        scores[b, :k], tokens[b, :k] = (torch.tensor(x, device=device) for x in draft(()))
-    parents[:, :k] = -1
-    ancestors = torch.zeros(num_sequences, k, num_words, dtype=torch.int64, device=device)
-    ancestors[:, rows, rows // 64] = 1 << (rows % 64)
-    beam = (scores[:, :k].contiguous(), rows.expand(num_sequences, k).contiguous(), ancestors)
-    return Grown(scores, tokens, parents), beam
+    root = torch.full((num_sequences, 1), -1, device=device)
+    ancestors = torch.zeros(num_sequences, 1, num_words, dtype=torch.int64, device=device)
+    return Grown(scores, tokens, torch.full_like(tokens, -12345)), (root + 1.0, root, ancestors)
 
 
 def bits(words):
@@ -95,9 +89,9 @@ def build(drafts, depth, device, op=grow):
     k = drafts[0].k
     out, (scores, candidates, ancestors) = start(drafts, depth, -(-(depth + 1) * k // 64), device)
     beams = [paper_tree(draft, 0, depth, 1)[1] for draft in drafts]
-    paths = [[node.path for node in beam[0]] for beam in beams]
-    slot_of_path = [{path: r for r, path in enumerate(p)} for p in paths]
-    for level in range(1, depth + 1):
+    paths: list[list[tuple]] = [[()] for _ in drafts]
+    slot_of_path: list[dict] = [{} for _ in drafts]
+    for level in range(depth + 1):
         asked = [[draft(path) for path in p] for draft, p in zip(drafts, paths, strict=True)]
         topk_scores = torch.tensor(np.array([[s for s, _ in a] for a in asked]), device=device)
         topk_tokens = torch.tensor(np.array([[t for _, t in a] for a in asked]), device=device)
@@ -105,8 +99,8 @@ def build(drafts, depth, device, op=grow):
         tokens, scores, candidates, rows, ancestors = beam
         for b in range(len(drafts)):
             expected = beams[b][level]
-            index = (candidates[b] - (k + (level - 1) * k * k)).tolist()
-            assert [i // k for i in index] == rows[b].tolist()
+            index = (candidates[b] - (k + (level - 1) * k * k if level else 0)).tolist()
+            assert [b * (k if level else 1) + i // k for i in index] == rows[b].tolist()
             assert [(*paths[b][i // k], i % k) for i in index] == [node.path for node in expected]
             assert tokens[b].tolist() == [node.token for node in expected]
             assert scores[b].tolist() == [float(node.score) for node in expected]
@@ -236,9 +230,12 @@ def test_at_size(k, depth, num_nodes, num_sequences, device):
 def test_steps_in_a_graph(device):
     """One captured beam step and final tree: nothing in them asks the host."""
     drafts = [Draft(10, seed) for seed in range(2)]
-    out, (scores, candidates, ancestors) = start(drafts, 1, 1, device)
+    out, root = start(drafts, 1, 1, device)
     topk_scores = -torch.rand(2, 10, 10, device=device).sort(-1).values
     topk_tokens = torch.randint(0, 1000, (2, 10, 10), device=device)
+    _, scores, candidates, _, ancestors = grow(
+        *(x[:, :1].contiguous() for x in (topk_scores, topk_tokens)), *root, 0, *out
+    )
     roots = torch.tensor([3, 4], device=device)
 
     def step(grow_op, finish_op):

@@ -18,8 +18,11 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-def make(num_rows, vocab_size, hidden_size, options=(), device="cpu", dtype=torch.float32, weight_dtype=None):
-    """hidden, weight and the keywords named in `options`; every third row has no noise, all differ in their scales."""
+def make(
+    num_rows, vocab_size, hidden_size, options=(), device="cpu", dtype=torch.float32, weight_dtype=None, sequences=None
+):
+    """hidden, weight and the keywords named in `options`; every third sequence (by default every row is one) has no
+    noise, all differ in their scales."""
     generator = torch.Generator().manual_seed(num_rows)
     hidden = torch.randn(num_rows, hidden_size, generator=generator).to(device, dtype)
     weight = torch.randn(vocab_size, hidden_size, generator=generator) * (3 / hidden_size**0.5)
@@ -34,10 +37,10 @@ def make(num_rows, vocab_size, hidden_size, options=(), device="cpu", dtype=torc
     if "token_ids" in options:
         keywords["token_ids"] = torch.randperm(3 * vocab_size, generator=generator)[:vocab_size].to(device)
     if "noise" in options:
-        rows = torch.arange(num_rows, device=device)
-        keywords["gain"] = 0.7 + 0.2 * (rows % 7)
-        keywords["share"] = torch.where(rows % 3 == 2, 0.0, 0.5 + 0.3 * (rows % 5))
-        keywords |= {"positions": 100 + rows // 2, "seeds": 7 - (rows << 34), "sequences": rows % 4}
+        b = torch.arange(sequences or num_rows, device=device)
+        keywords["gain"] = 0.7 + 0.2 * (b % 7)
+        keywords["share"] = torch.where(b % 3 == 2, 0.0, 0.5 + 0.3 * (b % 5))
+        keywords |= {"positions": 100 + b // 2, "seeds": 7 - (b << 34), "sequences": b % 4}
     return hidden, weight.to(device, weight_dtype or dtype), keywords
 
 
@@ -95,6 +98,21 @@ def test_kernel_against_double(num_rows, k, options, device):
 def test_ref_against_double(options, dtype, device):
     hidden, weight, keywords = make(11, 501, 64, options, device, dtype)
     check(*lm_head_topk_ref(hidden, weight, 7, **keywords), hidden, weight, 7, 2e-5, **keywords)
+
+
+@pytest.mark.parametrize("options", [OPTIONS, ("noise",)], ids=str)
+@pytest.mark.parametrize("use_kernel", [False, True], ids=["ref", "kernel"])
+def test_rows_of_a_sequence_share_its_noise(use_kernel, options, device, request):
+    """Four sequences of five rows: as with the settings of each sequence given for each of its rows."""
+    if use_kernel:
+        request.getfixturevalue("triton_kernels")
+    hidden, weight, keywords = make(20, 75, 40, options, device, sequences=4)
+    noise = ("gain", "share", "positions", "seeds", "sequences")
+    a_row = keywords | {name: keywords[name].repeat_interleave(5) for name in noise}
+    for mine, theirs in zip(
+        lm_head_topk(hidden, weight, 4, **keywords), lm_head_topk(hidden, weight, 4, **a_row), strict=True
+    ):
+        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.usefixtures("triton_kernels")

@@ -49,6 +49,17 @@ def test_rope_append_adds_the_parts(normed, way, monkeypatch, device):
     assert kept.any()
 
 
+@WAYS
+def test_rope_append_counts_the_rows_where_it_has_no_positions(way, monkeypatch, device):
+    monkeypatch.setenv("EAGLE_FAST_KERNELS", way)
+    x = torch.randn(2, 3, 8 * 16, device=device)
+    (_, *arguments), slabs = rope_case(device, torch.float32)
+    expected = rope_append(x, torch.arange(6, device=device).view(2, 3), *arguments)
+    kept = slabs.clone()
+    assert torch.equal(rope_append(x, None, *arguments), expected)
+    assert torch.equal(slabs, kept)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_rows", [1, 60])
 def test_overlapping_kernels_wait_for_each_other(num_rows):

@@ -26,7 +26,7 @@ def tree_step(lengths, device):
     batch = lengths.numel()
     ancestors = bit_masks(own, len(own), device).expand(batch, -1, -1)
     depths = torch.tensor([len(path) - 1 for path in own], device=device).expand(batch, -1)
-    return TreeStep(lengths, lengths[:, None] + torch.arange(len(own), device=device), ancestors, depths)
+    return TreeStep(lengths, ancestors, depths)
 
 
 def prefill(target, tokens, cache):
