@@ -24,19 +24,11 @@ from .overlap import after_earlier_kernels, dependent_launch
 
 
 @triton.jit
-def _node_bit(nodes, words):
-    """Mask words [N, W] of the nodes [N], each with its own bit."""
-    bit = tl.full(nodes.shape, 1, tl.int64) << (nodes & 63).to(tl.int64)
-    return tl.where((nodes >> 6)[:, None] == words[None, :], bit[:, None], 0)
-
-
-@triton.jit
 def _grow_kernel(
     tokens_ptr, scores_ptr, candidates_ptr, rows_ptr, ancestors_ptr,
     topk_scores_ptr, topk_tokens_ptr, beam_scores_ptr, beam_candidates_ptr, beam_ancestors_ptr,
     out_scores_ptr, out_tokens_ptr, out_parents_ptr, stride_out, first, first_slot,
-    PARENTS: tl.constexpr, K: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_W: tl.constexpr,
-    PDL: tl.constexpr,
+    PARENTS: tl.constexpr, K: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`first`: index of the level's first candidate; `first_slot`: draft slot of the new beam's first row."""
     after_earlier_kernels(PDL)
@@ -49,9 +41,6 @@ def _grow_kernel(
     total = tl.where(total == total, total, float("-inf"))
     token = tl.load(topk_tokens_ptr + b * PARENTS * K + child, mask=inside, other=0)
     parent = tl.load(beam_candidates_ptr + row, mask=inside, other=0)
-    word = tl.arange(0, BLOCK_W)
-    word_mask = inside[:, None] & (word < WORDS)[None, :]
-    ancestors = tl.load(beam_ancestors_ptr + row[:, None] * WORDS + word[None, :], mask=word_mask, other=0)
     out = b * stride_out + first + child
     tl.store(out_scores_ptr + out, total, mask=inside)
     tl.store(out_tokens_ptr + out, token, mask=inside)
@@ -65,8 +54,18 @@ def _grow_kernel(
     tl.store(scores_ptr + beam, total, mask=taken)
     tl.store(candidates_ptr + beam, (first + child).to(tl.int64), mask=taken)
     tl.store(rows_ptr + beam, row, mask=taken)
-    ancestors |= _node_bit(first_slot + rank, word)
-    tl.store(ancestors_ptr + beam[:, None] * WORDS + word[None, :], ancestors, mask=taken[:, None] & word_mask)
+    slot = (first_slot + rank).to(tl.int64)
+    for word in tl.static_range(WORDS):
+        mask = tl.load(beam_ancestors_ptr + row * WORDS + word, mask=taken, other=0)
+        mask |= tl.where((slot >> 6) == word, tl.full([BLOCK], 1, tl.int64) << (slot & 63), 0)
+        tl.store(ancestors_ptr + beam * WORDS + word, mask, mask=taken)
+
+
+@triton.jit
+def _node_bit(nodes, words):
+    """Mask words [N, W] of the nodes [N], each with its own bit."""
+    bit = tl.full(nodes.shape, 1, tl.int64) << (nodes & 63).to(tl.int64)
+    return tl.where((nodes >> 6)[:, None] == words[None, :], bit[:, None], 0)
 
 
 @triton.jit
@@ -152,8 +151,7 @@ def grow(
         _grow_kernel[(num_sequences,)](
             tokens, scores, candidates, rows, ancestors, *inputs, *buffers, out_scores.stride(0), first, level * k,
             PARENTS=parents, K=k, WORDS=num_words, BLOCK=triton.next_power_of_2(parents * k),
-            BLOCK_W=triton.next_power_of_2(num_words), num_warps=4 if k <= 11 else 8,
-            **dependent_launch(topk_scores.device),
+            num_warps=4 if k <= 11 else 8, **dependent_launch(topk_scores.device),
         )  # fmt: skip
     return tokens, scores, candidates, rows, ancestors
 

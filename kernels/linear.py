@@ -77,6 +77,8 @@ def weight_tile(num_columns: int, inner: int, weight: Tensor, num_rows: int, *, 
             splits = _most_splits(steps, 3 * num_sms // tiles)
     wide = tiles >= 3 * num_sms
     block_n, num_warps = (128, 8) if wide else (64, 4)
+    if size == 1 and num_rows > 64:  # one tile of rows, since each converts the weights for itself
+        return Tile(128, block_n, 64 if wide else 128, splits, 8, 4 if wide else 3)
     stage = (block_n * size + block_m * max(size, 2)) * block_k
     crowded = not wide and splits * tiles > num_sms
     most = shared_memory // 2 - 1024 if crowded else shared_memory  # room for two programs a multiprocessor

@@ -26,7 +26,7 @@ from .noise import gumbel, gumbel_ref, gumbel_row_ref
 from .order_key import ABSENT, order_key, order_value, pack_ref, take_best, unpack_ref
 from .overlap import after_earlier_kernels, dependent_launch
 
-WARP_KEYS = 1024  # that a warp of the merge holds
+WARP_KEYS = 256  # that a warp of the merge holds
 
 
 class Tile(NamedTuple):
@@ -39,19 +39,21 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def topk_tile(num_rows: int, vocab_size: int, weight: torch.Tensor) -> Tile:
-    """Few rows: as many stages as let all programs be there at once, or four to a multiprocessor."""
+def topk_tile(num_rows: int, hidden_size: int, vocab_size: int, weight: torch.Tensor) -> Tile:
+    """Few rows: 256 bytes of a weight row a step, and as many stages as let all programs be there at once, or four to
+    a multiprocessor."""
     num_sms, shared_memory = resources(weight.device)
     size = weight.element_size()
-    block_m = min(64, max(16, triton.next_power_of_2(num_rows)))
+    block_m = min(32 if size == 1 else 64, max(16, triton.next_power_of_2(num_rows)))
     if size == 4:
         return Tile(block_m, 64, 32, 4, 3)
     if block_m == 64:
-        return Tile(64, 128, 64, 8, 5) if size == 2 else Tile(64, 128, 128, 8, 4)
-    stage = (64 * size + block_m * max(size, 2)) * 128
+        return Tile(64, 128, 64, 8, 5)
+    block_k = 256 if size == 1 and block_m == 16 and hidden_size % 256 == 0 else 128
+    stage = (64 * size + block_m * max(size, 2)) * block_k
     programs = min(4, triton.cdiv(triton.cdiv(vocab_size, 64), num_sms))
     num_stages = 1 + (shared_memory // programs - 1024) // stage  # a buffer less than stages
-    return Tile(block_m, 64, 128, 4, min(6, max(3, num_stages)))
+    return Tile(block_m, 64, block_k, 4, min(6, max(3, num_stages)))
 
 
 @triton.jit
@@ -179,7 +181,7 @@ def lm_head_topk(
     assert all(x is None or (x.shape == (vocab_size,) and x.is_contiguous()) for x in (bias, scale, token_ids))
     rows_per_sequence = 1 if gain is None else num_rows // len(gain)
     assert all(x is None or (rows_per_sequence * len(x) == num_rows and x.is_contiguous()) for x in noise)
-    block_m, block_n, block_k, num_warps, num_stages = topk_tile(num_rows, vocab_size, weight)
+    block_m, block_n, block_k, num_warps, num_stages = topk_tile(num_rows, hidden_size, vocab_size, weight)
     num_tiles, even = triton.cdiv(vocab_size, block_n), hidden_size % block_k == 0
     keys, columns = torch.empty(2, num_rows, num_tiles, k, dtype=torch.int32, device=device)
     peaks, masses = torch.empty(2, num_rows, num_tiles, dtype=torch.float32, device=device)
