@@ -46,7 +46,7 @@ def make(
 
 def logits_of(hidden, weight, bias=None, scale=None, token_ids=None, gain=None, share=None, **noise_key):
     """The formula in double precision, [R, Vd]."""
-    z = hidden.double() @ weight.double().T
+    z = torch.cat([hidden.double() @ part.double().T for part in weight.split(4096)], -1)
     z = z if scale is None else z * scale
     z = z if bias is None else z + bias
     if gain is not None:
