@@ -121,10 +121,8 @@ class FusedLayer(nn.Module):
         query = rope_append(qkv, None, cos, sin, keys, values, slots, self.num_heads, self.num_kv_heads, **norms)
         if isinstance(step, PrefillStep):
             return prefill_attention(query, keys, values, step, scale=self.scale, window=window)
-        local = {"window": window, "depths": step.depths} if window else {}
-        return tree_attention(
-            query, keys, values, step.lengths, step.ancestors, scale=self.scale, ahead=self.o, **local
-        )
+        local: dict[str, Any] = {"window": window, "depths": step.depths} if window else {}
+        return tree_attention(query, keys, values, step.lengths, step.ancestors, scale=self.scale, **local)
 
 
 def merge(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:

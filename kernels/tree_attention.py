@@ -18,21 +18,28 @@ splits without a share leave at once. Each split leaves fp32 partials (4 T Hq D 
 combines in order. A row does not depend on what the other rows hold, but its rounding does on how many there are: one
 query wants twice the splits of 60.
 
-Left out: fp8 caches, different head sizes of K and V, TMA loads, softmax of one tile under the products of another,
-combining inside the first kernel.
+Many rows over a long cache take `tree_attention_hopper` for the splits' partials, on the GPUs that it is for. It takes
+the same splits and leaves the same partials, over live rows cut from row 0 on.
+
+Left out: fp8 caches, different head sizes of K and V, combining inside the first kernel.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from eagle_fast_kernels.launch import device_guard, resources, upcast, use_triton
-from eagle_fast_kernels.overlap import after_earlier_kernels, can_fetch, dependent_launch, fetch_ahead
+from eagle_fast_kernels.overlap import after_earlier_kernels, dependent_launch
 from eagle_fast_kernels.tree_attention_ref import tree_attention_ref
 from torch import Tensor
+
+# Gluon is experimental: of other releases nothing is assumed, and the kernel of this file does all.
+HAS_GLUON = triton.__version__.startswith(("3.6.", "3.7."))
+if HAS_GLUON:
+    from eagle_fast_kernels import tree_attention_hopper as hopper
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -54,6 +61,7 @@ TILES = {
     (4, 16): (32, 32), (4, 32): (32, 32), (4, 64): (32, 32), (4, 128): (32, 16), (4, 256): (16, 16),
 }  # fmt: skip
 MAX_SPLITS = 64  # the combine kernel holds one partial of every split
+LONG_CACHE = 4096  # rows from which on `tree_attention_hopper` attends
 
 
 def _resources(device: torch.device) -> tuple[int, int]:
@@ -84,16 +92,31 @@ def _padded(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
+def _by_hopper(q: Tensor, k: Tensor, v: Tensor, bent: float) -> bool:
+    """Whether `tree_attention_hopper` attends; `bent` is not 0 where a window, a chunk or a softcap is asked for."""
+    (_, num_heads, num_queries, head_dim), (_, num_kv_heads, num_rows, _) = q.shape, k.shape
+    if not HAS_GLUON or not q.is_cuda or torch.version.hip or torch.cuda.get_device_capability(q.device)[0] != 9:
+        return False
+    fits = q.dtype in hopper.TYPES and head_dim in hopper.HEAD_DIMS and hopper.can_fetch(k) and hopper.can_fetch(v)
+    return fits and not bent and num_rows >= LONG_CACHE and num_queries * num_heads // num_kv_heads > 64
+
+
 @triton.jit
-def _plan(length, num_slots, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The first prefix row that any query sees, tiles of the prefix, tiles in all, tiles a split."""
+def _plan(
+    length, num_slots, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
+    JOINED: tl.constexpr,
+):  # fmt: skip
+    """The first prefix row that any query sees, tiles of the prefix, tiles in all, tiles a split.
+
+    JOINED: tiles run on from the prefix into the tree, as `tree_attention_hopper` cuts them.
+    """
     begin = length * 0
     if WINDOW > 0:
         begin = tl.maximum(begin, length - WINDOW + 1)
     if CHUNK > 0:
         begin = tl.maximum(begin, length // CHUNK * CHUNK)
     prefix_tiles = tl.cdiv(length - begin, BLOCK_N)
-    num_tiles = prefix_tiles + tl.cdiv(num_slots, BLOCK_N)
+    num_tiles = tl.cdiv(length + num_slots, BLOCK_N) if JOINED else prefix_tiles + tl.cdiv(num_slots, BLOCK_N)
     return begin, prefix_tiles, num_tiles, tl.cdiv(num_tiles, SPLITS)
 
 
@@ -146,29 +169,24 @@ def _absorb(q, k, v, visible, acc, peak, total, scale, SOFTCAP: tl.constexpr):
     return acc, new_peak, total * decay + tl.sum(weights, 1)
 
 
-@triton.jit(do_not_specialize=["num_queries", "first", "ahead_bytes"])
+@triton.jit(do_not_specialize=["num_queries", "first"])
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, lengths_ptr, ancestors_ptr, depths_ptr, sinks_ptr, out_ptr, acc_ptr, peak_ptr, total_ptr,
-    ahead_ptr, ahead_bytes, num_queries, num_kv_heads, first, scale,
+    num_queries, num_kv_heads, first, scale,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_ab, stride_at, stride_db,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
     SOFTCAP: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
-    THREADS: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     after_earlier_kernels(PDL)
     split, group = tl.program_id(0), tl.program_id(2).to(tl.int64)
     sequence, kv_head = group // num_kv_heads, group % num_kv_heads
     num_slots = first + num_queries
     length = tl.load(lengths_ptr + sequence).to(tl.int32)
-    begin, prefix_tiles, num_tiles, share = _plan(length, num_slots, WINDOW, CHUNK, SPLITS, BLOCK_N)
+    begin, prefix_tiles, num_tiles, share = _plan(length, num_slots, WINDOW, CHUNK, SPLITS, BLOCK_N, False)
     low, high = split * share, tl.minimum((split + 1) * share, num_tiles)
-    if low >= high:  # the others attend: time to fetch what comes after
-        if PDL and ahead_ptr is not None:
-            idle = split - tl.cdiv(num_tiles, share)
-            idle = (idle * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2)
-            if idle.to(tl.int64) * (THREADS * 4096) < ahead_bytes:
-                fetch_ahead(ahead_ptr, ahead_bytes, idle, THREADS)
+    if low >= high:
         return
     full = tl.minimum(high, (length - begin) // BLOCK_N)
 
@@ -237,13 +255,14 @@ def _attend_kernel(
 def _combine_kernel(
     acc_ptr, peak_ptr, total_ptr, lengths_ptr, sinks_ptr, out_ptr, num_queries, num_kv_heads, first,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, JOINED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     after_earlier_kernels(PDL)
     row, group = tl.program_id(0), tl.program_id(1).to(tl.int64)
     sequence, head = group // num_kv_heads, group % num_kv_heads * G + row % G
     length = tl.load(lengths_ptr + sequence).to(tl.int32)
-    _, _, num_tiles, share = _plan(length, first + num_queries, WINDOW, CHUNK, SPLITS, BLOCK_N)
+    _, _, num_tiles, share = _plan(length, first + num_queries, WINDOW, CHUNK, SPLITS, BLOCK_N, JOINED)
     split, d = tl.arange(0, BLOCK_SPLITS), tl.arange(0, BLOCK_D)
     ran = split * share < num_tiles  # the others left without writing
     partial = (group * SPLITS + split) * num_queries * G + row
@@ -267,16 +286,14 @@ def _combine_kernel(
 def tree_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, ancestors: Tensor, *, scale: float, depths: Tensor | None = None,
     first: int = 0, window: int = 0, chunk: int = 0, softcap: float = 0.0, sinks: Tensor | None = None,
-    ahead: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of T tree nodes over the prefix and the tree slots that they see.
 
     q [B, Hq, T, D] of any strides, row i is tree slot first + i; k, v [B, Hkv, L, D], views of a slab (all three with a
     contiguous last dimension); lengths [B] prefix rows; ancestors [B, T, W] int64 bits of the visible slots; scale > 0;
     depths [B, N] of the slots, needed by `window` (keys less than so many positions back) and `chunk` (keys of one
-    chunk); window, chunk, softcap: 0 = off; sinks [Hq]; ahead: a contiguous tensor that is read next,
-    which programs without work fetch into L2. Rows from lengths[b] + first + T on are never read. Returns
-    [B, T, Hq, D], contiguous; a query that sees nothing gets zeros.
+    chunk); window, chunk, softcap: 0 = off; sinks [Hq]. Rows from lengths[b] + first + T on do not count, whatever they
+    hold. Returns [B, T, Hq, D], contiguous; a query that sees nothing gets zeros.
     """
     _check(q, k, v, lengths, ancestors, depths, first, window or chunk, sinks)
     assert scale > 0
@@ -291,29 +308,34 @@ def tree_attention(
     packed_rows = num_queries * num_heads // num_kv_heads
     groups, splits = num_sequences * num_kv_heads, tile.num_splits
     out = q.new_empty(num_sequences, num_queries, num_heads, head_dim)
-    if ahead is not None and not can_fetch(ahead):
-        ahead = None
-    acc = peak = total = None
-    if splits > 1:
+    joined = _by_hopper(q, k, v, window or chunk or softcap)
+    in_parts = joined or splits > 1
+    partials: Any = (None, None, None)  # acc, peak, total
+    if in_parts:
         acc = q.new_empty(groups, splits, packed_rows, head_dim, dtype=torch.float32)
-        peak, total = q.new_empty(2, groups, splits, packed_rows, dtype=torch.float32)
+        partials = (acc, *q.new_empty(2, groups, splits, packed_rows, dtype=torch.float32))
     shared = dict(
         G=num_heads // num_kv_heads, D=head_dim, BLOCK_D=_padded(head_dim),
-        WINDOW=window, CHUNK=chunk, SPLITS=splits, BLOCK_N=tile.block_n, **dependent_launch(q.device),
+        WINDOW=window, CHUNK=chunk, SPLITS=splits, BLOCK_N=hopper.UNIT.value if joined else tile.block_n,
+        **dependent_launch(q.device),
     )  # fmt: skip
     with device_guard(q):
-        _attend_kernel[(splits, triton.cdiv(packed_rows, tile.block_m), groups)](
-            q, k, v, lengths, ancestors, depths, sinks, out, acc, peak, total,
-            ahead, 0 if ahead is None else ahead.nbytes, num_queries, num_kv_heads, first, scale,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            *ancestors.stride()[:2], 0 if depths is None else depths.stride(0),
-            **shared, SOFTCAP=softcap, BLOCK_M=tile.block_m, UPCAST=upcast(q.dtype),
-            THREADS=32 * tile.num_warps, num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
-        if splits > 1:
+        if joined:
+            hopper.attend(
+                q, k, v, lengths, ancestors, *partials, scale=scale, first=first, **dependent_launch(q.device)
+            )
+        else:
+            _attend_kernel[(splits, triton.cdiv(packed_rows, tile.block_m), groups)](
+                q, k, v, lengths, ancestors, depths, sinks, out, *partials,
+                num_queries, num_kv_heads, first, scale, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+                *ancestors.stride()[:2], 0 if depths is None else depths.stride(0),
+                **shared, SOFTCAP=softcap, BLOCK_M=tile.block_m, UPCAST=upcast(q.dtype),
+                num_warps=tile.num_warps, num_stages=tile.num_stages,
+            )  # fmt: skip
+        if in_parts:
             _combine_kernel[(packed_rows, groups)](
-                acc, peak, total, lengths, sinks, out, num_queries, num_kv_heads, first,
-                **shared, BLOCK_SPLITS=triton.next_power_of_2(splits), num_warps=2,
+                *partials, lengths, sinks, out, num_queries, num_kv_heads, first,
+                **shared, JOINED=joined, BLOCK_SPLITS=triton.next_power_of_2(splits), num_warps=2,
             )  # fmt: skip
     return out
 

@@ -4,7 +4,10 @@ Small shapes run the kernel everywhere (interpreted without a GPU), real ones on
 in every case, and prefix rows that no query may reach (window, chunk) are large noise.
 """
 
+import os
 import random
+import subprocess
+import sys
 from typing import NamedTuple
 
 import pytest
@@ -380,3 +383,138 @@ def naive(case, problem):
         scores = torch.cat((scores, sink), -1)
     weights = scores.softmax(-1, dtype=torch.float32)[..., :num_rows].to(q.dtype)
     return (weights @ v.nan_to_num().repeat_interleave(group, 1)).transpose(1, 2)
+
+
+# -- many rows over a long cache: kernels/tree_attention_hopper.py -----------------------------------------------------
+
+on_hopper = pytest.mark.skipif(
+    not (module.HAS_GLUON and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9),
+    reason="needs a Hopper GPU and a release of Triton that the kernel is written for",
+)
+UNITS = [(0,), (1,), (127,), (128,), (129,), (4000,), (5000,), (5000, 0, 129), (127, 4000, 1)]
+
+
+def long_case(lengths, num_queries, rows=8192, **options):
+    spare = rows - max(lengths) - num_queries - options.get("first", 0)
+    return Case(lengths, num_queries, (32, 8), 128, spare=spare, **options)
+
+
+def relative_error(out, exact):
+    assert out.isfinite().all()
+    return ((out.float() - exact).norm() / exact.norm()).item()
+
+
+@on_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("num_queries", [17, 60, 64, 100])
+@pytest.mark.parametrize("lengths", UNITS, ids=str)
+def test_specialised_warps_are_as_close_as_the_other_kernel(lengths, num_queries, dtype, monkeypatch):
+    """Prefix and tree end anywhere in a unit of 128 rows; several sequences also have a draft's `first` and sinks."""
+    options = {"first": 30, "sinks": True} if len(lengths) > 1 else {}
+    problem = build(long_case(lengths, num_queries, **options), dtype, "cuda")
+    assert module._by_hopper(problem.q, problem.k, problem.v, 0)
+    wide = problem._replace(q=problem.q.float(), k=problem.k.float(), v=problem.v.float())
+    exact = run(tree_attention_ref, wide)
+    out = run(tree_attention, problem)
+    monkeypatch.setattr(module, "LONG_CACHE", 2**40)
+    error, other = relative_error(out, exact), relative_error(run(tree_attention, problem), exact)
+    assert error < (1e-3 if dtype == torch.float16 else 6e-3)
+    assert error < 1.2 * other
+
+
+@on_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("lengths", "splits"), [((4500,), None), ((4500, 300), 1), ((4500,), 36), ((130,), 64)], ids=str
+)
+def test_specialised_warps_where_the_cache_ends_in_a_unit(lengths, splits, monkeypatch):
+    """The cache has no row past the live ones of the longest sequence; one split, or one for nearly every unit."""
+    if splits is not None:
+        set_splits(monkeypatch, splits)
+    problem = build(long_case(lengths, 60, rows=4560), torch.bfloat16, "cuda")
+    assert module._by_hopper(problem.q, problem.k, problem.v, 0)
+    wide = problem._replace(q=problem.q.float(), k=problem.k.float(), v=problem.v.float())
+    assert relative_error(run(tree_attention, problem), run(tree_attention_ref, wide)) < 6e-3
+
+
+@on_hopper
+@pytest.mark.gpu
+def test_specialised_warps_give_zeros_to_a_query_that_sees_nothing():
+    problem = build(long_case((0, 300), 60), torch.bfloat16, "cuda")
+    problem.ancestors[:, 3] = 0
+    out = run(tree_attention, problem)
+    assert out[0, 3].eq(0).all()
+    assert out[1, 3].ne(0).any()
+    assert out.isfinite().all()
+
+
+@on_hopper
+@pytest.mark.gpu
+def test_captured_graph_of_specialised_warps_serves_every_length():
+    problem = build(long_case((5000, 2000, 0), 60), torch.bfloat16, "cuda")
+    problem.k.nan_to_num_()
+    problem.v.nan_to_num_()
+    run(tree_attention, problem)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+        out = run(tree_attention, problem)
+    for lengths in ((0, 17, 5000), (8132, 1, 128), (64, 4999, 127), (3000, 3000, 3000)):
+        problem.lengths.copy_(torch.tensor(lengths))
+        graph.replay()
+        torch.testing.assert_close(out, run(tree_attention_ref, problem), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.skipif(not module.HAS_GLUON, reason="another release of Triton")
+def test_caches_that_tma_can_fetch():
+    """Rows of one matrix on 16 bytes: slabs and parts of their rows, but neither heads side by side nor odd places."""
+    slab = torch.empty(2, 3, 8, 40, 128, dtype=torch.bfloat16)
+    can_fetch = module.hopper.can_fetch
+    assert can_fetch(slab[1])
+    assert can_fetch(slab[1, :, :, 4:30])
+    assert can_fetch(slab[1, 1:2, 3:4, :, 8:72])
+    assert not can_fetch(slab[1].reshape(3, 40, 8, 128).transpose(1, 2))
+    assert not can_fetch(slab[1, :, :, :, 4:68])
+    assert not can_fetch(torch.empty(3, 8, 40, 132, dtype=torch.bfloat16)[..., :128])
+    assert not can_fetch(slab[1, :, :, :1].expand(-1, -1, 40, -1))
+
+
+COMPILE = """
+import subprocess, sys, torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from eagle_fast_kernels import tree_attention_hopper as hopper
+
+class NoGPU:
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device=None: 0
+
+driver.set_active(NoGPU())
+kernel, compiled = hopper._attend_hopper_kernel, []
+launch = kernel.run
+kernel.run = lambda *args, warmup, **options: compiled.append(launch(*args, warmup=True, **options))
+q = torch.zeros(1, 32, 60, 128, dtype=getattr(torch, sys.argv[1]))
+kv, lengths = torch.zeros(1, 8, 4104, 128, dtype=q.dtype), torch.zeros(1).long()
+ancestors = torch.zeros(1, 60, 1).long()
+acc = torch.zeros(8, 8, 240, 128)
+for pdl in ({"PDL": False}, {"PDL": True, "launch_pdl": True}):
+    hopper.attend(q, kv, kv, lengths, ancestors, acc, acc[..., 0], acc[..., 0], scale=0.1, first=0, **pdl)
+for each in compiled:
+    open(sys.argv[2], "w").write(each.asm["ptx"])
+    command = [knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", sys.argv[2], "-o", sys.argv[2] + ".cubin"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert each.metadata.shared <= 232448 and " 0 bytes spill stores" in said and "arning" not in said, said
+print("compiled", len(compiled))
+"""
+
+
+@pytest.mark.skipif(not module.HAS_GLUON, reason="another release of Triton")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_specialised_warps_compile_without_spills(dtype, tmp_path):
+    """For Hopper, on any machine: what fits, in registers alone, and no product that the compiler puts in sequence."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILE, dtype, str(tmp_path / "kernel.ptx")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["compiled", "2"], done.stderr
