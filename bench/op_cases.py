@@ -26,6 +26,7 @@ from eagle_fast_kernels.silu_mul import silu_mul
 from eagle_fast_kernels.soft_cross_entropy import soft_cross_entropy
 from eagle_fast_kernels.tree_attention import tree_attention
 
+from eagle_fast.linear import quantise
 from eagle_fast.tree import bit_masks
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 4096, 14336, 32, 8, 128, 32
@@ -172,19 +173,21 @@ def linear_cases() -> Iterator[Case]:
 
 
 def lm_head_topk_cases() -> Iterator[Case]:
-    weight = normal(DRAFT_VOCAB, HIDDEN) * HIDDEN**-0.5
-    for rows in (1, TOP_K, 8 * TOP_K):
+    weights = [normal(DRAFT_VOCAB, HIDDEN) * HIDDEN**-0.5 for _ in range(copies_of(DRAFT_VOCAB * HIDDEN))]
+    quantised = [quantise(weight) for weight in weights]
+    for rows, int8 in itertools.product((1, TOP_K, 8 * TOP_K), (True, False)):
         hidden = normal(rows, HIDDEN)
 
-        def kernel(_, hidden=hidden):
-            return lm_head_topk(hidden, weight, TOP_K)[0]
+        def kernel(i, hidden=hidden, int8=int8):
+            weight, scale = quantised[i] if int8 else (weights[i], None)
+            return lm_head_topk(hidden, weight, TOP_K, scale=scale)[0]
 
-        def pytorch(_, hidden=hidden):
-            return F.linear(hidden, weight).float().log_softmax(-1).topk(TOP_K).values
+        def pytorch(i, hidden=hidden):
+            return F.linear(hidden, weights[i]).float().log_softmax(-1).topk(TOP_K).values
 
-        num_bytes = weight.numel() * weight.element_size()
-        shape = f"{rows} row{'s' if rows > 1 else ''}, {DRAFT_VOCAB} tokens"
-        yield Case("lm_head_topk", shape, num_bytes, kernel, pytorch, "cuBLAS, log_softmax, topk")
+        num_bytes = DRAFT_VOCAB * HIDDEN * (1 if int8 else DTYPE.itemsize)
+        shape = f"{rows} row{'s' if rows > 1 else ''}, {DRAFT_VOCAB} tokens{', int8' if int8 else ''}"
+        yield Case("lm_head_topk", shape, num_bytes, kernel, pytorch, "bf16, log_softmax, topk", len(weights))
 
 
 def rms_norm_cases() -> Iterator[Case]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -25,7 +26,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_pair_arguments(parser)
     parser.add_argument("--limit", type=int, default=16, metavar="N", help="prompts a file (default %(default)s)")
-    parser.add_argument("--timed", type=int, default=4, metavar="N", help="of these, timed one by one (default 4)")
+    parser.add_argument(
+        "--timed", type=int, default=4, metavar="N", help="of these, timed one by one (default 4; 0: none)"
+    )
     parser.add_argument("--temperature", nargs="+", type=float, default=[0.0, 1.0], metavar="T")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
@@ -80,10 +83,11 @@ def main() -> int:
             tau = accepted_counts(model, prompts, args, temperature).tau
             row = {"placement": name, "temperature": temperature, "devices": len(model.target.devices)}
             row |= {"texts": len(own), "same": same, "tau": round(tau, 3)}
-            row["tokens_per_second"] = round(speed(model.eagenerate, prompts[: args.timed], args, temperature), 1)
+            if args.timed:
+                row["tokens_per_second"] = round(speed(model.eagenerate, prompts[: args.timed], args, temperature), 1)
             rows.append(row)
             print(f"{name:<18}{temperature:>5.1f}{row['devices']:>6}{row['texts']:>7}{same:>6}{tau:>7.2f}"
-                  f"{row['tokens_per_second']:>10.1f}", flush=True)  # fmt: skip
+                  f"{row.get('tokens_per_second', math.nan):>10.1f}", flush=True)  # fmt: skip
     record = {"bench": "placements", "dtype": args.dtype, "rows": rows, **environment(args.commit)}
     if args.out:
         write(record, args.out)
