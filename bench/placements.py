@@ -26,9 +26,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_pair_arguments(parser)
     parser.add_argument("--limit", type=int, default=16, metavar="N", help="prompts a file (default %(default)s)")
-    parser.add_argument(
-        "--timed", type=int, default=4, metavar="N", help="of these, timed one by one (default 4; 0: none)"
-    )
+    parser.add_argument("--timed", type=int, default=4, metavar="N", help="of these, timed one by one (4; 0: none)")
     parser.add_argument("--temperature", nargs="+", type=float, default=[0.0, 1.0], metavar="T")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])

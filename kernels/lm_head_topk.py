@@ -62,7 +62,7 @@ def _tile_topk_kernel(
     gain_ptr, share_ptr, positions_ptr, seeds_ptr, sequences_ptr,
     num_rows, rows_per_sequence, vocab_size, hidden_size, stride_hidden, stride_weight,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
-    PREFETCH: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+    PREFETCH: tl.constexpr, ONE_SEQUENCE: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Of each tile: keys and columns [R, tiles, K] of the best logits in order; peaks and masses [R, tiles], the
     maximum and the sum of exponentials below it."""
@@ -83,13 +83,14 @@ def _tile_topk_kernel(
     if bias_ptr is not None:
         z += tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     if gain_ptr is not None:
-        b = rows // rows_per_sequence
-        z *= tl.load(gain_ptr + b, mask=row_mask, other=0.0)[:, None]
-        share = tl.load(share_ptr + b, mask=row_mask, other=0.0)
+        # Rows of one sequence have the noise in common.
+        b = tl.arange(0, 1) if ONE_SEQUENCE else tl.minimum(rows, num_rows - 1) // rows_per_sequence
+        z *= tl.load(gain_ptr + b)[:, None]
+        share = tl.load(share_ptr + b)
         if tl.max(share, 0) > 0:
-            seed = tl.load(seeds_ptr + b, mask=row_mask, other=0)[:, None]
-            sequence = tl.load(sequences_ptr + b, mask=row_mask, other=0)[:, None]
-            position = tl.load(positions_ptr + b, mask=row_mask, other=0)[:, None]
+            seed = tl.load(seeds_ptr + b)[:, None]
+            sequence = tl.load(sequences_ptr + b)[:, None]
+            position = tl.load(positions_ptr + b)[:, None]
             tokens = columns.to(tl.int64)
             if token_ids_ptr is not None:
                 tokens = tl.load(token_ids_ptr + columns, mask=column_mask, other=0)
@@ -193,7 +194,8 @@ def lm_head_topk(
             keys, columns, peaks, masses, hidden, weight, bias, scale, token_ids, *noise,
             num_rows, rows_per_sequence, vocab_size, hidden_size, hidden.stride(0), weight.stride(0),
             K=k, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, EVEN=even,
-            PREFETCH=even and prefetches(weight, hidden_size), UPCAST=upcast(hidden.dtype),
+            PREFETCH=even and prefetches(weight, hidden_size), ONE_SEQUENCE=rows_per_sequence == num_rows,
+            UPCAST=upcast(hidden.dtype),
             num_warps=num_warps, num_stages=num_stages, **dependent_launch(hidden.device),
         )  # fmt: skip
         _merge_kernel[(num_rows,)](

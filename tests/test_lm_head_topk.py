@@ -101,14 +101,15 @@ def test_ref_against_double(options, dtype, device):
 
 
 @pytest.mark.parametrize("options", [OPTIONS, ("noise",)], ids=str)
+@pytest.mark.parametrize("sequences", [1, 4])
 @pytest.mark.parametrize("use_kernel", [False, True], ids=["ref", "kernel"])
-def test_rows_of_a_sequence_share_its_noise(use_kernel, options, device, request):
-    """Four sequences of five rows: as with the settings of each sequence given for each of its rows."""
+def test_rows_of_a_sequence_share_its_noise(use_kernel, sequences, options, device, request):
+    """As with the settings of each sequence given for each of its rows."""
     if use_kernel:
         request.getfixturevalue("triton_kernels")
-    hidden, weight, keywords = make(20, 75, 40, options, device, sequences=4)
+    hidden, weight, keywords = make(20, 75, 40, options, device, sequences=sequences)
     noise = ("gain", "share", "positions", "seeds", "sequences")
-    a_row = keywords | {name: keywords[name].repeat_interleave(5) for name in noise}
+    a_row = keywords | {name: keywords[name].repeat_interleave(20 // sequences) for name in noise}
     for mine, theirs in zip(
         lm_head_topk(hidden, weight, 4, **keywords), lm_head_topk(hidden, weight, 4, **a_row), strict=True
     ):
