@@ -45,6 +45,12 @@ class GraphedStep:
         else:
             self._warm_up()
 
+    def __del__(self) -> None:
+        """The pools go with the step, and their memory at once: a round that is still under way has to end first."""
+        if getattr(self, "pools", None):
+            for device in self.devices:
+                torch.cuda.synchronize(device)
+
     def _replay(self, graph: torch.cuda.CUDAGraph) -> None:
         """Launch on the first device, after and before what other devices' current streams are given."""
         home, *others = [torch.cuda.current_stream(device) for device in self.devices]

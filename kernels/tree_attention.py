@@ -61,7 +61,7 @@ TILES = {
     (4, 16): (32, 32), (4, 32): (32, 32), (4, 64): (32, 32), (4, 128): (32, 16), (4, 256): (16, 16),
 }  # fmt: skip
 MAX_SPLITS = 64  # the combine kernel holds one partial of every split
-LONG_CACHE = 4096  # rows from which on `tree_attention_hopper` attends
+LONG_CACHE = 4096  # rows from which on `tree_attention_hopper` attends, and this file's kernel does not start early
 
 
 def _resources(device: torch.device) -> tuple[int, int]:
@@ -314,16 +314,15 @@ def tree_attention(
     if in_parts:
         acc = q.new_empty(groups, splits, packed_rows, head_dim, dtype=torch.float32)
         partials = (acc, *q.new_empty(2, groups, splits, packed_rows, dtype=torch.float32))
+    # Programs that start early find some multiprocessors taken and crowd on the rest: a long cache does not forgive it.
+    overlap = dependent_launch(q.device) if joined or k.shape[2] < LONG_CACHE else {"PDL": False}
     shared = dict(
         G=num_heads // num_kv_heads, D=head_dim, BLOCK_D=_padded(head_dim),
-        WINDOW=window, CHUNK=chunk, SPLITS=splits, BLOCK_N=hopper.UNIT.value if joined else tile.block_n,
-        **dependent_launch(q.device),
+        WINDOW=window, CHUNK=chunk, SPLITS=splits, BLOCK_N=hopper.UNIT.value if joined else tile.block_n, **overlap,
     )  # fmt: skip
     with device_guard(q):
         if joined:
-            hopper.attend(
-                q, k, v, lengths, ancestors, *partials, scale=scale, first=first, **dependent_launch(q.device)
-            )
+            hopper.attend(q, k, v, lengths, ancestors, *partials, scale=scale, first=first, **overlap)
         else:
             _attend_kernel[(splits, triton.cdiv(packed_rows, tile.block_m), groups)](
                 q, k, v, lengths, ancestors, depths, sinks, out, *partials,

@@ -160,6 +160,18 @@ def test_a_step_that_fails_midway_is_waited_for(recorder):
         recorder.log.clear()
 
 
+@pytest.mark.filterwarnings("ignore:rounds run without a CUDA graph")
+def test_a_replay_ends_before_the_memory_of_its_step_goes(recorder, monkeypatch):
+    waited_for = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waited_for.append(device.index))
+    step = GraphedStep(lambda: None, [torch.device("cuda", index) for index in (1, 0)])
+    for _ in range(WARMUP_STEPS + 1):
+        step()
+    waited_for.clear()
+    del step
+    assert waited_for == ([] if recorder.fails else [1, 0])
+
+
 def test_an_interrupt_during_a_capture_stays_one(recorder):
     """Also where the capture fails of it; the next call captures again."""
     calls = []

@@ -290,8 +290,11 @@ for order in (devices, devices[::-1]):  # pools on either device come and go
     for _ in range(5):
         step()
     assert step.graph is not None
-    del step
-assert x.tolist() == [15.0] * 8, x
+    with torch.cuda.device(order[0]):
+        torch.cuda._sleep(100_000_000)  # some 50 ms
+    step()
+    del step  # while it waits to run
+assert x.tolist() == [17.0] * 8, x
 print("done")
 """
 
