@@ -18,11 +18,11 @@ from eagle_fast_kernels.accept import accept
 from eagle_fast_kernels.compact_kv import compact_kv
 from eagle_fast_kernels.draft_head import head_input, rope_append
 from eagle_fast_kernels.grow import finish_tree, grow
-from eagle_fast_kernels.linear import few_rows_matmul
+from eagle_fast_kernels.linear import few_rows_matmul, few_rows_sums, gated_matmul
 from eagle_fast_kernels.lm_head_topk import lm_head_topk
 from eagle_fast_kernels.rms_norm import add_rms_norm, rms_norm
 from eagle_fast_kernels.sample import sample
-from eagle_fast_kernels.silu_mul import silu_mul
+from eagle_fast_kernels.silu_mul import silu_mul, silu_mul_ref
 from eagle_fast_kernels.soft_cross_entropy import soft_cross_entropy
 from eagle_fast_kernels.tree_attention import tree_attention
 
@@ -39,7 +39,7 @@ class Case(NamedTuple):
     op: str
     shape: str
     num_bytes: int
-    kernel: Callable[[int], Any]  # called with the number of the copy to work on
+    kernel: Callable[[int], Any]  # called with the number of the copy to work on; parts of a result are added up
     pytorch: Callable[[int], Any]
     how: str  # the way of PyTorch
     copies: int = 1
@@ -156,19 +156,23 @@ def rope_append_cases() -> Iterator[Case]:
 
 
 def linear_cases() -> Iterator[Case]:
-    layers = {
-        "qkv": ((HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN), "o": (HIDDEN, HIDDEN), "lm_head": (VOCAB, HIDDEN),
-        "gate_up": (2 * INTERMEDIATE, HIDDEN), "down": (HIDDEN, INTERMEDIATE),
-    }  # fmt: skip
-    for (name, (columns, inner)), rows in itertools.product(layers.items(), (1, TOP_K, NODES)):
+    """The products of a layer as the round has them: in parts where what reads them adds them up, with the gate."""
+    layers: dict[str, tuple[int, int, Callable, Callable]] = {
+        "qkv": ((HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN, few_rows_sums, F.linear),
+        "o": (HIDDEN, HIDDEN, few_rows_sums, F.linear),
+        "gate_up, SiLU": (2 * INTERMEDIATE, HIDDEN, gated_matmul, lambda x, w: silu_mul_ref(F.linear(x, w))),
+        "down": (HIDDEN, INTERMEDIATE, few_rows_sums, F.linear),
+        "lm_head": (VOCAB, HIDDEN, few_rows_matmul, F.linear),
+    }
+    for (name, (columns, inner, product, stock)), rows in itertools.product(layers.items(), (1, TOP_K, NODES)):
         weight_bytes = columns * inner * DTYPE.itemsize
         weights = [normal(columns, inner) * inner**-0.5 for _ in range(copies_of(weight_bytes))]
         x = normal(rows, inner)
         num_bytes = weight_bytes + rows * (columns + inner) * DTYPE.itemsize
         shape = f"{name}, {rows} row{'s' if rows > 1 else ''}"
         yield Case(
-            "linear", shape, num_bytes, lambda i, x=x, weights=weights: few_rows_matmul(x, weights[i]),
-            lambda i, x=x, weights=weights: F.linear(x, weights[i]), "cuBLAS", len(weights),
+            "linear", shape, num_bytes, lambda i, x=x, w=weights, product=product: product(x, w[i]),
+            lambda i, x=x, w=weights, stock=stock: stock(x, w[i]), "cuBLAS", len(weights),
         )  # fmt: skip
 
 
