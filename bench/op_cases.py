@@ -32,7 +32,7 @@ from eagle_fast.tree import bit_masks
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 4096, 14336, 32, 8, 128, 32
 VOCAB, DRAFT_VOCAB, NODES, TOP_K, MAX_PATH = 128256, 32000, 60, 10, 8
 STREAM = 200e6  # bytes of copies that take turns: four times the L2 of an H100
-DTYPE = torch.bfloat16
+DTYPE, DEVICE = torch.bfloat16, "cuda"
 
 
 class Case(NamedTuple):
@@ -51,11 +51,11 @@ def copies_of(num_bytes: float) -> int:
 
 
 def normal(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
-    return torch.randn(*shape, dtype=dtype, device="cuda")
+    return torch.randn(*shape, dtype=dtype, device=DEVICE)
 
 
 def constant(value: float, *shape: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
-    return torch.full(shape, value, dtype=dtype, device="cuda")
+    return torch.full(shape, value, dtype=dtype, device=DEVICE)
 
 
 def some_tree(num_nodes: int) -> list[int]:
@@ -92,7 +92,7 @@ def tree_attention_case(queries: int, first: int, length: int, capacity: int, ba
     seen = [lineage(parents, node) for node in range(first, first + queries)]
     ancestors = bit_masks(seen, first + queries, slab.device).repeat(batch, 1, 1)
     lengths = constant(length, batch)
-    mask = torch.zeros(queries, live, dtype=torch.bool, device="cuda")
+    mask = torch.zeros(queries, live, dtype=torch.bool, device=DEVICE)
     mask[:, :length] = True
     for row, slots in zip(mask, seen, strict=True):
         row[[length + slot for slot in slots]] = True
@@ -114,9 +114,9 @@ def tree_attention_case(queries: int, first: int, length: int, capacity: int, ba
 def compact_kv_cases() -> Iterator[Case]:
     for batch in (1, 8):
         slab = normal(2 * LAYERS, batch, KV_HEADS, 640, HEAD_DIM)
-        path = torch.tensor([0, 1, 9, 20, 33, 41, 50, 59], device="cuda").repeat(batch, 1)
+        path = torch.tensor([0, 1, 9, 20, 33, 41, 50, 59], device=DEVICE).repeat(batch, 1)
         counts, lengths = constant(8, batch), constant(512, batch)
-        source, target = 512 + path[0], torch.arange(512, 520, device="cuda")
+        source, target = 512 + path[0], torch.arange(512, 520, device=DEVICE)
         moved = 2 * LAYERS * batch * KV_HEADS * 6 * HEAD_DIM * DTYPE.itemsize  # the first two are in place
 
         def kernel(_, slab=slab, path=path, counts=counts, lengths=lengths):
@@ -134,7 +134,7 @@ def rope_append_cases() -> Iterator[Case]:
     for rows in (NODES, TOP_K):
         width = (HEADS + 2 * KV_HEADS) * HEAD_DIM
         qkv, cos, sin = normal(1, rows, width), normal(4096, HEAD_DIM), normal(4096, HEAD_DIM)
-        slab, positions = normal(2, 1, KV_HEADS, 640, HEAD_DIM), torch.arange(512, 512 + rows, device="cuda")[None]
+        slab, positions = normal(2, 1, KV_HEADS, 640, HEAD_DIM), torch.arange(512, 512 + rows, device=DEVICE)[None]
         slots = constant(512, 1)
 
         def kernel(_, qkv=qkv, positions=positions, cos=cos, sin=sin, slab=slab, slots=slots):
@@ -216,7 +216,7 @@ def silu_mul_cases() -> Iterator[Case]:
 
 def head_input_cases() -> Iterator[Case]:
     embedding, hidden = normal(VOCAB, HIDDEN), normal(TOP_K, HIDDEN)
-    tokens, norms = torch.randint(0, VOCAB, (TOP_K,), device="cuda"), normal(2, HIDDEN)
+    tokens, norms = torch.randint(0, VOCAB, (TOP_K,), device=DEVICE), normal(2, HIDDEN)
 
     def pytorch(_):
         parts = (F.embedding(tokens, embedding), norms[0]), (hidden, norms[1])
@@ -252,7 +252,7 @@ def sample_case(shape: str, logits: torch.Tensor, temperature: float, top_k: int
         constant(top_p, batch, dtype=torch.float), constant(0, batch, dtype=torch.float),
         constant(3, batch), constant(0, batch),
     )  # fmt: skip
-    positions = torch.arange(512, 512 + NODES, device="cuda").repeat(batch, 1)
+    positions = torch.arange(512, 512 + NODES, device=DEVICE).repeat(batch, 1)
 
     def pytorch(_):
         """What `generate` does for a row, without its checks: warp, softmax, exponential race (as multinomial)."""
@@ -275,8 +275,8 @@ def sample_case(shape: str, logits: torch.Tensor, temperature: float, top_k: int
 
 
 def accept_cases() -> Iterator[Case]:
-    parents = torch.tensor(some_tree(NODES), device="cuda")[None]
-    tokens, chosen = torch.randint(0, 3, (2, 1, NODES), device="cuda")
+    parents = torch.tensor(some_tree(NODES), device=DEVICE)[None]
+    tokens, chosen = torch.randint(0, 3, (2, 1, NODES), device=DEVICE)
     lengths, ends, roots, report = constant(0, 1), constant(99, 1), constant(0, 1), constant(0, 1, 1 + MAX_PATH)
 
     def kernel(_):
@@ -299,12 +299,12 @@ def accept_cases() -> Iterator[Case]:
 def grow_cases() -> Iterator[Case]:
     k, depth = TOP_K, 7
     size = k + depth * k * k
-    scores, tokens = -torch.rand(1, k, k, device="cuda"), torch.randint(0, VOCAB, (1, k, k), device="cuda")
-    beam_scores, beam = -torch.rand(1, k, device="cuda"), torch.arange(k, device="cuda")[None]
+    scores, tokens = -torch.rand(1, k, k, device=DEVICE), torch.randint(0, VOCAB, (1, k, k), device=DEVICE)
+    beam_scores, beam = -torch.rand(1, k, device=DEVICE), torch.arange(k, device=DEVICE)[None]
     words = -(-depth * k // 64)
     masks = constant(0, 1, k, words)
-    out = torch.empty(1, size, device="cuda"), constant(0, 1, size), constant(-1, 1, size)
-    all_scores, all_tokens = -torch.rand(1, size, device="cuda"), torch.randint(0, VOCAB, (1, size), device="cuda")
+    out = torch.empty(1, size, device=DEVICE), constant(0, 1, size), constant(-1, 1, size)
+    all_scores, all_tokens = -torch.rand(1, size, device=DEVICE), torch.randint(0, VOCAB, (1, size), device=DEVICE)
     parents = constant(-1, 1, size)
     roots = constant(5, 1)
 
@@ -331,7 +331,7 @@ def grow_cases() -> Iterator[Case]:
 def soft_cross_entropy_cases() -> Iterator[Case]:
     rows = 2048
     logits, targets = normal(rows, DRAFT_VOCAB), normal(rows, DRAFT_VOCAB)
-    weights = torch.rand(rows, device="cuda")
+    weights = torch.rand(rows, device=DEVICE)
 
     def pytorch(_):
         log_probs, probs = logits.float().log_softmax(-1), targets.float().softmax(-1)

@@ -123,3 +123,58 @@ def test_upstream_without_its_dependencies_says_so(bench, tmp_path, capsys):
     done = script(BENCH / "round.py", "smollm2-135m", "--upstream", tmp_path)
     assert done.returncode == 2
     assert "no checkout of SafeAILab/EAGLE there" in done.stderr
+
+
+def test_the_suite_runs_every_bench_and_completes_its_record(bench, monkeypatch, tmp_path):
+    """On a machine with two GPUs that are not there: each bench writes an empty record."""
+    suite, report = bench("suite"), bench("report")
+    for name, value in {"is_available": True, "device_count": 2, "get_device_name": "NVIDIA X"}.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda value=value: value)
+    for name in ("README.md", f"cache/{suite.SMOLLM2}/model.safetensors"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{report.BEGIN}\n{report.END}\n")
+    commands = []
+
+    def run(script, *arguments):
+        commands.append(script)
+        out = Path(arguments[arguments.index("--out") + 1])
+        record = {"ops.py": out / "ops.json", "decode.py": out / "decode.json"}.get(script, out)
+        record.write_text(json.dumps({"rows": []}))
+        if script == "decode.py":
+            (out / "decode.png").write_text("")
+        return script != "lossless.py"
+
+    stand_ins = {
+        "run": run,
+        "RESULTS": tmp_path,
+        "README": tmp_path / "README.md",
+        "user_cache": lambda: tmp_path / "cache",
+    }
+    for name, value in stand_ins.items():
+        monkeypatch.setattr(suite, name, value)
+    monkeypatch.setattr(sys, "argv", ["suite.py", "--prompts", "some.jsonl", "--commit", "c1"])
+    assert suite.main() == 1, "two of them failed"
+    assert commands == ["round.py"] * 11 + [
+        "ops.py",
+        "decode.py",
+        *["lossless.py"] * 2,
+        "int8_head.py",
+        "placements.py",
+    ]
+    for name in ("ops", "decode-smollm2-135m", "int8-head-smollm2-135m", "placements-smollm2-135m-2gpus"):
+        record = json.loads((tmp_path / f"{name}.json").read_text())
+        assert (record["commit"], record["hardware"]) == ("c1", "NVIDIA X")
+
+
+def test_kernels_are_compared_with_what_pytorch_does(bench, monkeypatch):
+    """The table of bench/ops.py at small sizes: the first case of every op, its kernel by the twin in PyTorch."""
+    cases, ops = bench("op_cases"), bench("ops")
+    small = {"HIDDEN": 256, "INTERMEDIATE": 512, "LAYERS": 2, "VOCAB": 2000, "DRAFT_VOCAB": 500}
+    for name, value in {**small, "STREAM": 1, "DEVICE": "cpu"}.items():
+        monkeypatch.setattr(cases, name, value)
+    for name, found in cases.CASES.items():
+        case = next(found())
+        assert name.startswith(case.op)
+        assert case.num_bytes > 0
+        ours, theirs = case.kernel(0), case.pytorch(0)
+        assert case.tolerance is None or ops.agree(ours, theirs, case.tolerance), name
