@@ -56,11 +56,12 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def weight_tile(num_columns: int, inner: int, weight: Tensor, num_rows: int, *, split: bool) -> Tile:
+def weight_tile(weight: Tensor, num_rows: int, *, split: bool) -> Tile:
     """256 bytes of a weight row a step. A wide weight takes wide tiles; others as many parts as the GPU holds at once.
 
-    num_columns counts rows of the weight. Rows of x do not matter for 16-bit weights (see above).
+    num_rows, those of x, do not matter for 16-bit weights (see above).
     """
+    num_columns, inner = weight.shape
     num_sms, shared_memory = resources(weight.device)
     size = weight.element_size()
     block_k = 256 // size
@@ -120,13 +121,23 @@ def to_dtype(w, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def prefetch_rows(row_ptrs):
+def _prefetch_rows(row_ptrs):
     """Bring the first 512 bytes of each row [N, 1] into L2, in two pieces: as many as there are threads."""
     addresses = row_ptrs.to(tl.int64) + tl.arange(0, 2)[None, :] * 256
     tl.inline_asm_elementwise(
         "cp.async.bulk.prefetch.L2.global [$1], 256; // $0", "=r,l", [addresses],
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
+
+
+@triton.jit
+def after_fetching_rows(row_ptrs, PREFETCH: tl.constexpr, PDL: tl.constexpr):
+    """`after_earlier_kernels`, with the first bytes of the weight's rows asked for before the wait."""
+    if PDL:
+        gdc_launch_dependents()
+        if PREFETCH:
+            _prefetch_rows(row_ptrs)
+        gdc_wait()
 
 
 @triton.jit
@@ -174,11 +185,7 @@ def _few_rows_kernel(
     share = tl.cdiv(tl.cdiv(inner, BLOCK_K), splits) * BLOCK_K
     first = split * share
     weight_ptrs = weight_ptr + weight_rows.to(tl.int64)[:, None] * stride_weight + first
-    if PDL:
-        gdc_launch_dependents()
-        if PREFETCH:
-            prefetch_rows(weight_ptrs)
-        gdc_wait()
+    after_fetching_rows(weight_ptrs, PREFETCH, PDL)
     x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_x + first
     row_mask = (rows < num_rows)[:, None]
     z = tile_product(x_ptrs, weight_ptrs, row_mask, tl.minimum(share, inner - first), BLOCK_K, EVEN, UPCAST)
@@ -206,7 +213,7 @@ def streams(x: Tensor, weight: Tensor) -> bool:
 
 
 def prefetches(weight: Tensor, inner: int) -> bool:
-    """Whether `prefetch_rows` may ask for the first of `inner` elements of the weight's rows."""
+    """Whether `after_fetching_rows` may ask for the first of `inner` elements of the weight's rows."""
     size = weight.element_size()
     return weight.stride(0) * size % 16 == 0 and weight.data_ptr() % 16 == 0 and inner * size >= PREFETCH
 
@@ -219,7 +226,7 @@ def few_rows_matmul(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, b
     if not streams(x, weight):
         return few_rows_matmul_ref(x, weight, scale=scale, bias=bias)
     out = x.new_empty(*x.shape[:-1], len(weight))
-    _launch(x, weight, scale, bias, out, split=False)
+    _launch(x, weight, scale, bias, out, weight_tile(weight, x.shape[:-1].numel(), split=False))
     return out
 
 
@@ -230,9 +237,9 @@ def few_rows_sums(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bia
     """
     if not streams(x, weight):
         return few_rows_matmul_ref(x, weight, scale=scale, bias=bias)
-    tile = weight_tile(len(weight), x.shape[-1], weight, x.numel() // x.shape[-1], split=True)
+    tile = weight_tile(weight, x.shape[:-1].numel(), split=True)
     out = x.new_empty(tile.splits, *x.shape[:-1], len(weight), dtype=torch.float32)
-    _launch(x, weight, scale, bias, out, split=True)
+    _launch(x, weight, scale, bias, out, tile)
     return out
 
 
@@ -241,19 +248,18 @@ def gated_matmul(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bias
     if not streams(x, weight):
         return gated_matmul_ref(x, weight, scale=scale, bias=bias)
     out = x.new_empty(*x.shape[:-1], len(weight) // 2)
-    _launch(x, weight, scale, bias, out, split=False, gated=True)
+    _launch(x, weight, scale, bias, out, weight_tile(weight, x.shape[:-1].numel(), split=False), gated=True)
     return out
 
 
 def _launch(
-    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, out: Tensor, *, split: bool,
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, out: Tensor, tile: Tile, *,
     gated: bool = False,
 ) -> None:  # fmt: skip
     inner, rows = x.shape[-1], x.reshape(-1, x.shape[-1])
     assert weight.shape[1] == inner
     assert rows.stride(1) == weight.stride(1) == 1
     assert all(t is None or (t.shape == (len(weight),) and t.is_contiguous()) for t in (scale, bias))
-    tile = weight_tile(len(weight), inner, weight, len(rows), split=split)
     num_columns, block_n = out.shape[-1], tile.block_n // 2 if gated else tile.block_n
     even = inner % (tile.block_k * tile.splits) == 0
     grid = (triton.cdiv(len(rows), tile.block_m), triton.cdiv(num_columns, block_n), tile.splits)

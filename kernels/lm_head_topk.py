@@ -18,10 +18,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .launch import device_guard, resources, upcast, use_triton
-from .linear import few_rows_matmul, prefetch_rows, prefetches, tile_product
+from .linear import after_fetching_rows, few_rows_matmul, prefetches, tile_product
 from .noise import gumbel, gumbel_ref, gumbel_row_ref
 from .order_key import ABSENT, order_key, order_value, pack_ref, take_best, unpack_ref
 from .overlap import after_earlier_kernels, dependent_launch
@@ -39,9 +38,10 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def topk_tile(num_rows: int, hidden_size: int, vocab_size: int, weight: torch.Tensor) -> Tile:
+def topk_tile(num_rows: int, weight: torch.Tensor) -> Tile:
     """Few rows: 256 bytes of a weight row a step, and as many stages as let all programs be there at once, or four to
     a multiprocessor."""
+    vocab_size, hidden_size = weight.shape
     num_sms, shared_memory = resources(weight.device)
     size = weight.element_size()
     block_m = min(32 if size == 1 else 64, max(16, triton.next_power_of_2(num_rows)))
@@ -71,11 +71,7 @@ def _tile_topk_kernel(
     columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask, column_mask = rows < num_rows, columns < vocab_size
     weight_ptrs = weight_ptr + tl.minimum(columns, vocab_size - 1).to(tl.int64)[:, None] * stride_weight
-    if PDL:
-        gdc_launch_dependents()
-        if PREFETCH:
-            prefetch_rows(weight_ptrs)
-        gdc_wait()
+    after_fetching_rows(weight_ptrs, PREFETCH, PDL)
     hidden_ptrs = hidden_ptr + rows.to(tl.int64)[:, None] * stride_hidden
     z = tile_product(hidden_ptrs, weight_ptrs, row_mask[:, None], hidden_size, BLOCK_K, EVEN, UPCAST)
     if scale_ptr is not None:
@@ -182,7 +178,7 @@ def lm_head_topk(
     assert all(x is None or (x.shape == (vocab_size,) and x.is_contiguous()) for x in (bias, scale, token_ids))
     rows_per_sequence = 1 if gain is None else num_rows // len(gain)
     assert all(x is None or (rows_per_sequence * len(x) == num_rows and x.is_contiguous()) for x in noise)
-    block_m, block_n, block_k, num_warps, num_stages = topk_tile(num_rows, hidden_size, vocab_size, weight)
+    block_m, block_n, block_k, num_warps, num_stages = topk_tile(num_rows, weight)
     num_tiles, even = triton.cdiv(vocab_size, block_n), hidden_size % block_k == 0
     keys, columns = torch.empty(2, num_rows, num_tiles, k, dtype=torch.int32, device=device)
     peaks, masses = torch.empty(2, num_rows, num_tiles, dtype=torch.float32, device=device)

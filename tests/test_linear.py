@@ -61,7 +61,7 @@ def test_kernel(shape, num_columns, inner, dtype, int8, device):
     x, weight, more, exact = case(shape, num_columns, inner, dtype, device, int8=int8, bias=True)
     check(few_rows_matmul(x, weight, **more), exact, dtype, inner)
     sums = few_rows_sums(x, weight, **more)
-    splits = weight_tile(num_columns, inner, weight, x[..., 0].numel(), split=True).splits
+    splits = weight_tile(weight, x[..., 0].numel(), split=True).splits
     assert sums.shape == (splits, *exact.shape)
     assert (splits > 1) == (inner >= 1024)
     check(sums.sum(0), exact, torch.float32, inner)
