@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from decode import accepted_counts, add_pair_arguments, read_prompts
+from records import write
 from transformers import AutoTokenizer
 
 from eagle_fast import EaModel
@@ -64,7 +65,7 @@ def main() -> None:
     print(f"mean ratio {sum(ratios) / len(ratios):.4f}")
     record = {"bench": "int8_head", "model": args.model, "head": args.head, "tree": args.tree, "rows": rows}
     if args.out:
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        write(record, args.out)
     print(json.dumps(record))
 
 

@@ -53,12 +53,17 @@ UPSTREAM_NEEDS = (
 )
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_round_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which round is looked at."""
     parser.add_argument("shape", choices=SHAPES, help="whose shapes the target has")
     parser.add_argument("--tree", nargs=3, type=int, default=[60, 7, 10], metavar=("NODES", "DEPTH", "TOP_K"))
     parser.add_argument("--context", type=int, default=512, metavar="L", help="tokens before the round (default 512)")
     parser.add_argument("--batch", type=int, default=1, metavar="B")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_round_arguments(parser)
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="with top-p 0.9 above 0")
     parser.add_argument("--tau", type=float, help="tokens a round to assume for tokens/s: forced, not measured")
     parser.add_argument("--repeats", type=int, default=50, metavar="N")

@@ -14,8 +14,8 @@ import json
 from typing import NamedTuple
 
 import torch
-from round import repeatable
-from shapes import SHAPES, build_head, build_target
+from round import add_round_arguments, begin, prompt, repeatable
+from shapes import build_head, build_target
 from timing import graphed
 from torch.profiler import ProfilerActivity, profile
 
@@ -53,10 +53,7 @@ def short(name: str) -> str:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape", choices=SHAPES, help="whose shapes the target has")
-    parser.add_argument("--tree", nargs=3, type=int, default=[60, 7, 10], metavar=("NODES", "DEPTH", "TOP_K"))
-    parser.add_argument("--context", type=int, default=512, metavar="L", help="tokens before the round (default 512)")
-    parser.add_argument("--batch", type=int, default=1, metavar="B")
+    add_round_arguments(parser)
     parser.add_argument("--plain", action="store_true", help="a token of plain decoding instead")
     parser.add_argument("--no-int8", action="store_true", help="the head's weights stay in bf16")
     return parser.parse_args()
@@ -67,9 +64,7 @@ def prefilled(args: argparse.Namespace) -> Round:
     target, tree = build_target(args.shape, "cuda"), TreeConfig(*args.tree)
     model = EaModel(target, build_head(target, int8=False if args.no_int8 else None), tree=tree)
     state = Round(model.target, None if args.plain else model.ea_layer, tree, args.batch, args.context + tree.max_path)
-    shape, generator = (args.batch, args.context), torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, model.target.vocab_size, shape, generator=generator)
-    state.begin(tokens, *(torch.full((args.batch,), end) for end in (args.context, state.max_length - 1)))
+    begin(state, prompt(model, args), temperature=0.0)
     return state
 
 
