@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
 from eagle_fast.transfers import Transfers
+
+if TYPE_CHECKING:
+    from eagle_fast.cache import KVSlab
 
 IMPLEMENTATION = "eagle_fast"
 BLOCK = 1024  # queries that share a mask
@@ -97,6 +100,7 @@ class AttentionContext:
     """What the current forward is, shared by a target's attention layers on one device and by its cache."""
 
     step: PrefillStep | TreeStep | None = None
+    slab: KVSlab | None = None
 
 
 @dataclass(frozen=True)

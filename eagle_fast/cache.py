@@ -7,10 +7,13 @@ absolute rotary position already, so a move is exact.
 
 from __future__ import annotations
 
+import inspect
 from typing import NamedTuple
 
 import torch
 from eagle_fast_kernels.compact_kv import compact_kv
+from torch import nn
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 
 from eagle_fast.attention import AttentionContext, PrefillStep, TreeStep
@@ -106,3 +109,16 @@ class SlabCache(Cache):
 
     def __len__(self) -> int:
         return len(self.slab.keys)
+
+
+CACHE_ARGUMENTS = ("cache", "past_key_values")  # from transformers 5.24 on, and before
+
+
+def cache_argument(module: nn.Module) -> str:
+    """What the forward of a stock model or decoder calls its cache."""
+    for function in (type(module).forward, GenerationMixin.prepare_inputs_for_generation):  # the latter: their own name
+        parameters = inspect.signature(function).parameters
+        for name in CACHE_ARGUMENTS:
+            if name in parameters:
+                return name
+    raise AssertionError("this transformers gives its cache a name that is not known here")

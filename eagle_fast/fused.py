@@ -63,7 +63,7 @@ class FusedNorm(nn.Module):
 
 
 class FusedLayer(nn.Module):
-    """Stands in for a stock decoder layer; called like it, with position_embeddings and our cache."""
+    """Stands in for a stock decoder layer; called like it."""
 
     def __init__(self, stock: Any):
         super().__init__()
@@ -81,21 +81,12 @@ class FusedLayer(nn.Module):
         self.attention_type = getattr(stock, "attention_type", "full_attention")
         self.binding: LayerBinding = attention.eagle_binding
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        use_cache=False,
-        position_embeddings=None,
-        **_,
-    ) -> torch.Tensor:
-        """hidden_states [B, T, H] -> [B, T, H]."""
+    def forward(self, hidden_states: torch.Tensor, *_, position_embeddings, **options) -> torch.Tensor:
+        """hidden_states [B, T, H] -> [B, T, H]. Step and slab come from the binding, whatever else the model passes."""
         shape = hidden_states.shape
         residual = hidden_states.reshape(-1, shape[-1])
         qkv = few_rows_sums(self.input_norm(hidden_states), self.qkv, bias=self.qkv_bias)
-        attended = self._attend(qkv, position_embeddings, past_key_values.slab)
+        attended = self._attend(qkv, position_embeddings)
         attended = few_rows_sums(attended.view(len(residual), -1), self.o)
         post = self.post_norm
         normed, residual = add_rms_norm(attended, residual, post.weight, post.variance_epsilon)
@@ -107,13 +98,14 @@ class FusedLayer(nn.Module):
         self.next_norm.handover.give(out, normed)
         return out
 
-    def _attend(self, qkv: torch.Tensor, position_embeddings, slab) -> torch.Tensor:
+    def _attend(self, qkv: torch.Tensor, position_embeddings) -> torch.Tensor:
         """Attention of rows qkv [B, T, (Hq + 2 Hkv) D], or parts, written to the slab first -> [B, T, Hq, D]."""
         batch, count, _ = qkv.shape[-3:]
         cos, sin = (each.expand(batch, -1, -1).reshape(batch * count, -1) for each in position_embeddings)
-        keys, values = slab.keys[self.layer_idx], slab.values[self.layer_idx]
-        step, window = self.binding.context.step, self.binding.window
+        step, slab, window = self.binding.context.step, self.binding.context.slab, self.binding.window
         assert step is not None
+        assert slab is not None
+        keys, values = slab.keys[self.layer_idx], slab.values[self.layer_idx]
         slots = step.first_rows(batch, qkv.device)
         norms: dict[str, Any] = {}
         if self.q_norm is not None and self.k_norm is not None:

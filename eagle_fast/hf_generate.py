@@ -24,6 +24,7 @@ from transformers.generation.stopping_criteria import (
     StopStringCriteria,
 )
 
+from eagle_fast.cache import CACHE_ARGUMENTS
 from eagle_fast.generation import Generation, Generator
 from eagle_fast.processors import split_warpers
 from eagle_fast.request import make_request, pad_id, padded
@@ -31,8 +32,8 @@ from eagle_fast.target import Target
 from eagle_fast.validate import check_hooks, check_prompts, id_list
 
 RECORDS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-NOT_TAKEN = ("assistant_model", "custom_generate", "inputs_embeds", "past_key_values", "position_ids", "token_type_ids")
-PREPARED = ("attention_mask", "position_ids", "past_key_values", "cache_position", "logits_to_keep", "use_cache")
+NOT_TAKEN = ("assistant_model", "custom_generate", "inputs_embeds", "position_ids", "token_type_ids", *CACHE_ARGUMENTS)
+PREPARED = ("attention_mask", "position_ids", "cache_position", "logits_to_keep", "use_cache", *CACHE_ARGUMENTS)
 
 
 class HFGenerateMixin:
@@ -174,9 +175,9 @@ def _check_supported(generation_config) -> None:
 def _check_inputs(model_kwargs: dict) -> None:
     """Inputs of the model that would change its text, and that rounds don't have."""
     names = [name for name, value in model_kwargs.items() if value is not None and name not in PREPARED]
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length():
-        names.append("past_key_values")
+    for name in CACHE_ARGUMENTS:
+        if model_kwargs.get(name) is not None and model_kwargs[name].get_seq_length():
+            names.append(name)
     mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
     if positions is not None:  # transformers passes its own along, which count the tokens, and drops a mask of ones
         mask = torch.ones_like(positions) if mask is None else mask

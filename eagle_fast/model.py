@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
+from eagle_fast.cache import cache_argument
 from eagle_fast.config import TreeConfig
 from eagle_fast.generation import Generation, Generator
 from eagle_fast.graph import WARMUP_STEPS
@@ -230,8 +231,8 @@ class EaModel(HFGenerateMixin, nn.Module):
                 logits = self.base_model(
                     input_ids=input_ids,
                     attention_mask=attention_mask,
-                    past_key_values=past_key_values,
                     position_ids=position_ids,
+                    **{cache_argument(self.base_model): past_key_values},
                 ).logits
         finally:
             handle.remove()

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from eagle_fast.attention import IMPLEMENTATION, AttentionContext, LayerBinding, PrefillStep, TreeStep
-from eagle_fast.cache import KVSlab, SlabCache
+from eagle_fast.cache import KVSlab, SlabCache, cache_argument
 from eagle_fast.experts import ExpertChoice
 from eagle_fast.fused import fuse_layers
 from eagle_fast.linear import use_few_rows_linear
@@ -252,10 +252,14 @@ class Target:
         first = positions[self.input_device]
         for local in positions.values():
             self.transfers.provide(first, local)
+        for context in self.contexts.values():
+            context.slab = cache.slab
         try:
-            out = module(input_ids=tokens, position_ids=first, past_key_values=cache, use_cache=True)
+            out = module(input_ids=tokens, position_ids=first, use_cache=True, **{cache_argument(module): cache})
             return out, self._features()
         finally:
+            for context in self.contexts.values():
+                context.slab = None
             self.transfers.forget()
             self._taken = {}
 

@@ -1,17 +1,20 @@
 """Bad input: an error that says what to do, before anything runs, and a model that still works afterwards."""
 
 import functools
+import inspect
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from decoders import batch_of, decoder, prompt, rebuilt, stock
-from transformers import BatchEncoding
+from transformers import BatchEncoding, LlamaForCausalLM
 
 from eagle_fast import NaNLogitsError
+from eagle_fast.cache import CACHE_ARGUMENTS
 
 INF, NAN = float("inf"), float("nan")
+NAME = next(name for name in CACHE_ARGUMENTS if name in inspect.signature(LlamaForCausalLM.forward).parameters)
 
 
 @functools.cache
@@ -164,9 +167,9 @@ CALLS = {
     "generate, streamer": (lambda c: c.generate(streamer=print), ValueError, r"put\(\) and end\(\)"),
     "generate, seeds": (lambda c: c.generate(do_sample=True, seed=[1, 2]), ValueError, r"2 seeds for 1 sequences"),
     "custom_generate, cache": (
-        lambda c: c.custom(past_key_values=cache(c)),
+        lambda c: c.custom(**{NAME: cache(c)}),
         ValueError,
-        r"past_key_values: not possib",
+        rf"{NAME}: not possib",
     ),
     "custom_generate, positions": (lambda c: c.custom(position_ids=c.ids), ValueError, r"position_ids: not possible"),
     "custom_generate, beams": (lambda c: c.custom(num_beams=2), ValueError, r"num_beams=2"),
@@ -180,7 +183,7 @@ CALLS = {
 
 def cache(c):
     with torch.no_grad():
-        return c.model.base_model(c.ids[:, :5]).past_key_values
+        return c.model.base_model(c.ids[:, :5])[NAME]
 
 
 @pytest.mark.parametrize("name", CALLS)

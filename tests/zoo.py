@@ -18,6 +18,7 @@ import math
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.gptj import modeling_gptj
 
 VOCAB, HIDDEN, LAYERS, WINDOW = 131, 64, 6, 7
 FOLLOW = 0.88  # share of tokens that are followed by their first favourite
@@ -124,7 +125,6 @@ REFUSED: dict[str, dict] = {
     "llama_dynamic_rope": dict(of="llama", rope_parameters=dict(rope_type="dynamic", rope_theta=10000.0, factor=2.0)),
     "falcon": {},
     "bloom": dict(n_layer=LAYERS, n_head=4),
-    "gptj": dict(**_GPT, rotary_dim=8),
     "mpt": dict(d_model=HIDDEN, n_heads=4, n_layers=LAYERS),
     "diffllama": {},
     "doge": {},
@@ -139,6 +139,8 @@ REFUSED: dict[str, dict] = {
         shared_expert_intermediate_size=32,
     ),
 }
+# Attention of GPT-J goes through transformers' AttentionInterface from 5.24 on.
+(FAMILIES if hasattr(modeling_gptj, "ALL_ATTENTION_FUNCTIONS") else REFUSED)["gptj"] = dict(**_GPT, rotary_dim=8)
 
 
 def make(
