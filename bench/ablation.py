@@ -19,7 +19,7 @@ from shapes import SHAPES, build_head, build_target
 from timing import milliseconds
 
 from eagle_fast import EaModel, TreeConfig
-from eagle_fast.round import Round
+from eagle_fast.decoding.round import Round
 
 REPEATS = 20
 

@@ -26,8 +26,8 @@ from eagle_fast_kernels.silu_mul import silu_mul, silu_mul_ref
 from eagle_fast_kernels.soft_cross_entropy import soft_cross_entropy
 from eagle_fast_kernels.tree_attention import tree_attention
 
-from eagle_fast.linear import quantise
-from eagle_fast.tree import bit_masks
+from eagle_fast.decoding.tree import bit_masks
+from eagle_fast.layers.linear import quantise
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 4096, 14336, 32, 8, 128, 32
 VOCAB, DRAFT_VOCAB, NODES, TOP_K, MAX_PATH = 128256, 32000, 60, 10, 8

@@ -42,8 +42,8 @@ from shapes import (
 from timing import bandwidth, milliseconds, synchronize, wall_milliseconds
 
 from eagle_fast import EaModel, SamplingParams, TreeConfig
-from eagle_fast.reports import ReportRing
-from eagle_fast.round import Round
+from eagle_fast.decoding.reports import ReportRing
+from eagle_fast.decoding.round import Round
 
 LOOP_ROUNDS = 128
 UPSTREAM_NEEDS = (

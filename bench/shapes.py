@@ -8,9 +8,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from eagle_fast.head import DraftHead
-from eagle_fast.head_config import HeadConfig, default_feature_layers
+from eagle_fast.head.config import HeadConfig, default_feature_layers
 from eagle_fast.loading import runs_in_int8
-from eagle_fast.placement import Placement, plan_placement, skeleton
+from eagle_fast.target.placement import Placement, plan_placement, skeleton
 
 
 def _llama(

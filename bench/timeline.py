@@ -20,8 +20,8 @@ from timing import graphed
 from torch.profiler import ProfilerActivity, profile
 
 from eagle_fast import EaModel, TreeConfig
-from eagle_fast.graph import GraphedStep
-from eagle_fast.round import Round
+from eagle_fast.decoding.graph import GraphedStep
+from eagle_fast.decoding.round import Round
 
 REPLAYS = 5
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from eagle_fast.graph import WARMUP_STEPS, GraphedStep
+from eagle_fast.decoding.graph import WARMUP_STEPS, GraphedStep
 
 FIRST_GPU = (torch.device("cuda", 0),)
 

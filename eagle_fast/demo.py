@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from eagle_fast.config import TreeConfig
 from eagle_fast.model import EaModel
 from eagle_fast.pairs import SMOLLM2, smollm2_head, smollm2_target
-from eagle_fast.placement import resolve_device
+from eagle_fast.target.placement import resolve_device
 
 PROMPT = "Give me five tips for learning a new language."
 CPU_TREE = TreeConfig(total_token=8, depth=3, top_k=3)  # verifying a row costs a CPU far more than it costs a GPU

@@ -24,12 +24,12 @@ from transformers.generation.stopping_criteria import (
     StopStringCriteria,
 )
 
-from eagle_fast.cache import CACHE_ARGUMENTS
-from eagle_fast.generation import Generation, Generator
-from eagle_fast.processors import split_warpers
-from eagle_fast.request import make_request, pad_id, padded
+from eagle_fast.decoding.generation import Generation, Generator
+from eagle_fast.decoding.processors import split_warpers
+from eagle_fast.decoding.request import make_request, pad_id, padded
+from eagle_fast.decoding.validate import check_hooks, check_prompts, id_list
 from eagle_fast.target import Target
-from eagle_fast.validate import check_hooks, check_prompts, id_list
+from eagle_fast.target.interface import CACHE_ARGUMENTS
 
 RECORDS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 NOT_TAKEN = ("assistant_model", "custom_generate", "inputs_embeds", "position_ids", "token_type_ids", *CACHE_ARGUMENTS)

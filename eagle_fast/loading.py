@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from eagle_fast.checkpoint import read_head
 from eagle_fast.head import DraftHead
-from eagle_fast.placement import (
+from eagle_fast.head.checkpoint import read_head
+from eagle_fast.target.placement import (
     GIB,
     STRATEGIES,
     bytes_by_device,
@@ -21,7 +21,7 @@ from eagle_fast.placement import (
     resolve_device,
     skeleton,
 )
-from eagle_fast.twin import stored_weight
+from eagle_fast.target.twin import stored_weight
 
 HEAD_OPTIONS = ("feature_layers", "norm_before_residual", "norm_output", "rope_theta", "rope_interleaved")
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only")

@@ -17,13 +17,15 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from eagle_fast.cache import cache_argument
 from eagle_fast.config import TreeConfig
-from eagle_fast.generation import Generation, Generator
-from eagle_fast.graph import WARMUP_STEPS
+from eagle_fast.decoding.generation import Generation, Generator
+from eagle_fast.decoding.graph import WARMUP_STEPS
+from eagle_fast.decoding.request import Request, end_of_turn, make_request, pad_id, padded, special_ids
+from eagle_fast.decoding.states import IdleStates
+from eagle_fast.decoding.tune import pick_total_token
+from eagle_fast.decoding.validate import check_positive
 from eagle_fast.head import DraftHead
 from eagle_fast.hf_generate import HFGenerateMixin
-from eagle_fast.idle import IdleStates
 from eagle_fast.loading import (
     HEAD_OPTIONS,
     HUB_OPTIONS,
@@ -34,11 +36,9 @@ from eagle_fast.loading import (
     runs_in_int8,
 )
 from eagle_fast.old_options import modern
-from eagle_fast.placement import device_map_of, resolve_device, warn_if_slow
-from eagle_fast.request import Request, end_of_turn, make_request, pad_id, padded, special_ids
 from eagle_fast.target import Target
-from eagle_fast.tune import pick_total_token
-from eagle_fast.validate import check_positive
+from eagle_fast.target.interface import cache_argument
+from eagle_fast.target.placement import device_map_of, resolve_device, warn_if_slow
 
 
 class EaModel(HFGenerateMixin, nn.Module):

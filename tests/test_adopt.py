@@ -6,7 +6,7 @@ from often_right import write_often_right_head
 from zoo import make
 
 from eagle_fast import EaModel, SamplingParams
-from eagle_fast.round import Round
+from eagle_fast.decoding.round import Round
 
 TREE = {"total_token": 16, "depth": 3, "top_k": 4}
 NEW = 20

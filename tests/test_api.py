@@ -9,7 +9,7 @@ import torch
 from decoders import batch_of, decoder, prompt, rebuilt, stock
 from zoo import make
 
-import eagle_fast.idle
+import eagle_fast.decoding.states
 from eagle_fast import EaModel, Generation
 
 NEW = 16
@@ -86,14 +86,14 @@ def test_idle_states_make_room_when_memory_runs_out(monkeypatch, device, ids):
     expected = model.eagenerate(ids.repeat(2, 1), max_new_tokens=4)
     made = []
 
-    class Tight(eagle_fast.idle.Round):
+    class Tight(eagle_fast.decoding.states.Round):
         def __init__(self, *args):
             made.append(len(model._idle))
             if len(made) == 1:
                 raise torch.OutOfMemoryError("no room")
             super().__init__(*args)
 
-    monkeypatch.setattr(eagle_fast.idle, "Round", Tight)
+    monkeypatch.setattr(eagle_fast.decoding.states, "Round", Tight)
     assert torch.equal(model.eagenerate(ids, max_new_tokens=4), expected[:1])
     assert made == [1, 0]
 

@@ -11,7 +11,7 @@ from decoders import batch_of, decoder, prompt, rebuilt, stock
 from transformers import BatchEncoding, LlamaForCausalLM
 
 from eagle_fast import NaNLogitsError
-from eagle_fast.cache import CACHE_ARGUMENTS
+from eagle_fast.target.interface import CACHE_ARGUMENTS
 
 INF, NAN = float("inf"), float("nan")
 NAME = next(name for name in CACHE_ARGUMENTS if name in inspect.signature(LlamaForCausalLM.forward).parameters)

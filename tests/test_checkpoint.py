@@ -8,9 +8,9 @@ import torch
 from draft_formats import FORMATS, sample
 from draft_weights import DEFAULT_LAYERS, LAYERS, TARGET, VD, H, V, norm, plain_eagle3
 
-import eagle_fast.head_files
-from eagle_fast.checkpoint import read_head, write_head
-from eagle_fast.head_config import HeadConfig, default_feature_layers, tensor_shapes
+import eagle_fast.head.files
+from eagle_fast.head.checkpoint import read_head, write_head
+from eagle_fast.head.config import HeadConfig, default_feature_layers, tensor_shapes
 
 
 def read(made, folder, **arguments):
@@ -55,7 +55,7 @@ def test_written_heads_read_the_same(name, tmp_path):
 def test_written_layout_is_safeailabs(tmp_path):
     made = plain_eagle3()
     write_head(tmp_path / "ours", read(made, tmp_path / "theirs"))
-    written = eagle_fast.head_files.read_tensors(tmp_path / "ours")
+    written = eagle_fast.head.files.read_tensors(tmp_path / "ours")
     assert written.keys() == made.tensors.keys()
     assert written["d2t"].dtype == torch.int64
     assert written["t2d"].dtype == torch.bool

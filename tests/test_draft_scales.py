@@ -6,7 +6,7 @@ from eagle_fast_kernels.lm_head_topk import lm_head_topk_ref
 from eagle_fast_kernels.noise import gumbel_row_ref
 
 from eagle_fast.config import SamplingParams
-from eagle_fast.sampling import SHARPNESS, SamplingTensors, draft_scales
+from eagle_fast.decoding.sampling import SHARPNESS, SamplingTensors, draft_scales
 
 VOCAB, DRAWS = 12, 100_000
 

@@ -5,8 +5,8 @@ import torch
 from test_target import prefill
 from zoo import make
 
-from eagle_fast.fused import FusedLayer
 from eagle_fast.target import Target
+from eagle_fast.target.fused import FusedLayer
 
 FUSED = ["llama", "llama3_rope", "mistral", "qwen2", "qwen2_sliding", "qwen3"]
 

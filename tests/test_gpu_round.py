@@ -11,7 +11,7 @@ from zoo import FAMILIES, make
 
 from eagle_fast import EaModel
 from eagle_fast.head import DraftHead
-from eagle_fast.head_config import HeadConfig, default_feature_layers
+from eagle_fast.head.config import HeadConfig, default_feature_layers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:the model caps its attention scores")]
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from eagle_fast.config import TreeConfig
-from eagle_fast.graph import WARMUP_STEPS, GraphedStep
-from eagle_fast.idle import IdleStates
+from eagle_fast.decoding.graph import WARMUP_STEPS, GraphedStep
+from eagle_fast.decoding.states import IdleStates
 
 
 class Recorder:

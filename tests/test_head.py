@@ -10,9 +10,9 @@ from draft_weights import HEADS, KV_HEADS, MLP, TARGET, VD, D, H, V, plain_eagle
 from eagle_fast_kernels.draft_head import rms_norm_ref, rope_ref
 from naive_head import Naive
 
-from eagle_fast.checkpoint import read_head
 from eagle_fast.head import DraftHead
-from eagle_fast.head_config import HeadConfig
+from eagle_fast.head.checkpoint import read_head
+from eagle_fast.head.config import HeadConfig
 
 PROMPT, STEPS = 7, 3  # rows from the target's features, then rows from the head's own output
 SIZES = dict(

@@ -8,8 +8,8 @@ import torch
 from draft_formats import sample
 from draft_weights import TARGET
 
-import eagle_fast.head_files
-from eagle_fast.checkpoint import read_head
+import eagle_fast.head.files
+from eagle_fast.head.checkpoint import read_head
 
 
 def test_missing_files_are_named(tmp_path):
@@ -60,7 +60,7 @@ def test_hub_names_are_downloaded_and_folders_are_not(tmp_path, monkeypatch):
         asked.append((name, allow_patterns, arguments))
         return str(tmp_path / "cache")
 
-    monkeypatch.setattr(eagle_fast.head_files, "snapshot_download", download)
+    monkeypatch.setattr(eagle_fast.head.files, "snapshot_download", download)
     made = sample("safeailab_eagle1")
     read_head(made.write(tmp_path / "cache"), **TARGET)
     assert asked == []

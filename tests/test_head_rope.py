@@ -6,7 +6,7 @@ from draft_weights import HEADS, D
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from eagle_fast.head_rope import rope_parameters, rope_table
+from eagle_fast.head.rope import rope_parameters, rope_table
 
 
 def stock_rotary(rope, max_positions=64):

@@ -10,8 +10,8 @@ from test_head import CausalAttention
 
 from eagle_fast import EaModel
 from eagle_fast.head import DraftHead
-from eagle_fast.head_config import HeadConfig
-from eagle_fast.linear import QuantisedLinear
+from eagle_fast.head.config import HeadConfig
+from eagle_fast.layers.linear import QuantisedLinear
 from eagle_fast.loading import runs_in_int8
 
 SIZES = dict(

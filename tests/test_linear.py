@@ -5,7 +5,7 @@ import torch
 from eagle_fast_kernels.linear import few_rows_matmul, few_rows_sums, gated_matmul, streams, weight_tile
 from torch import nn
 
-from eagle_fast.linear import FewRowsLinear, QuantisedLinear, is_plain, quantise, use_few_rows_linear
+from eagle_fast.layers.linear import FewRowsLinear, QuantisedLinear, is_plain, quantise, use_few_rows_linear
 
 
 # one row, fewer than a step, whole steps, the last count that takes the fast way, and past it

@@ -5,7 +5,7 @@ import torch
 from eagle_fast_kernels.lm_head_topk import lm_head_topk, lm_head_topk_ref
 from eagle_fast_kernels.noise import gumbel_ref
 
-from eagle_fast.linear import quantise
+from eagle_fast.layers.linear import quantise
 
 OPTIONS = ["bias", "scale", "token_ids", "noise"]
 

@@ -12,7 +12,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 from zoo import make
 
-import eagle_fast.placement
+import eagle_fast.target.placement
 from eagle_fast import EaModel, TreeConfig
 
 NEW = 16
@@ -129,7 +129,7 @@ def test_warmup_leaves_states_that_calls_use(folders, device):
     ("dtype", "size", "warned"), [("bfloat16", 1000, 1), ("bfloat16", 10**9, 0), ("float32", 1000, 0)]
 )
 def test_half_precision_on_the_cpu_warns_once(dtype, size, warned, folders, monkeypatch):
-    monkeypatch.setattr(eagle_fast.placement, "SLOW_CPU_PARAMETERS", size)
+    monkeypatch.setattr(eagle_fast.target.placement, "SLOW_CPU_PARAMETERS", size)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         model = load(folders, "cpu", dtype=dtype)

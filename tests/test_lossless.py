@@ -88,7 +88,7 @@ def test_prompt_lengths_around_the_longrope_switch(length, device, tmp_path):
 @pytest.mark.parametrize("name", ["qwen2_sliding", "gpt_oss", "llama4_text", "phi3_longrope"])
 def test_prompt_longer_than_a_prefill_chunk(name, device, tmp_path, monkeypatch):
     """Chunks of 8 tokens: shorter than, or no multiple of, every window and chunk of these models."""
-    monkeypatch.setattr("eagle_fast.round.PREFILL_CHUNK", 8)
+    monkeypatch.setattr("eagle_fast.decoding.round.PREFILL_CHUNK", 8)
     model = make(name).to(device)
     ids = prompt(45, device=device)
     out = ea_model(model, tmp_path).eagenerate(ids, max_new_tokens=60, return_dict_in_generate=True)

@@ -17,9 +17,9 @@ from decoders import TREE, batch_of, prompt
 from often_right import write_often_right_head, write_random_head
 from zoo import make
 
-import eagle_fast.placement
+import eagle_fast.target.placement
 from eagle_fast import EaModel
-from eagle_fast.graph import GraphedStep
+from eagle_fast.decoding.graph import GraphedStep
 
 NEW = 60
 # device of each of the six decoder layers; devices of what stands beside them; device of the head
@@ -107,7 +107,7 @@ def test_lossless_with_tied_embeddings(placement):
 def test_strategies(strategy):
     """Memory for no more than two thirds of the model on each GPU. balanced_low_0 gives accelerate no such choice."""
     model = make("llama", num_hidden_layers=12)
-    limit = eagle_fast.placement.model_bytes(model) * 2 // 3
+    limit = eagle_fast.target.placement.model_bytes(model) * 2 // 3
     with saved(model) as folders:
         single = EaModel.from_pretrained(**folders, device_map=0)
         limits = dict.fromkeys(range(torch.cuda.device_count()), limit)
@@ -246,7 +246,7 @@ def test_an_interrupt_between_rounds_leaves_the_model_usable():
 def test_out_of_memory_leaves_the_model_usable(monkeypatch):
     """The last GPU may hold 200 MiB more than it does: too little for the cache of a long text, and, where that fits,
     for a prompt of 100,000 tokens at once."""
-    monkeypatch.setattr("eagle_fast.round.PREFILL_CHUNK", 100_000)
+    monkeypatch.setattr("eagle_fast.decoding.round.PREFILL_CHUNK", 100_000)
     other = torch.device("cuda", torch.cuda.device_count() - 1)
     with saved(make("llama")) as folders:
         numbers = {f"model.layers.{n}": other for n in (3, 4, 5)}
@@ -266,7 +266,7 @@ def test_out_of_memory_leaves_the_model_usable(monkeypatch):
 
 FAILED_CAPTURE = """
 import torch, warnings
-from eagle_fast.graph import GraphedStep
+from eagle_fast.decoding.graph import GraphedStep
 devices = [torch.device("cuda", 0), torch.device("cuda", 1)]
 x = torch.zeros(8, device=devices[0])
 

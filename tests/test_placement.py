@@ -10,9 +10,9 @@ from often_right import write_often_right_head
 from transformers import LlamaConfig, Qwen3Config
 from zoo import LAYERS, make
 
-import eagle_fast.placement
+import eagle_fast.target.placement
 from eagle_fast import EaModel
-from eagle_fast.placement import GIB, plan_placement, skeleton
+from eagle_fast.target.placement import GIB, plan_placement, skeleton
 
 HALVES = [*(0,) * 3, *(1,) * 3]
 LAYER_NAMES = [f"model.layers.{n}" for n in range(LAYERS)]
@@ -25,11 +25,13 @@ def gpus(monkeypatch):
     def pretend(*free):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(free))
-        monkeypatch.setattr(eagle_fast.placement, "free_bytes", lambda device: int(free[device.index] * GIB))
+        monkeypatch.setattr(eagle_fast.target.placement, "free_bytes", lambda device: int(free[device.index] * GIB))
         budgets = {index: int(gib * GIB) for index, gib in enumerate(free)} | {"cpu": 64 * GIB}
-        given = eagle_fast.placement.get_max_memory
+        given = eagle_fast.target.placement.get_max_memory
         monkeypatch.setattr(
-            eagle_fast.placement, "get_max_memory", lambda limits: dict(budgets) if limits is None else given(limits)
+            eagle_fast.target.placement,
+            "get_max_memory",
+            lambda limits: dict(budgets) if limits is None else given(limits),
         )
 
     return pretend

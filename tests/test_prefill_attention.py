@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from eagle_fast import attention
-from eagle_fast.attention import PrefillStep, prefill_attention
+from eagle_fast.layers.attention import PrefillStep, prefill_attention
 
 # window, chunk, softcap, sinks: as the families have them, smaller than the prompt, and larger.
 KINDS = {

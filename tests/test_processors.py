@@ -16,7 +16,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from eagle_fast.processors import copies_for_rows, split_warpers
+from eagle_fast.decoding.processors import copies_for_rows, split_warpers
 
 NEW = 16
 

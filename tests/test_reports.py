@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eagle_fast.reports import ReportRing
+from eagle_fast.decoding.reports import ReportRing
 
 
 def rounds(ring, first, count):

@@ -12,7 +12,7 @@ from decoders import batch_of, decoder, prompt, rebuilt
 from transformers import MaxLengthCriteria
 
 from eagle_fast import NaNLogitsError, generation
-from eagle_fast.reports import ReportRing
+from eagle_fast.decoding.reports import ReportRing
 
 NEW = 24
 METHODS = ("eagenerate", "naivegenerate")

@@ -14,14 +14,14 @@ from often_right import write_often_right_head, write_random_head
 from test_target import PARENTS, PROMPT, prefill, tree_step
 from zoo import FAMILIES, make
 
-import eagle_fast.fused
-import eagle_fast.linear
+import eagle_fast.layers.linear
+import eagle_fast.target.fused
 from eagle_fast import EaModel
+from eagle_fast.decoding.round import Round
 from eagle_fast.loading import load_head
-from eagle_fast.placement import placed_modules
-from eagle_fast.round import Round
-from eagle_fast.shards import Shard
 from eagle_fast.target import Target
+from eagle_fast.target.placement import placed_modules
+from eagle_fast.target.shards import Shard
 
 NEW = 16
 # device of each of the six decoder layers; devices of what stands beside them; device of the head
@@ -41,10 +41,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:the model caps its attention sco
 @pytest.fixture(autouse=True)
 def fused_layers_of_fake_weights(monkeypatch):
     """Numbered tensors are no plain tensors, which our layers ask for, and have no storage to be stacked in."""
-    families = eagle_fast.fused.FAMILIES
-    monkeypatch.setattr(eagle_fast.fused, "can_fuse", lambda layer: type(layer).__name__ in families)
-    monkeypatch.setattr(eagle_fast.fused, "_stacked", lambda weights: None)
-    monkeypatch.setattr(eagle_fast.linear, "is_plain", lambda module: type(module) is torch.nn.Linear)
+    families = eagle_fast.target.fused.FAMILIES
+    monkeypatch.setattr(eagle_fast.target.fused, "can_fuse", lambda layer: type(layer).__name__ in families)
+    monkeypatch.setattr(eagle_fast.target.fused, "_stacked", lambda weights: None)
+    monkeypatch.setattr(eagle_fast.layers.linear, "is_plain", lambda module: type(module) is torch.nn.Linear)
 
 
 @contextlib.contextmanager
@@ -137,7 +137,7 @@ def test_copies_of_a_round(name, placement):
 
 def test_copies_of_a_prompt_chunk(monkeypatch):
     """A chunk's hidden rows cross each boundary once, its features go to the head, and nothing else moves."""
-    monkeypatch.setattr("eagle_fast.round.PREFILL_CHUNK", 8)
+    monkeypatch.setattr("eagle_fast.decoding.round.PREFILL_CHUNK", 8)
     with spread(make("llama"), "halves") as (decoder, single, devices):
         ids = prompt(25, torch.device("cpu"))
         state = Round(decoder.target, decoder.ea_layer, decoder.tree, 1, 64)

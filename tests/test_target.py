@@ -4,9 +4,9 @@ import pytest
 import torch
 from zoo import FAMILIES, REFUSED, make
 
-from eagle_fast.attention import TreeStep
+from eagle_fast.decoding.tree import bit_masks
+from eagle_fast.layers.attention import TreeStep
 from eagle_fast.target import Target, UnsupportedModel
-from eagle_fast.tree import bit_masks
 
 PARENTS = [-1, 0, 0, 1, 1, 2, 3, 3, 5, 6, 8]  # 5 leaves, deepest path of 5 nodes
 PROMPT = 19  # longer than every window

@@ -10,10 +10,10 @@ from chatty import ASSISTANT, END, USER, make_tokenizer
 from zoo import VOCAB, make
 
 from eagle_fast.config import TreeConfig
-from eagle_fast.draft import Drafter
+from eagle_fast.decoding.draft import Drafter
+from eagle_fast.decoding.sampling import SamplingTensors
 from eagle_fast.head import DraftHead
-from eagle_fast.head_config import HeadConfig
-from eagle_fast.sampling import SamplingTensors
+from eagle_fast.head.config import HeadConfig
 from eagle_fast.target import Target
 from eagle_fast.train.chat import chat_format, encode_prompt, read_prompts, stop_ids
 from eagle_fast.train.fresh import empty_head, head_config, measure, scaled_fc, start_from_target

@@ -7,8 +7,8 @@ from chatty import ASSISTANT, END, USER, make_tokenizer
 from zoo import make
 
 from eagle_fast.config import SamplingParams, TreeConfig
-from eagle_fast.generation import NaNLogitsError
-from eagle_fast.round import Round
+from eagle_fast.decoding.generation import NaNLogitsError
+from eagle_fast.decoding.round import Round
 from eagle_fast.target import Target
 from eagle_fast.train import TrainOptions
 from eagle_fast.train.chat import chat_format

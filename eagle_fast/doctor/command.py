@@ -11,10 +11,10 @@ import json
 import torch
 
 from eagle_fast.config import TreeConfig
+from eagle_fast.decoding.validate import check_positive
 from eagle_fast.doctor.findings import as_json, examine
 from eagle_fast.doctor.plan import Setting
 from eagle_fast.doctor.report import lines
-from eagle_fast.validate import check_positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

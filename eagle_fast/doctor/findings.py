@@ -10,7 +10,7 @@ import torch
 from eagle_fast.doctor.environment import Gpu, gpus, link_types, versions, why_no_gpu
 from eagle_fast.doctor.measure import SMALL_BYTES, GpuFigures, KernelCheck, Link, gpu_figures, kernel_check, link
 from eagle_fast.doctor.plan import HeadBytes, Plan, Setting, Sizes, head_bytes, plan, read_model, sizes
-from eagle_fast.placement import STRATEGIES
+from eagle_fast.target.placement import STRATEGIES
 
 
 @dataclass(frozen=True)

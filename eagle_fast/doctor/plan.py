@@ -19,11 +19,11 @@ from typing import NamedTuple, cast
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from eagle_fast.checkpoint import read_head
 from eagle_fast.config import TreeConfig
 from eagle_fast.doctor.measure import GpuFigures, Link
+from eagle_fast.head.checkpoint import read_head
 from eagle_fast.loading import known_path
-from eagle_fast.placement import layer_list, plan_placement, skeleton
+from eagle_fast.target.placement import layer_list, plan_placement, skeleton
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from eagle_fast.head_config import HeadConfig
+from eagle_fast.head.config import HeadConfig
 from eagle_fast.train.options import TrainOptions
 
 TEMPLATE = """# EAGLE-3 draft head for {target}

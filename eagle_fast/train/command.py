@@ -24,7 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eagle_fast.pairs import smollm2_target
-from eagle_fast.placement import resolve_device
+from eagle_fast.target.placement import resolve_device
 from eagle_fast.train.chat import read_prompts
 from eagle_fast.train.options import TrainOptions
 from eagle_fast.train.run import train

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from eagle_fast.config import TreeConfig
-from eagle_fast.generation import NaNLogitsError
-from eagle_fast.graph import GraphedStep
-from eagle_fast.round import Round
+from eagle_fast.decoding.generation import NaNLogitsError
+from eagle_fast.decoding.graph import GraphedStep
+from eagle_fast.decoding.round import Round
 from eagle_fast.target import Target
 
 STEPS = 16  # a text runs STEPS / 2 tokens too far on average; a look takes the host some milliseconds

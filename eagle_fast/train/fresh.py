@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from eagle_fast.head import DraftHead
-from eagle_fast.head_config import HeadConfig, default_feature_layers
-from eagle_fast.head_rope import DEFAULT_THETA
+from eagle_fast.head.config import HeadConfig, default_feature_layers
+from eagle_fast.head.rope import DEFAULT_THETA
 from eagle_fast.target import Target
 
 

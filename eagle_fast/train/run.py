@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
-from eagle_fast.checkpoint import read_head
 from eagle_fast.head import DraftHead
+from eagle_fast.head.checkpoint import read_head
 from eagle_fast.train.card import Training, write_card
 from eagle_fast.train.evaluate import measure_tau
 from eagle_fast.train.options import TrainOptions

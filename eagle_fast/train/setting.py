@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from eagle_fast.head_config import default_feature_layers
+from eagle_fast.head.config import default_feature_layers
 from eagle_fast.target import Target
 from eagle_fast.train.chat import chat_format, encode_prompt, stop_ids
 from eagle_fast.train.completer import Completer

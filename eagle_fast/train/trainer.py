@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from eagle_fast.head import DraftHead
-from eagle_fast.head_config import HeadConfig
+from eagle_fast.head.config import HeadConfig
 from eagle_fast.train.fresh import Measured, empty_head, head_config, measure, scaled_fc, start_from_target
 from eagle_fast.train.learn import Learned, learn
 from eagle_fast.train.optimizer import MasterAdamW, learning_rate

@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from eagle_fast.head_config import HeadConfig, default_feature_layers
-from eagle_fast.head_names import listed
-from eagle_fast.head_rope import rope_parameters
+from eagle_fast.head.config import HeadConfig, default_feature_layers
+from eagle_fast.head.names import listed
+from eagle_fast.head.rope import rope_parameters
 
 _LAYER = "layers.0."
 _NEEDED = [f"{_LAYER}self_attn.{name}_proj.weight" for name in "qkvo"] + [f"{_LAYER}mlp.gate_proj.weight"]

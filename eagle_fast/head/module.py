@@ -27,11 +27,11 @@ from eagle_fast_kernels.draft_head import head_input
 from eagle_fast_kernels.rms_norm import add_parts, add_rms_norm, rms_norm_ref
 from torch import Tensor, nn
 
-from eagle_fast.checkpoint import HeadCheckpoint, write_head
-from eagle_fast.head_config import HeadConfig, tensor_shapes
-from eagle_fast.head_layer import DraftLayer, frozen, merged_linear, optional, split_linear, weight_and_bias
-from eagle_fast.head_rope import rope_table
-from eagle_fast.linear import FewRowsLinear, QuantisedLinear, quantise
+from eagle_fast.head.checkpoint import HeadCheckpoint, write_head
+from eagle_fast.head.config import HeadConfig, tensor_shapes
+from eagle_fast.head.layer import DraftLayer, frozen, merged_linear, optional, split_linear, weight_and_bias
+from eagle_fast.head.rope import rope_table
+from eagle_fast.layers.linear import FewRowsLinear, QuantisedLinear, quantise
 
 Attend = Callable[[int, DraftLayer, Tensor, Tensor], Tensor]
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from eagle_fast.transfers import Transfers, distinct
+from eagle_fast.layers.transfers import Transfers, distinct
 
 
 class Shard(NamedTuple):

@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 
 from eagle_fast.config import TreeConfig
-from eagle_fast.graph import WARMUP_STEPS, GraphedStep
+from eagle_fast.decoding.graph import WARMUP_STEPS, GraphedStep
+from eagle_fast.decoding.round import Round
 from eagle_fast.head import DraftHead
-from eagle_fast.round import Round
 from eagle_fast.target import Target
 
 SIZES = (8, 16, 24, 32, 40, 48, 60, 80)

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 import torch
 from transformers.utils import ModelOutput
 
-from eagle_fast.processors import copies_for_rows, walk_processed
-from eagle_fast.reports import ReportRing
-from eagle_fast.request import Request
-from eagle_fast.round import Round
+from eagle_fast.decoding.processors import copies_for_rows, walk_processed
+from eagle_fast.decoding.reports import ReportRing
+from eagle_fast.decoding.request import Request
+from eagle_fast.decoding.round import Round
 
 ROUNDS_UNDER_WAY = 2  # one that the host waits for, and one to keep the device busy meanwhile
 

@@ -15,12 +15,12 @@ from eagle_fast_kernels.grow import finish_tree, grow
 from eagle_fast_kernels.lm_head_topk import lm_head_topk
 from eagle_fast_kernels.tree_attention import tree_attention
 
-from eagle_fast.attention import PrefillStep, prefill_attention
-from eagle_fast.cache import KVSlab, LayerShape
 from eagle_fast.config import TreeConfig
+from eagle_fast.decoding.sampling import SamplingTensors
+from eagle_fast.decoding.tree import Tree, chain_masks
 from eagle_fast.head import DraftHead
-from eagle_fast.sampling import SamplingTensors
-from eagle_fast.tree import Tree, chain_masks
+from eagle_fast.layers.attention import PrefillStep, prefill_attention
+from eagle_fast.layers.slab import KVSlab, LayerShape
 
 
 class Drafter:

@@ -15,17 +15,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from eagle_fast.attention import IMPLEMENTATION, AttentionContext, LayerBinding, PrefillStep, TreeStep
-from eagle_fast.cache import KVSlab, SlabCache, cache_argument
-from eagle_fast.experts import ExpertChoice
-from eagle_fast.fused import fuse_layers
-from eagle_fast.linear import use_few_rows_linear
-from eagle_fast.placement import layer_list
-from eagle_fast.probe import AttentionCall, UnsupportedModel, probe
-from eagle_fast.rope import LongRope, freeze_longrope, rope_types
-from eagle_fast.shards import Shard, connect, shards_of
-from eagle_fast.transfers import Transfers, distinct
-from eagle_fast.twin import drop_accelerate_hooks, is_offloaded, twin
+from eagle_fast.layers.attention import PrefillStep, TreeStep
+from eagle_fast.layers.linear import use_few_rows_linear
+from eagle_fast.layers.slab import KVSlab
+from eagle_fast.layers.transfers import Transfers, distinct
+from eagle_fast.target.experts import ExpertChoice
+from eagle_fast.target.fused import fuse_layers
+from eagle_fast.target.interface import IMPLEMENTATION, AttentionContext, LayerBinding, SlabCache, cache_argument
+from eagle_fast.target.longrope import LongRope, freeze_longrope, rope_types
+from eagle_fast.target.placement import layer_list
+from eagle_fast.target.probe import AttentionCall, UnsupportedModel, probe
+from eagle_fast.target.shards import Shard, connect, shards_of
+from eagle_fast.target.twin import drop_accelerate_hooks, is_offloaded, twin
 
 NO_SOFTCAP = (
     "the model caps its attention scores, and its sdpa implementation leaves the cap out: decoding does the same, to "

@@ -19,14 +19,14 @@ from __future__ import annotations
 import torch
 from eagle_fast_kernels.accept import accept
 
-from eagle_fast.attention import TreeStep
 from eagle_fast.config import TreeConfig
-from eagle_fast.draft import Drafter
+from eagle_fast.decoding.draft import Drafter
+from eagle_fast.decoding.sampling import SamplingTensors
+from eagle_fast.decoding.tree import Tree, root_only
 from eagle_fast.head import DraftHead
-from eagle_fast.sampling import SamplingTensors
+from eagle_fast.layers.attention import TreeStep
+from eagle_fast.layers.transfers import distinct
 from eagle_fast.target import Target
-from eagle_fast.transfers import distinct
-from eagle_fast.tree import Tree, root_only
 
 PREFILL_CHUNK = 8192  # prompt rows of all sequences that one forward takes: bounds its activations
 

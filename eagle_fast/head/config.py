@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from eagle_fast.head_rope import DEFAULT_THETA
+from eagle_fast.head.rope import DEFAULT_THETA
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 import torch
 
 from eagle_fast.config import TreeConfig
-from eagle_fast.graph import GraphedStep
+from eagle_fast.decoding.graph import GraphedStep
+from eagle_fast.decoding.round import Round
 from eagle_fast.head import DraftHead
-from eagle_fast.round import Round
+from eagle_fast.layers.transfers import distinct
 from eagle_fast.target import Target
-from eagle_fast.transfers import distinct
 
 LENGTH_STEP = 1024
 Lease = tuple[Round, GraphedStep]

@@ -24,8 +24,9 @@ from eagle_fast_kernels.rms_norm import add_parts, add_rms_norm, rms_norm
 from eagle_fast_kernels.tree_attention import tree_attention
 from torch import nn
 
-from eagle_fast.attention import LayerBinding, PrefillStep, prefill_attention
-from eagle_fast.linear import is_plain
+from eagle_fast.layers.attention import PrefillStep, prefill_attention
+from eagle_fast.layers.linear import is_plain
+from eagle_fast.target.interface import LayerBinding
 
 FAMILIES = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"})
 NORMS = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"})

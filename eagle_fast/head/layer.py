@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from eagle_fast.head_config import HeadConfig
-from eagle_fast.linear import FewRowsLinear
+from eagle_fast.head.config import HeadConfig
+from eagle_fast.layers.linear import FewRowsLinear
 
 
 class DraftLayer(nn.Module):

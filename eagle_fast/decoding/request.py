@@ -8,8 +8,8 @@ import torch
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
 from eagle_fast.config import SamplingParams
+from eagle_fast.decoding.validate import check_hooks, check_prompts, check_seeds, check_stop_ids, id_list, token_budgets
 from eagle_fast.target import Target
-from eagle_fast.validate import check_hooks, check_prompts, check_seeds, check_stop_ids, id_list, token_budgets
 
 
 @dataclass(frozen=True)

@@ -1,31 +1,21 @@
-"""Our attention inside stock models, through transformers' `AttentionInterface`.
+"""What the rows of a forward are, and attention of a prompt chunk: SDPA where a kernel of its serves, else in blocks.
 
 B sequences, T query rows, Hq/Hkv query and key heads, D head size, L allocated cache rows.
-
-The layers hand over q [B, Hq, T, D] and whatever `Cache.update` returned: here the whole slab views k, v
-[B, Hkv, L, D]. What else attention needs of the round is read from the `LayerBinding` on the module, since some
-families drop unknown keywords of forward. No mask function is registered under our name, so transformers builds none.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from eagle_fast_kernels.tree_attention import tree_attention
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention.bias import causal_lower_right
-from transformers import AttentionInterface
 
-from eagle_fast.transfers import Transfers
+from eagle_fast.layers.transfers import Transfers
 
-if TYPE_CHECKING:
-    from eagle_fast.cache import KVSlab
-
-IMPLEMENTATION = "eagle_fast"
 BLOCK = 1024  # queries that share a mask
 
 
@@ -95,24 +85,6 @@ class TreeStep:
         return tokens, TreeStep(*step)
 
 
-@dataclass
-class AttentionContext:
-    """What the current forward is, shared by a target's attention layers on one device and by its cache."""
-
-    step: PrefillStep | TreeStep | None = None
-    slab: KVSlab | None = None
-
-
-@dataclass(frozen=True)
-class LayerBinding:
-    """What one attention module needs beyond the call: the round's context and its own kind of locality."""
-
-    context: AttentionContext
-    window: int = 0
-    chunk: int = 0
-    capped: bool = True
-
-
 def prefill_attention(q, k, v, step: PrefillStep, *, scale, window=0, chunk=0, softcap=0.0, sinks=None):
     """Causal attention of a prompt chunk. q [B, Hq, T, D]; k, v [B, Hkv, >= start+T, D] -> [B, T, Hq, D].
 
@@ -174,27 +146,3 @@ def _explicit_attention(q, k, v, mask, scale, softcap, sinks):
     else:
         weights = scores.softmax(-1)
     return weights.to(v.dtype) @ v.repeat_interleave(groups, 1)
-
-
-def eagle_attention(
-    module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, sliding_window=None, **_
-):
-    """The function that transformers calls; returns (out [B, T, Hq, D], None)."""
-    binding: LayerBinding = module.eagle_binding
-    step = binding.context.step
-    options = {
-        "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
-        "window": binding.window,
-        "chunk": binding.chunk,
-        "softcap": softcap if softcap and binding.capped else 0.0,
-        "sinks": s_aux,
-    }
-    if isinstance(step, PrefillStep):
-        return prefill_attention(query, key, value, step, **options), None
-    assert isinstance(step, TreeStep), "attention outside of a prefill or a round"
-    depths = step.depths if binding.window or binding.chunk else None
-    out = tree_attention(query, key, value, step.lengths, step.ancestors, depths=depths, **options)
-    return out, None
-
-
-AttentionInterface.register(IMPLEMENTATION, eagle_attention)

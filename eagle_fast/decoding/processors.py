@@ -25,8 +25,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from eagle_fast.round import Round
-from eagle_fast.tree import Tree
+from eagle_fast.decoding.round import Round
+from eagle_fast.decoding.tree import Tree
 
 _ORDER = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 _NAMES = ("temperature", "top_k", "top_p", "min_p")

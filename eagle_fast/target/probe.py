@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from eagle_fast.cache import LayerShape
+from eagle_fast.layers.slab import LayerShape
 
 PROBE = "eagle_fast_probe"
 

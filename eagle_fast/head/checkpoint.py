@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from eagle_fast.head_config import HeadConfig, tensor_shapes
-from eagle_fast.head_files import find_folder, read_config, read_tensors
-from eagle_fast.head_inference import Overrides, Target, infer_config, infer_kind
-from eagle_fast.head_names import canonical_tensors, flatten_settings, listed
-from eagle_fast.head_vocabulary import check_vocabulary, read_token_ids
+from eagle_fast.head.config import HeadConfig, tensor_shapes
+from eagle_fast.head.files import find_folder, read_config, read_tensors
+from eagle_fast.head.inference import Overrides, Target, infer_config, infer_kind
+from eagle_fast.head.names import canonical_tensors, flatten_settings, listed
+from eagle_fast.head.vocabulary import check_vocabulary, read_token_ids
 
 _MAPS = ("d2t", "t2d", "token_map")
 

@@ -1,0 +1,66 @@
+"""Modules under the names that they had before the code had rooms: `eagle_fast.round` is found as `decoding.round`.
+
+An old module holds everything that the modules do that have taken its place, and is made when it is asked for.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+PLACES = {  # old module -> where its names are now
+    "attention": ("layers.attention", "target.interface"),
+    "cache": ("layers.slab", "target.interface"),
+    "checkpoint": ("head.checkpoint",),
+    "draft": ("decoding.draft",),
+    "experts": ("target.experts",),
+    "fused": ("target.fused",),
+    "generation": ("decoding.generation",),
+    "graph": ("decoding.graph",),
+    "head_config": ("head.config",),
+    "head_files": ("head.files",),
+    "head_inference": ("head.inference",),
+    "head_layer": ("head.layer",),
+    "head_names": ("head.names",),
+    "head_rope": ("head.rope",),
+    "head_vocabulary": ("head.vocabulary",),
+    "idle": ("decoding.states",),
+    "linear": ("layers.linear",),
+    "placement": ("target.placement",),
+    "probe": ("target.probe",),
+    "processors": ("decoding.processors",),
+    "reports": ("decoding.reports",),
+    "request": ("decoding.request",),
+    "rope": ("target.longrope",),
+    "round": ("decoding.round",),
+    "sampling": ("decoding.sampling",),
+    "shards": ("target.shards",),
+    "transfers": ("layers.transfers",),
+    "tree": ("decoding.tree",),
+    "tune": ("decoding.tune",),
+    "twin": ("target.twin",),
+    "validate": ("decoding.validate",),
+}
+
+
+class OldNames(MetaPathFinder, Loader):
+    """Asked last, after every module that is there."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None):
+        package, _, name = fullname.rpartition(".")
+        return ModuleSpec(fullname, self) if package == "eagle_fast" and name in PLACES else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        for place in PLACES[module.__name__.rpartition(".")[2]]:
+            names = vars(import_module(f"eagle_fast.{place}"))
+            vars(module).update({name: value for name, value in names.items() if not name.startswith("__")})
+
+
+def install() -> None:
+    """Let old names be found; a second time changes nothing."""
+    if not any(isinstance(finder, OldNames) for finder in sys.meta_path):
+        sys.meta_path.append(OldNames())
