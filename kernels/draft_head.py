@@ -79,7 +79,8 @@ def _rope_append_kernel(
     for i in tl.static_range(ROWS):
         pid = tl.program_id(0).to(tl.int64) * ROWS + i
         here = pid < total_rows
-        mask, turns = here & (d < D), here & (d < R)
+        # not `here & ...`: Triton 3.9's interpreter takes no scalar condition in a mask
+        mask, turns = tl.where(here, d < D, False), tl.where(here, d < R, False)
         sequence, row = pid // num_rows, pid % num_rows
         source = qkv_ptr + sequence * stride_xb + row * stride_xt + head * D
         x = sum_parts(source, d, mask, stride_xs, PARTS)
@@ -90,7 +91,7 @@ def _rope_append_kernel(
         else:
             turned = sum_parts(source, partner, turns, stride_xs, PARTS)
             if q_norm_ptr is not None:
-                of_q, of_k = mask & (head < HQ), mask & (head >= HQ)
+                of_q, of_k = tl.where(head < HQ, mask, False), tl.where(head >= HQ, mask, False)
                 weight = tl.load(q_norm_ptr + d, mask=of_q, other=0.0).to(tl.float32)
                 weight += tl.load(k_norm_ptr + d, mask=of_k, other=0.0).to(tl.float32)
                 turned_weight = tl.load(q_norm_ptr + partner, mask=of_q & (d < R), other=0.0).to(tl.float32)

@@ -225,10 +225,13 @@ def _attend_kernel(
         k = _load(k_base + rows.to(tl.int64)[:, None] * stride_kl, live, d, D, BLOCK_D, UPCAST)
         v = _load(v_base + rows.to(tl.int64)[:, None] * stride_vl, live, d, D, BLOCK_D, UPCAST)
         # A tile starts at a multiple of BLOCK_N, which divides 64: its bits lie in one word. All of the prefix is seen.
-        words = tl.load(words_base + (tile - prefix_tiles) * BLOCK_N // 64, mask=row_mask & in_tree, other=-1)
+        # Masks say in_tree element by element: Triton 3.9's interpreter takes no scalar condition in a mask.
+        of_rows = row_mask & (tl.zeros_like(query) + tile >= prefix_tiles)
+        words = tl.load(words_base + (tile - prefix_tiles) * BLOCK_N // 64, mask=of_rows, other=-1)
         visible = (((words[:, None] >> (slots & 63)[None, :].to(tl.int64)) & 1) == 1) & live[None, :]
         if WINDOW > 0 or CHUNK > 0:
-            depths = tl.load(depth_base + slots, mask=live & in_tree, other=0).to(tl.int32)
+            of_slots = live & (tl.zeros_like(n) + tile >= prefix_tiles)
+            depths = tl.load(depth_base + slots, mask=of_slots, other=0).to(tl.int32)
             positions = tl.where(in_tree, length + depths, rows)
             visible = _in_reach(visible, query_positions, positions[None, :], WINDOW, CHUNK)
         acc, peak, total = _absorb(q, k, v, visible, acc, peak, total, scale, SOFTCAP)
