@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from eagle_fast_kernels import linear, lm_head_topk, rms_norm, tree_attention
+from lib.shapes import SHAPES, build_head, build_target
+from lib.timing import milliseconds
 from round import repeatable
-from shapes import SHAPES, build_head, build_target
-from timing import milliseconds
 
 from eagle_fast import EaModel, TreeConfig
 from eagle_fast.decoding.round import Round

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from decode import accepted_counts, add_pair_arguments, read_prompts
-from records import write
+from lib.records import write
 from transformers import AutoTokenizer
 
 from eagle_fast import EaModel

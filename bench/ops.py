@@ -10,7 +10,7 @@
               bound by its launches, and what lies in L2 can pass 100 %
     PyTorch   the time of the way named beside it
 
-The result of a kernel is compared with PyTorch's before anything is timed. The table of cases is bench/op_cases.py.
+The result of a kernel is compared with PyTorch's before anything is timed. The table of cases is bench/lib/op_cases.py.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def agree(ours: Any, theirs: Any, tolerance: float) -> bool:
 
 
 def measure(case, rate: float, repeats: int) -> dict[str, Any]:
-    from timing import milliseconds
+    from lib.timing import milliseconds
 
     if case.tolerance is not None and not agree(case.kernel(0), case.pytorch(0), case.tolerance):
         raise SystemExit(f"{case.op}, {case.shape}: the kernel's result is not PyTorch's")
@@ -107,8 +107,8 @@ def plot(rows: list[dict[str, Any]], folder: Path, title: str) -> None:
 @torch.no_grad()
 def main() -> None:
     args = parse()
-    from op_cases import CASES
-    from timing import bandwidth
+    from lib.op_cases import CASES
+    from lib.timing import bandwidth
 
     names = args.only or list(CASES)
     unknown = [name for name in names if name not in CASES]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from decode import accepted_counts, add_pair_arguments, pad_left, read_prompts, speed
-from records import environment, write
+from lib.records import environment, write
 from transformers import AutoConfig, AutoTokenizer
 
 from eagle_fast import EaModel

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from records import RESULTS, ROOT
+from lib.records import RESULTS, ROOT
 
 README = ROOT / "README.md"
 BEGIN = "<!-- results: written by bench/report.py from bench/results, not by hand -->"

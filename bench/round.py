@@ -28,8 +28,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from records import environment, git_commit, write
-from shapes import (
+from lib.records import environment, git_commit, write
+from lib.shapes import (
     DRAFT_VOCAB,
     SHAPES,
     build_head,
@@ -39,7 +39,7 @@ from shapes import (
     plan_target,
     target_bytes,
 )
-from timing import bandwidth, milliseconds, synchronize, wall_milliseconds
+from lib.timing import bandwidth, milliseconds, synchronize, wall_milliseconds
 
 from eagle_fast import EaModel, SamplingParams, TreeConfig
 from eagle_fast.decoding.reports import ReportRing

@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from records import RESULTS, environment, write
+from lib.records import RESULTS, environment, write
 from report import README, render
 
 from eagle_fast.pairs import SMOLLM2, smollm2_head, user_cache

@@ -14,9 +14,9 @@ import json
 from typing import NamedTuple
 
 import torch
+from lib.shapes import build_head, build_target
+from lib.timing import graphed
 from round import add_round_arguments, begin, prompt, repeatable
-from shapes import build_head, build_target
-from timing import graphed
 from torch.profiler import ProfilerActivity, profile
 
 from eagle_fast import EaModel, TreeConfig

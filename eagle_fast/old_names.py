@@ -1,6 +1,6 @@
 """Modules under the names that they had before the code had rooms: `eagle_fast.round` is found as `decoding.round`.
 
-An old module holds everything that the modules do that have taken its place, and is made when it is asked for.
+An old name gives the module that has taken its place; where two have, one with the names of both.
 """
 
 from __future__ import annotations
@@ -55,9 +55,11 @@ class OldNames(MetaPathFinder, Loader):
         return ModuleSpec(fullname, self) if package == "eagle_fast" and name in PLACES else None
 
     def exec_module(self, module: ModuleType) -> None:
-        for place in PLACES[module.__name__.rpartition(".")[2]]:
-            names = vars(import_module(f"eagle_fast.{place}"))
-            vars(module).update({name: value for name, value in names.items() if not name.startswith("__")})
+        homes = [import_module(f"eagle_fast.{place}") for place in PLACES[module.__name__.rpartition(".")[2]]]
+        if len(homes) == 1:
+            sys.modules[module.__name__] = homes[0]  # which is then what the import gives
+        for home in homes:
+            vars(module).update({name: value for name, value in vars(home).items() if not name.startswith("__")})
 
 
 def install() -> None:

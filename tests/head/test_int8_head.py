@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+from causal import CausalAttention
 from decoders import TREE, decoder, prompt
 from draft_weights import HEADS, KV_HEADS, MLP, VD, D, H, V
-from test_head import CausalAttention
 
 from eagle_fast import EaModel
 from eagle_fast.head import DraftHead

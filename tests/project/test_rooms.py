@@ -8,7 +8,7 @@ import pytest
 
 from eagle_fast.old_names import PLACES
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 PACKAGE = ROOT / "eagle_fast"
 # room -> rooms of this project that it may import; "face" is what lies beside the rooms
 BELOW = {
@@ -71,6 +71,22 @@ def test_old_names_give_the_same_objects(name):
                 assert getattr(old, key) is value
 
 
+def test_an_old_name_of_one_module_is_that_module():
+    from eagle_fast import round as old
+    from eagle_fast.decoding import round as now
+
+    assert old is now
+    assert now.__name__ == now.__spec__.name == "eagle_fast.decoding.round"
+
+
 def test_names_that_never_were_stay_unknown():
-    with pytest.raises(ModuleNotFoundError, match="eagle_fast.rounds"):
+    with pytest.raises(ModuleNotFoundError, match=r"eagle_fast\.rounds"):
         importlib.import_module("eagle_fast.rounds")
+
+
+def test_tests_import_no_tests():
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [each.name for each in node.names] if isinstance(node, ast.Import) else []
+            assert not [name for name in names if name.split(".")[-1].startswith("test_")], path

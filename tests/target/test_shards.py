@@ -11,7 +11,7 @@ from accelerate import dispatch_model
 from decoders import TREE, batch_of, prompt
 from fake_devices import FakeDevices, layers_map, place, routes
 from often_right import write_often_right_head, write_random_head
-from test_target import PARENTS, PROMPT, prefill, tree_step
+from trees import PARENTS, PROMPT, prefill, tree_step
 from zoo import FAMILIES, make
 
 import eagle_fast.layers.linear

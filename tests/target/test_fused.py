@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_target import prefill
+from trees import prefill
 from zoo import make
 
 from eagle_fast.target import Target

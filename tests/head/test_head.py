@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from causal import POSITIONS, CausalAttention
 from draft_formats import FORMATS, sample
 from draft_weights import HEADS, KV_HEADS, MLP, TARGET, VD, D, H, V, plain_eagle3
-from eagle_fast_kernels.draft_head import rms_norm_ref, rope_ref
 from naive_head import Naive
 
 from eagle_fast.head import DraftHead
@@ -15,35 +15,11 @@ from eagle_fast.head.checkpoint import read_head
 from eagle_fast.head.config import HeadConfig
 
 PROMPT, STEPS = 7, 3  # rows from the target's features, then rows from the head's own output
+assert PROMPT + STEPS <= POSITIONS
 SIZES = dict(
     hidden_size=H, target_hidden_size=H, embedding_size=H, intermediate_size=MLP, num_heads=HEADS,
     num_kv_heads=KV_HEADS, head_dim=D, vocab_size=V, draft_vocab_size=VD, num_target_layers=12,
 )  # fmt: skip
-
-
-class CausalAttention:
-    """Attention over everything that came before, keys and values kept by concatenation. Differentiable."""
-
-    def __init__(self, head):
-        self.cos, self.sin = head.rope_table(PROMPT + STEPS)
-        self.kept = {}
-
-    def __call__(self, index, layer, qkv, positions):
-        heads = qkv.unflatten(-1, (-1, layer.head_dim))
-        q, k, v = heads.split((layer.num_heads, layer.num_kv_heads, layer.num_kv_heads), 2)
-        table = positions, self.cos, self.sin, layer.rope_interleaved
-        q = rope_ref(rms_norm_ref(q, layer.q_norm, layer.eps), *table)
-        k = rope_ref(rms_norm_ref(k, layer.k_norm, layer.eps), *table)
-        if index in self.kept:
-            k, v = torch.cat((self.kept[index][0], k), 1), torch.cat((self.kept[index][1], v), 1)
-        self.kept[index] = k, v
-        distance = positions[:, :, None] - torch.arange(k.shape[1], device=k.device)
-        seen = (distance >= 0) & ((distance < layer.window) if layer.window else True)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=seen[:, None], scale=layer.scale, enable_gqa=True
-        )
-        return out.transpose(1, 2).flatten(2)
 
 
 def build(made, folder, device="cpu", **arguments):

@@ -11,7 +11,8 @@ import torch
 from decoders import batch_of, decoder, prompt, rebuilt
 from transformers import MaxLengthCriteria
 
-from eagle_fast import NaNLogitsError, generation
+from eagle_fast import NaNLogitsError
+from eagle_fast.decoding import generation
 from eagle_fast.decoding.reports import ReportRing
 
 NEW = 24

@@ -188,7 +188,7 @@ def test_options_in_the_words_of_older_transformers(folders, monkeypatch):
 
 def guide_scripts():
     """The two scripts that docs/multi-gpu.md shows."""
-    guide = (Path(__file__).parent.parent / "docs" / "multi-gpu.md").read_text()
+    guide = (Path(__file__).parent.parent.parent / "docs" / "multi-gpu.md").read_text()
     blocks = [block.partition("```")[0] for block in guide.split("```python\n")[1:]]
     scripts = [block for block in blocks if "from eagle.model" in block]
     assert len(scripts) == 2

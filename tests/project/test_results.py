@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 BENCH = ROOT / "bench"
 ROUND = {
     "round_ms": 9.0,
@@ -75,7 +75,7 @@ def test_benches_of_record_want_a_gpu():
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_commits_are_those_of_the_checkout(bench, tmp_path):
-    records = bench("records")
+    records = bench("lib.records")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.org"]
     assert records.git_commit(tmp_path / "nowhere") == ""
     subprocess.run([*git, "init", "-q"], check=True)
@@ -168,7 +168,7 @@ def test_the_suite_runs_every_bench_and_completes_its_record(bench, monkeypatch,
 
 def test_kernels_are_compared_with_what_pytorch_does(bench, monkeypatch):
     """The table of bench/ops.py at small sizes: the first case of every op, its kernel by the twin in PyTorch."""
-    cases, ops = bench("op_cases"), bench("ops")
+    cases, ops = bench("lib.op_cases"), bench("ops")
     small = {"HIDDEN": 256, "INTERMEDIATE": 512, "LAYERS": 2, "VOCAB": 2000, "DRAFT_VOCAB": 500}
     for name, value in {**small, "STREAM": 1, "DEVICE": "cpu"}.items():
         monkeypatch.setattr(cases, name, value)
