@@ -44,6 +44,7 @@ from lib.timing import bandwidth, milliseconds, synchronize, wall_milliseconds
 from eagle_fast import EaModel, SamplingParams, TreeConfig
 from eagle_fast.decoding.reports import ReportRing
 from eagle_fast.decoding.round import Round
+from eagle_fast.target.interface import attention_of
 
 LOOP_ROUNDS = 128
 UPSTREAM_NEEDS = (
@@ -108,13 +109,19 @@ def repeatable(state: Round) -> Callable[[], None]:
 
 def phases(state: Round, repeats: int) -> dict[str, float]:
     """Milliseconds of the parts of a round; each part is a graph of its own, so they add up to a little more."""
-    tree, logits, features = state.propose()
+    tree = state.draft()
+    logits, features = state.verify(tree)
     path = state.accept(tree, logits)
-    state.counts.zero_()  # a commit of nothing, which can be repeated
+    state.counts.zero_()  # an absorb of nothing, which can be repeated
+
+    def commit() -> None:
+        state.compact(path)
+        state.absorb(path, features)
+
     parts = {
         "draft": state.draft,
-        "draft_and_verify": state.propose,
-        "commit": lambda: state.commit(path, features),
+        "draft_and_verify": lambda: state.verify(state.draft()),
+        "commit": commit,
         "accept": lambda: state.accept(tree, logits),
     }
     return {name: round(milliseconds(part, repeats, state.devices), 3) for name, part in parts.items()}
@@ -148,7 +155,7 @@ def measure(model: EaModel, speculative: bool, args: argparse.Namespace) -> dict
     """Milliseconds of a round, with the head or without, in the state that a call of this size would use."""
     tokens = prompt(model, args)
     loop = loop_milliseconds(model.eagenerate if speculative else model.naivegenerate, tokens, args.temperature)
-    with model._idle.lease(speculative, args.batch, args.context + LOOP_ROUNDS) as (state, step):
+    with model.states.lease(speculative, args.batch, args.context + LOOP_ROUNDS) as (state, step, _):
         prefill = wall_milliseconds(lambda: begin(state, tokens, args.temperature), devices=state.devices)
         device = milliseconds(repeatable(state), args.repeats, state.devices)
         split = {"phases_ms": phases(state, args.repeats)} if speculative else {}
@@ -160,14 +167,14 @@ def measure(model: EaModel, speculative: bool, args: argparse.Namespace) -> dict
 def stock_prefill_milliseconds(model: EaModel, args: argparse.Namespace) -> float:
     """The stock model over the same prompt, with a cache and the logits of the last token."""
     tokens = prompt(model, args).cuda()
-    assert model.base_model.config._attn_implementation == "sdpa"
+    assert attention_of(model.base_model) == "sdpa"
     return round(wall_milliseconds(lambda: model.base_model(tokens, use_cache=True, logits_to_keep=1)), 3)
 
 
 def memory(model: EaModel) -> dict[str, dict[str, float]]:
     """Of each GPU, GiB: what weights and caches take, and the most that was allocated since they are there."""
-    slabs = [slab for state, _ in model._idle for slab in state.cache.slab.slabs]
-    slabs += [slab for state, _ in model._idle if state.drafter for slab in state.drafter.slab.slabs]
+    slabs = [slab for state, _, _ in model.states.idle for slab in state.cache.slab.slabs]
+    slabs += [slab for state, _, _ in model.states.idle for slab in state.drafter.slabs]
     held: dict[torch.device, dict[int, int]] = {}
     for tensor in [*model.base_model.parameters(), *model.ea_layer.parameters(), *model.ea_layer.buffers(), *slabs]:
         storage = tensor.untyped_storage()
@@ -211,8 +218,7 @@ def main() -> None:
         torch.cuda.reset_peak_memory_stats(device)
     figures, plain = measure(model, True, args), measure(model, False, args)
     gibibytes = memory(model)
-    shapes = model.target.layer_shapes
-    kv_bytes = sum(2 * each.num_heads * each.head_dim * each.dtype.itemsize for each in shapes)
+    kv_bytes = sum(each.token_bytes for each in model.target.layer_shapes)
     weights, kv_bytes = target_bytes(target), kv_bytes * args.context * args.batch
     record = {
         "bench": "round", "shape": args.shape, "tree": args.tree, "context": args.context, "batch": args.batch,

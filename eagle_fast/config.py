@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from eagle_fast.messages import warn_user
 
 MAX_TREE_NODES = 256
 MAX_TOP_K = 16
@@ -17,7 +18,8 @@ MAX_SEED = 2**63 - 1
 class TreeConfig:
     """The dynamic draft tree of EAGLE-2/3 (Li et al. 2024, section 4), with the meaning of SafeAILab/EAGLE.
 
-    total_token  nodes that the target verifies, the root (the newest token) included; -1 picks from measured times
+    total_token  nodes that the target verifies, the root (the newest token) included; -1 picks from measured times;
+                 1, with depth=0 and top_k=1, is the root alone: one token per round
     depth        beam steps after the first, so the deepest drafted token is depth + 1 below the root
     top_k        width of the beam, and children that each beam row proposes
     """
@@ -31,8 +33,9 @@ class TreeConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise ValueError(f"{name}={value!r}: use an integer from {low} to {high}")
-        total = self.total_token
-        if isinstance(total, bool) or not isinstance(total, int) or (total != -1 and not 2 <= total <= MAX_TREE_NODES):
+        total, least = self.total_token, 1 if (self.depth, self.top_k) == (0, 1) else 2
+        is_count = isinstance(total, int) and not isinstance(total, bool)
+        if not is_count or (total != -1 and not least <= total <= MAX_TREE_NODES):
             raise ValueError(f"total_token={total!r}: use 2 to {MAX_TREE_NODES}, or -1 to pick from measured times")
         if total > 1 + self.num_candidates:
             raise ValueError(
@@ -46,9 +49,17 @@ class TreeConfig:
         return self.top_k + self.depth * self.top_k**2
 
     @property
+    def num_slots(self) -> int:
+        """Cache rows behind the prefix that a round writes: the head's beam rows, and the target's nodes."""
+        return max(self.total_token, 0 if self.total_token == 1 else self.depth * self.top_k)
+
+    @property
     def max_path(self) -> int:
         """Most nodes on a path from the root, the root included: also the most tokens a round can emit."""
         return min(self.depth + 2, self.total_token)
+
+
+ROOT_ALONE = TreeConfig(total_token=1, depth=0, top_k=1)  # plain decoding's
 
 
 @dataclass(frozen=True)
@@ -82,7 +93,7 @@ class SamplingParams:
         object.__setattr__(self, "top_k", int(self.top_k))
         self._check_seed()
         if self.temperature == 0 and (self.top_k or 0 < self.top_p < 1 or self.min_p):
-            warnings.warn("top_k, top_p and min_p change nothing at temperature=0 (greedy decoding)", stacklevel=3)
+            warn_user("top_k, top_p and min_p change nothing at temperature=0 (greedy decoding)")
 
     def _check_seed(self) -> None:
         if self.seed is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from typing import Any, cast
 
 import torch
@@ -12,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from eagle_fast.head import DraftHead
 from eagle_fast.head.checkpoint import read_head
+from eagle_fast.messages import warn_user
+from eagle_fast.target.anatomy import Anatomy
 from eagle_fast.target.placement import (
     GIB,
     STRATEGIES,
@@ -54,8 +55,7 @@ def load_target(
         return cast(PreTrainedModel, path_or_model)
     path = known_path("base_model_path", path_or_model)
     model = AutoModelForCausalLM.from_pretrained(path, **options, **_placement(path, device_map, max_memory, options))
-    capped = getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None)
-    if capped and "attn_implementation" not in options:
+    if Anatomy(model).softcap and "attn_implementation" not in options:
         model.set_attn_implementation("eager")  # the default, SDPA, leaves the softcap out
     return model
 
@@ -73,7 +73,7 @@ def _placement(path: str, device_map, max_memory: dict | None, options: dict[str
         return {"device_map": device_map, "max_memory": max_memory}
     hub = {key: options[key] for key in CONFIG_OPTIONS if key in options}
     config = options.get("config") or AutoConfig.from_pretrained(path, **hub)
-    if getattr(config, "quantization_config", None) is not None:
+    if Anatomy(config).is_quantized:
         return {"device_map": device_map, "max_memory": max_memory}
     remote = {"trust_remote_code": True} if options.get("trust_remote_code") else {}
     model = skeleton(config, _dtype(options), **remote)
@@ -86,7 +86,7 @@ def _placement(path: str, device_map, max_memory: dict | None, options: dict[str
             "offload_folder="
         )
     if device_map == "auto" and set(placement) == {""} and torch.cuda.device_count() > 1:
-        warnings.warn(f"the model fits on one GPU and is on {placement['']} alone; 'balanced' spreads it", stacklevel=4)
+        warn_user(f"the model fits on one GPU and is on {placement['']} alone; 'balanced' spreads it")
     return {"device_map": {name: _as_accelerate(device) for name, device in placement.items()}}
 
 
@@ -113,12 +113,12 @@ def load_head(
     """The draft head for a target, by default beside the lm_head. options: `HEAD_OPTIONS` and `HUB_OPTIONS`."""
     lm_head: Any = base_model.get_output_embeddings()
     embedding, logits = (stored_weight(each) for each in (base_model.get_input_embeddings(), lm_head))
-    config = base_model.config.get_text_config(decoder=True)
+    anatomy = Anatomy(base_model)
     checkpoint = read_head(
         path,
-        target_hidden_size=config.hidden_size,
+        target_hidden_size=anatomy.hidden_size,
         target_vocab_size=logits.shape[0],
-        num_target_layers=config.num_hidden_layers,
+        num_target_layers=anatomy.num_layers,
         use_eagle3=use_eagle3,
         revision=revision,
         **(options or {}),

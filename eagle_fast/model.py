@@ -66,7 +66,7 @@ class EaModel(HFGenerateMixin, nn.Module):
         self._tokenizer_options: dict[str, Any] = {}
         if self.tree.total_token == -1:
             self.tree = pick_total_token(self.target, ea_layer, self.tree)
-        self._idle = IdleStates(self.target, ea_layer, self.tree)
+        self.states = IdleStates(self.target, ea_layer, self.tree)
         warn_if_slow(base_model)
 
     @classmethod
@@ -264,8 +264,8 @@ class EaModel(HFGenerateMixin, nn.Module):
     def _rounds(self, speculative: bool, request: Request, max_length: int = 0) -> abc.Generator[Generator, None, None]:
         """Run a request; yields its `Generator` with the tokens of each round, and frees the state when closed."""
         longest = max(request.longest, max_length)
-        with self._idle.lease(speculative, len(request.prompts), longest) as (state, step):
-            generator = Generator(state, step, request, self._idle.turn)
+        with self.states.lease(speculative, len(request.prompts), longest) as (state, step, _):
+            generator = Generator(state, step, request)
             generator.begin()
             while not generator.finished:
                 if generator.advance():

@@ -13,24 +13,51 @@ import torch
 from eagle_fast_kernels.draft_head import rope_append
 from eagle_fast_kernels.grow import finish_tree, grow
 from eagle_fast_kernels.lm_head_topk import lm_head_topk
-from eagle_fast_kernels.tree_attention import tree_attention
+from torch import Tensor
 
 from eagle_fast.config import TreeConfig
 from eagle_fast.decoding.sampling import SamplingTensors
-from eagle_fast.decoding.tree import Tree, chain_masks
-from eagle_fast.head import DraftHead
-from eagle_fast.layers.attention import PrefillStep, prefill_attention
+from eagle_fast.decoding.tree import Tree, chain_masks, root_only
+from eagle_fast.head import Attend, DraftHead
+from eagle_fast.layers.attention import PrefillStep, Step, TreeStep
 from eagle_fast.layers.slab import KVSlab, LayerShape
 
 
-class Drafter:
+class NoHead:
+    """The drafter of plain decoding: its tree is the root alone, and it has nothing to absorb."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.slabs: list[Tensor] = []
+
+    def grow(self, roots: Tensor, lengths: Tensor, sampling: SamplingTensors) -> Tree:
+        """The tree under roots [B], whose position is lengths [B]."""
+        return root_only(roots)
+
+    def absorb(self, features: Tensor, path: Tensor, tokens: Tensor, counts: Tensor, lengths: Tensor) -> None:
+        """Take in what was accepted: features [B, T, F] of the tree's nodes, the path [B, A] of counts [B] of them,
+        the tokens [B, A] after those, lengths [B] before them."""
+
+    def absorb_prompt(self, features: Tensor, tokens: Tensor, start: int, lengths: Tensor) -> None:
+        """Take in a prompt chunk: features [B, C, F] of positions start.., tokens [B, C] after each."""
+
+    def start_without_prefix(self, roots: Tensor) -> None:
+        """Before a prompt is absorbed, which may have no token but its root."""
+
+    def adopt(self, rows: Tensor, other: NoHead) -> None:
+        """Copy the first sequences of `other` to sequences `rows` [R] of this one."""
+
+
+class Drafter(NoHead):
     """One head drafting for B sequences, with its own keys and values and the state that the next tree grows from."""
 
     def __init__(self, head: DraftHead, tree: TreeConfig, batch: int, capacity: int):
-        self.head, self.tree, self.device = head, tree, head.device
+        super().__init__(head.device)
+        self.head, self.tree = head, tree
         device, config = head.device, head.config
         shape = LayerShape(config.num_kv_heads, config.head_dim, head.dtype, device)
         self.slab = KVSlab([shape] * config.num_layers, batch, capacity)
+        self.slabs = self.slab.slabs
         self.cos, self.sin = head.rope_table(capacity)
         self.hidden = torch.zeros(batch, config.hidden_size, dtype=head.dtype, device=device)
         self.states = torch.zeros_like(self.hidden)
@@ -52,8 +79,9 @@ class Drafter:
 
     # -- grow ------------------------------------------------------------------------------------------------------
 
-    def grow(self, roots: torch.Tensor, lengths: torch.Tensor, sampling: SamplingTensors) -> Tree:
-        """The tree of T nodes under roots [B], whose position is lengths [B]."""
+    def grow(self, roots: Tensor, lengths: Tensor, sampling: SamplingTensors) -> Tree:
+        if self.tree.total_token == 1:
+            return root_only(roots)
         k, batch = self.tree.top_k, roots.numel()
         size = (batch, self.tree.num_candidates)
         candidate_tokens, parents = torch.empty(2, *size, dtype=torch.long, device=self.device)
@@ -63,14 +91,15 @@ class Drafter:
         tokens, scores, beam, rows, masks = grow(*best, *self.root, 0, *candidates)
         hidden = self.hidden
         for level in range(1, self.tree.depth + 1):
-            attend = self._tree_attend(lengths, masks, self.level_depths, (level - 1) * k, slots[level - 1])
+            step = TreeStep(lengths, masks, self.level_depths.expand(batch, -1), first=(level - 1) * k)
+            attend = self._attend(step, slots[level - 1])
             rows_at = positions[level - 1][:, None].expand_as(tokens)
             hidden, states = self.head(tokens, hidden, rows_at, attend, rows=rows, parts=True)
             best = self._propose(states, positions[level], sampling)
             tokens, scores, beam, rows, masks = grow(*best, scores, beam, masks, level, *candidates)
         return Tree(*finish_tree(*candidates, roots, self.tree.total_token))
 
-    def _propose(self, states, positions, sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    def _propose(self, states: Tensor, positions: Tensor, sampling: SamplingTensors) -> tuple[Tensor, Tensor]:
         """Best k next tokens after rows [B, R, H] whose tokens stand at positions [B]: (scores, tokens) [B, R, k]."""
         batch, rows, _ = states.shape
         scores, tokens = lm_head_topk(
@@ -88,54 +117,40 @@ class Drafter:
         )
         return scores.view(batch, rows, -1), tokens.view(batch, rows, -1)
 
-    def _tree_attend(self, lengths, masks, depths, first, slots):
-        """Attention of rows that stand at cache rows slots [B] on, tree slots `first` on, and see prefix and masks."""
-        scale = self.head.config.head_dim**-0.5
-        depths = depths.expand(lengths.numel(), -1)
+    def _attend(self, step: Step, slots: Tensor) -> Attend:
+        """Attention of rows that are written from cache rows slots [B] on; see `DraftHead.forward`."""
+        config = self.head.config
 
         def attend(index, layer, qkv, positions):
-            query = self._append(index, layer, qkv, positions, slots)
             keys, values = self.slab.keys[index], self.slab.values[index]
-            local = {"window": layer.window, "depths": depths} if layer.window else {}
-            return tree_attention(query, keys, values, lengths, masks, scale=scale, first=first, **local).flatten(2)
+            query = rope_append(
+                qkv, positions, self.cos, self.sin, keys, values, slots, layer.num_heads, layer.num_kv_heads,
+                q_norm=layer.q_norm, k_norm=layer.k_norm, eps=layer.eps, interleaved=config.rope_interleaved,
+            )  # fmt: skip
+            return step.attend(query, keys, values, scale=layer.scale, window=layer.window).flatten(2)
 
         return attend
 
-    def _append(self, index, layer, qkv, positions, slots):
-        """Rotate the queries and keys of new rows and write K and V from row slots [B] on."""
-        config = self.head.config
-        return rope_append(
-            qkv, positions, self.cos, self.sin, self.slab.keys[index], self.slab.values[index], slots,
-            config.num_heads, config.num_kv_heads, q_norm=layer.q_norm, k_norm=layer.k_norm,
-            eps=config.rms_norm_eps, interleaved=config.rope_interleaved,
-        )  # fmt: skip
-
     # -- absorb ----------------------------------------------------------------------------------------------------
 
-    def absorb(self, features, tokens, counts, lengths) -> None:
-        """Take in accepted rows: features [B, A, F] of the path's nodes, tokens [B, A] after them, counts [B] of them.
+    def absorb(self, features: Tensor, path: Tensor, tokens: Tensor, counts: Tensor, lengths: Tensor) -> None:
+        """Rows r >= counts[b] are computed too; what they write lies past the new length and is written over later."""
+        features = features.gather(1, path[..., None].expand(-1, -1, features.shape[-1]))
+        self._absorb_path(features, tokens, counts, lengths)
 
-        Rows r >= counts[b] are computed too; what they write lies past the new length and is written over later.
-        """
+    def _absorb_path(self, features: Tensor, tokens: Tensor, counts: Tensor, lengths: Tensor) -> None:
         positions = lengths[:, None] + self.path_rows
-        attend = self._tree_attend(lengths, self.path_masks, self.path_rows, 0, lengths)
+        step = TreeStep(lengths, self.path_masks, self.path_rows.expand(lengths.numel(), -1))
+        attend = self._attend(step, lengths)
         hidden, states = self.head(tokens, self.head.embed_features(features), positions, attend, parts=True)
         last = self.last_rows[counts][:, None, None].expand(-1, 1, hidden.shape[-1])
         torch.gather(hidden, 1, last, out=self.hidden[:, None])
         torch.gather(states, 1, last, out=self.states[:, None])
 
-    def absorb_prompt(self, features, tokens, start: int, lengths) -> None:
-        """Take in a prompt chunk: features [B, C, F] of positions start.., tokens [B, C] after each."""
+    def absorb_prompt(self, features: Tensor, tokens: Tensor, start: int, lengths: Tensor) -> None:
         count = tokens.shape[1]
-        step = PrefillStep(start, count)
+        attend = self._attend(PrefillStep(start, count), torch.full_like(lengths, start))
         positions = torch.arange(start, start + count, device=tokens.device).expand_as(tokens)
-        scale = self.head.config.head_dim**-0.5
-
-        def attend(index, layer, qkv, positions):
-            query = self._append(index, layer, qkv, positions, torch.full_like(lengths, start))
-            keys, values = self.slab.keys[index], self.slab.values[index]
-            return prefill_attention(query, keys, values, step, scale=scale, window=layer.window).flatten(2)
-
         hidden, states = self.head(tokens, self.head.embed_features(features), positions, attend, parts=True)
         last = lengths - 1 - start
         here = ((last >= 0) & (last < count))[:, None]
@@ -143,16 +158,14 @@ class Drafter:
         self.hidden.copy_(torch.where(here, hidden.gather(1, last)[:, 0], self.hidden))
         self.states.copy_(torch.where(here, states.gather(1, last)[:, 0], self.states))
 
-    def start_without_prefix(self, roots: torch.Tensor) -> None:
+    def start_without_prefix(self, roots: Tensor) -> None:
         """A sequence of one token has no features yet: draft its first tree from zeros. Costs acceptance, not text."""
-        batch, device = roots.numel(), roots.device
-        features = torch.zeros(
-            batch, self.tree.max_path, self.head.feature_size, dtype=self.hidden.dtype, device=device
-        )
+        batch, path = roots.numel(), self.tree.max_path
+        features = torch.zeros(batch, path, self.head.feature_size, dtype=self.hidden.dtype, device=self.device)
         nothing = torch.zeros_like(roots)
-        self.absorb(features, roots[:, None].repeat(1, self.tree.max_path), nothing + 1, nothing)
+        self._absorb_path(features, roots[:, None].repeat(1, path), nothing + 1, nothing)
 
-    def adopt(self, rows: torch.Tensor, other: Drafter) -> None:
-        """Copy the first sequences of `other` to sequences `rows` [R] of this one."""
+    def adopt(self, rows: Tensor, other: NoHead) -> None:
+        assert isinstance(other, Drafter)
         self.slab.adopt(rows, other.slab)
         self.hidden[rows], self.states[rows] = other.hidden[: len(rows)], other.states[: len(rows)]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +21,7 @@ from eagle_fast.decoding.processors import copies_for_rows, walk_processed
 from eagle_fast.decoding.reports import ReportRing
 from eagle_fast.decoding.request import Request
 from eagle_fast.decoding.round import Round
+from eagle_fast.decoding.tree import Tree
 
 ROUNDS_UNDER_WAY = 2  # one that the host waits for, and one to keep the device busy meanwhile
 
@@ -74,17 +74,10 @@ class Generator:
     """Decodes one request with a `Round`: `begin`, then `advance` until `finished`.
 
     texts: prompt and new tokens of each sequence. done: which sequences have ended.
-    turn: entered around everything that is launched, see `IdleStates.turn`.
     """
 
-    def __init__(
-        self,
-        state: Round,
-        step: Callable[[], None],
-        request: Request,
-        turn: Callable[[], AbstractContextManager[None]],
-    ):
-        self.state, self.step, self.request, self.turn = state, step, request, turn
+    def __init__(self, state: Round, step: Callable[[], None], request: Request):
+        self.state, self.step, self.request = state, step, request
         batch = len(request.prompts)
         self.texts = [list(prompt) for prompt in request.prompts]
         self.starts = [len(prompt) for prompt in request.prompts]
@@ -111,7 +104,7 @@ class Generator:
     def begin(self) -> None:
         """Load the sampling settings and prefill."""
         started = time.perf_counter()
-        with self.turn():
+        with self.state.target.turn():
             self.state.sampling.load(self.request.sampling, self.request.shared_noise)
             self._prefill()
         device = self.state.target.device
@@ -123,10 +116,10 @@ class Generator:
         """Take in one more round; False where it brought nothing, else some sequence got at least one token."""
         started = time.perf_counter()
         lengths = [len(text) for text in self.texts]
-        with self.turn():
+        with self.state.target.turn():
             self._settle()
             if self.processors:
-                self._processed_round()
+                self.state.step(self._accept_processed)
             else:
                 self._launch()
         if not self.processors:
@@ -197,11 +190,9 @@ class Generator:
                     if not self._take(row, token):
                         break
 
-    def _processed_round(self) -> None:
-        """A whole round with logits processors, which choose every token on the host."""
-        tree, logits, features = self.state.propose()
-        path = walk_processed(self.state, tree, logits, self._process, self._take)
-        self.state.commit(path, features)
+    def _accept_processed(self, tree: Tree, logits: torch.Tensor) -> torch.Tensor:
+        """`Round.accept` with logits processors, which choose every token on the host."""
+        return walk_processed(self.state, tree, logits, self._process, self._take)
 
     # -- tokens ----------------------------------------------------------------------------------------------------
 

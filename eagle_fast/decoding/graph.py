@@ -10,11 +10,12 @@ allocates on other devices comes from memory pools that live as long as the grap
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
 import torch
+
+from eagle_fast.messages import warn_user
 
 WARMUP_STEPS = 2
 
@@ -109,7 +110,7 @@ class GraphedStep:
                 raise error.__context__ from None
             self.eager = True
             reason = str(error).strip().splitlines()[0]
-            warnings.warn(f"rounds run without a CUDA graph, which is slower: {reason}", stacklevel=2)
+            warn_user(f"rounds run without a CUDA graph, which is slower: {reason}")
         else:
             self.graph, self.pools = graph, pools
 

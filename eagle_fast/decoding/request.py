@@ -10,6 +10,7 @@ from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaL
 from eagle_fast.config import SamplingParams
 from eagle_fast.decoding.validate import check_hooks, check_prompts, check_seeds, check_stop_ids, id_list, token_budgets
 from eagle_fast.target import Target
+from eagle_fast.target.anatomy import token_settings
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,7 @@ def make_request(
 
 def special_ids(model: PreTrainedModel, *names: str) -> list[int]:
     """The first of a model's special ids, as "eos_token_id", that its generation config or its config has."""
-    sources = getattr(model, "generation_config", None), model.config.get_text_config(decoder=True)
-    found = (id_list(getattr(source, name, None)) for name in names for source in sources)
+    found = (id_list(setting) for name in names for setting in token_settings(model, name))
     return next((ids for ids in found if ids), [])
 
 

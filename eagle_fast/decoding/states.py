@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
@@ -12,57 +12,49 @@ from eagle_fast.config import TreeConfig
 from eagle_fast.decoding.graph import GraphedStep
 from eagle_fast.decoding.round import Round
 from eagle_fast.head import DraftHead
-from eagle_fast.layers.transfers import distinct
 from eagle_fast.target import Target
 
 LENGTH_STEP = 1024
-Lease = tuple[Round, GraphedStep]
 
 
-class IdleStates(list[Lease]):
-    """The states that no call uses at the moment; two running calls never share one.
+class Lease(NamedTuple):
+    """What a call has for itself."""
 
-    Calls may run interleaved or in several threads, one round at a time: whoever launches a round takes a `turn`,
-    because the model's layers learn from one place which step they belong to.
-    """
+    state: Round
+    step: GraphedStep
+    speculative: bool
+
+
+class IdleStates:
+    """The states that no call uses at the moment, in `idle`; two running calls never share one."""
 
     def __init__(self, target: Target, head: DraftHead, tree: TreeConfig):
-        super().__init__()
         self.target, self.head, self.tree = target, head, tree
-        self.lock = threading.RLock()
-        gpus = [device for device in distinct([*target.devices, head.device]) if device.type == "cuda"]
-        self.launched = {device: torch.cuda.Event() for device in gpus}
+        self.idle: list[Lease] = []
 
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Hold the lock and launch. What was launched in earlier turns, on whatever streams, runs first."""
-        with self.lock:
-            streams = {device: torch.cuda.current_stream(device) for device in self.launched}
-            for device, stream in streams.items():
-                stream.wait_event(self.launched[device])
-            try:
-                yield
-            finally:
-                for device, stream in streams.items():
-                    self.launched[device].record(stream)
+    def clear(self) -> None:
+        """Let go of all idle states, their memory and their graphs."""
+        with self.target.turn():
+            self.idle.clear()
 
     @contextmanager
     def lease(self, speculative: bool, batch: int, max_length: int) -> Iterator[Lease]:
         """A state for `batch` sequences of up to `max_length` tokens: an idle one, or a new one in place of one too
         small. It is idle again after the block, even with a round under way: the next one comes behind it."""
-        with self.turn():
+        with self.target.turn():
             leased = self._take(speculative, batch, max_length) or self._new(speculative, batch, max_length)
         try:
             yield leased
         finally:
-            self.append(leased)
+            self.idle.append(leased)
 
     def _take(self, speculative: bool, batch: int, max_length: int) -> Lease | None:
         """An idle state that is large enough; those too small are dropped if there is none."""
-        alike = [each for each in self if each[0].batch == batch and (each[0].drafter is not None) == speculative]
-        large = next((each for each in alike if each[0].max_length >= max_length), None)
+        alike = [each for each in self.idle if each.state.batch == batch and each.speculative == speculative]
+        large = next((each for each in alike if each.state.max_length >= max_length), None)
         dropped = alike if large is None else [large]
-        self[:] = [each for each in self if not any(each is other for other in dropped)]
+        for each in dropped:
+            self.idle.remove(each)
         return large
 
     def _new(self, speculative: bool, batch: int, max_length: int) -> Lease:
@@ -72,10 +64,10 @@ class IdleStates(list[Lease]):
         try:
             state = Round(*arguments)
         except torch.OutOfMemoryError:
-            if not self:
+            if not self.idle:
                 raise
         if state is None:  # idle states of other sizes held the memory
             self.clear()
             torch.cuda.empty_cache()
             state = Round(*arguments)
-        return state, GraphedStep(state.step, state.devices)
+        return Lease(state, GraphedStep(state.step, state.devices), speculative)

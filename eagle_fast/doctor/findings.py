@@ -10,6 +10,7 @@ import torch
 from eagle_fast.doctor.environment import Gpu, gpus, link_types, versions, why_no_gpu
 from eagle_fast.doctor.measure import SMALL_BYTES, GpuFigures, KernelCheck, Link, gpu_figures, kernel_check, link
 from eagle_fast.doctor.plan import HeadBytes, Plan, Setting, Sizes, head_bytes, plan, read_model, sizes
+from eagle_fast.target.anatomy import Anatomy
 from eagle_fast.target.placement import STRATEGIES
 
 
@@ -55,8 +56,7 @@ def examine(setting: Setting | None) -> tuple[Machine, Placements | None]:
         plan(strategy, model, setting.max_memory, size, machine.figures, links, head)
         for strategy in (STRATEGIES if machine.gpus else ())
     ]
-    quantized = getattr(model.config, "quantization_config", None) is not None
-    return machine, Placements(setting, size, head, quantized, plans)
+    return machine, Placements(setting, size, head, Anatomy(model).is_quantized, plans)
 
 
 def examine_machine(small_bytes: int) -> Machine:

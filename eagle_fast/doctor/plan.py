@@ -14,16 +14,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from eagle_fast.config import TreeConfig
 from eagle_fast.doctor.measure import GpuFigures, Link
-from eagle_fast.head.checkpoint import read_head
+from eagle_fast.head import read_head
 from eagle_fast.loading import known_path
-from eagle_fast.target.placement import layer_list, plan_placement, skeleton
+from eagle_fast.target.anatomy import Anatomy, decoder_layers
+from eagle_fast.target.placement import plan_placement, skeleton
 
 
 @dataclass(frozen=True)
@@ -100,23 +101,20 @@ def read_model(setting: Setting) -> PreTrainedModel:
 
 def sizes(model: PreTrainedModel, context: int) -> Sizes:
     """Sizes of a model, which may be on the meta device, and of the keys and values of `context` tokens."""
-    text = model.config.get_text_config(decoder=True)
-    found = layer_list(model, text.num_hidden_layers)
+    anatomy = Anatomy(model)
+    found = decoder_layers(model, anatomy.num_layers)
     if found is None:
         raise ValueError(f"{type(model).__name__} has no list of decoder layers: eagle_fast does not support it")
-    layers = [f"{found[0]}.{index}" for index in range(text.num_hidden_layers)]
-    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    dtype = cast(torch.dtype, model.config.dtype)
+    layers = [f"{found[0]}.{index}" for index in range(anatomy.num_layers)]
     embedding, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
     name_of = {module: name for name, module in model.named_modules()}
     return Sizes(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        dtype=dtype,
-        hidden_size=text.hidden_size,
+        dtype=model.dtype,
+        hidden_size=anatomy.hidden_size,
         path=(name_of[embedding], *layers, name_of[lm_head]),
         weights={name: weight.numel() * weight.element_size() for name, weight in model.named_parameters()},
-        cache=dict.fromkeys(layers, 2 * kv_heads * head_dim * dtype.itemsize * context),
+        cache=dict.fromkeys(layers, anatomy.kv_bytes(model.dtype) * context),
         unread=None if embedding.weight is lm_head.weight else f"{name_of[embedding]}.weight",
     )
 
@@ -132,19 +130,19 @@ def head_bytes(setting: Setting, model: PreTrainedModel) -> HeadBytes:
     """A round reads an absorb and one pass a level, each with its lm_head; fc in the absorb alone."""
     if setting.head is None:
         return HeadBytes()
-    text = model.config.get_text_config(decoder=True)
+    anatomy = Anatomy(model)
     found = read_head(
         setting.head,
-        target_hidden_size=text.hidden_size,
-        target_vocab_size=text.vocab_size,
-        num_target_layers=text.num_hidden_layers,
+        target_hidden_size=anatomy.hidden_size,
+        target_vocab_size=anatomy.vocab_size,
+        num_target_layers=anatomy.num_layers,
     )
     numbers = {name: tensor.numel() for name, tensor in found.tensors.items()}
     once = sum(count for name, count in numbers.items() if name.startswith("fc."))
     each = sum(numbers.values()) - once - numbers.get("embed_tokens.weight", 0)
     if not found.config.own_lm_head:
-        each += text.hidden_size * found.config.draft_vocab_size
-    item = cast(torch.dtype, model.config.dtype).itemsize
+        each += anatomy.hidden_size * found.config.draft_vocab_size
+    item = model.dtype.itemsize
     return HeadBytes(sum(numbers.values()) * item, (each * (setting.tree.depth + 1) + once) * item)
 
 

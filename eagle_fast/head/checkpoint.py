@@ -9,7 +9,6 @@ the text stays right and only the speed is gone.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +19,10 @@ from torch import Tensor
 
 from eagle_fast.head.config import HeadConfig, tensor_shapes
 from eagle_fast.head.files import find_folder, read_config, read_tensors
-from eagle_fast.head.inference import Overrides, Target, infer_config, infer_kind
-from eagle_fast.head.names import canonical_tensors, flatten_settings, listed
+from eagle_fast.head.inference import Overrides, TargetSizes, infer_config, infer_kind
+from eagle_fast.head.names import canonical_tensors, flatten_settings
 from eagle_fast.head.vocabulary import check_vocabulary, read_token_ids
+from eagle_fast.messages import listed, warn_user
 
 _MAPS = ("d2t", "t2d", "token_map")
 
@@ -63,7 +63,7 @@ def read_head(
     folder = find_folder(
         path_or_repo, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
-    target = Target(target_hidden_size, target_vocab_size, num_target_layers)
+    target = TargetSizes(target_hidden_size, target_vocab_size, num_target_layers)
     given = Overrides(use_eagle3, feature_layers, norm_before_residual, norm_output, rope_theta, rope_interleaved)
     try:
         settings = flatten_settings(read_config(folder))
@@ -73,7 +73,7 @@ def read_head(
 
 
 def _interpret(
-    tensors: dict[str, Tensor], settings: dict[str, Any], target: Target, given: Overrides
+    tensors: dict[str, Tensor], settings: dict[str, Any], target: TargetSizes, given: Overrides
 ) -> HeadCheckpoint:
     kind = infer_kind(tensors, given.use_eagle3)
     if kind == "eagle":
@@ -86,7 +86,7 @@ def _interpret(
     tensors = {name: tensor for name, tensor in tensors.items() if name not in _MAPS}
     _check_tensors(tensors, config)
     if conflicts:
-        warnings.warn(f"config.json and the weights disagree, the weights win: {'; '.join(conflicts)}", stacklevel=3)
+        warn_user(f"config.json and the weights disagree, the weights win: {'; '.join(conflicts)}")
     return HeadCheckpoint(config, tensors, token_ids)
 
 
@@ -111,9 +111,9 @@ def _check_tensors(tensors: dict[str, Tensor], config: HeadConfig) -> None:
     expected = tensor_shapes(config)
     problems = []
     if missing := set(expected) - set(tensors):
-        problems.append(f"missing {listed(missing)}")
+        problems.append(f"missing {listed(sorted(missing))}")
     if unknown := set(tensors) - set(expected):
-        problems.append(f"unknown {listed(unknown)}")
+        problems.append(f"unknown {listed(sorted(unknown))}")
     for name in sorted(set(expected) & set(tensors)):
         if tuple(tensors[name].shape) != expected[name]:
             problems.append(f"{name} is {list(tensors[name].shape)}, expected {list(expected[name])}")

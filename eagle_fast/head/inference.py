@@ -7,21 +7,20 @@ tensors win, and the disagreement goes into `conflicts`, to be reported once.
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from eagle_fast.head.config import HeadConfig, default_feature_layers
-from eagle_fast.head.names import listed
 from eagle_fast.head.rope import rope_parameters
+from eagle_fast.messages import listed, warn_user
 
 _LAYER = "layers.0."
 _NEEDED = [f"{_LAYER}self_attn.{name}_proj.weight" for name in "qkvo"] + [f"{_LAYER}mlp.gate_proj.weight"]
 
 
-class Target(NamedTuple):
+class TargetSizes(NamedTuple):
     """What a head must fit."""
 
     hidden_size: int
@@ -42,10 +41,10 @@ class Overrides(NamedTuple):
 
 def infer_kind(tensors: dict[str, Tensor], use_eagle3: bool | None) -> Literal["eagle", "eagle3"]:
     """EAGLE-3's first layer reads the embedding beside the hidden state, EAGLE-1's reads fc's output."""
-    missing = [name for name in _NEEDED if name not in tensors]
+    missing = sorted(name for name in _NEEDED if name not in tensors)
     if missing:
         raise ValueError(
-            f"missing {listed(missing)}: not an EAGLE head, or an incomplete one; it has {listed(tensors)}"
+            f"missing {listed(missing)}: not an EAGLE head, or an incomplete one; it has {listed(sorted(tensors))}"
         )
     hidden, columns = _shape(tensors, "self_attn.o_proj")[0], _shape(tensors, "self_attn.q_proj")[1]
     kind: Literal["eagle", "eagle3"] = "eagle3" if columns > hidden else "eagle"
@@ -64,7 +63,7 @@ def infer_config(
     kind: Literal["eagle", "eagle3"],
     tensors: dict[str, Tensor],
     settings: dict[str, Any],
-    target: Target,
+    target: TargetSizes,
     given: Overrides,
     conflicts: list[str],
 ) -> HeadConfig:
@@ -125,7 +124,7 @@ def infer_config(
     return config
 
 
-def _embedding_size(kind: str, tensors: dict[str, Tensor], target: Target) -> int:
+def _embedding_size(kind: str, tensors: dict[str, Tensor], target: TargetSizes) -> int:
     if kind == "eagle3":
         width = _shape(tensors, "self_attn.q_proj")[1] - _shape(tensors, "self_attn.o_proj")[0]
     else:
@@ -139,7 +138,7 @@ def _embedding_size(kind: str, tensors: dict[str, Tensor], target: Target) -> in
 
 
 def _feature_layers(
-    tensors: dict[str, Tensor], settings: dict[str, Any], target: Target, given: Sequence[int] | None
+    tensors: dict[str, Tensor], settings: dict[str, Any], target: TargetSizes, given: Sequence[int] | None
 ) -> tuple[int, ...]:
     """The boundaries that fc reads.
 
@@ -220,16 +219,15 @@ def _norm_output(tensors: dict[str, Tensor], settings: dict[str, Any], given: bo
         return bool(settings["return_hidden_post_norm"])
     stated = bool(settings.get("norm_output"))
     if stated and "fc_norm.0.weight" not in tensors and not settings.get("speculators_model_type"):
-        warnings.warn(
+        warn_user(
             "config.json has norm_output, so the head's normed output is fed back (EAGLE-3.1). SpecForge before "
             "September 2026 wrote it for heads that feed back the plain output: if few drafts are accepted, pass "
-            "norm_output=False",
-            stacklevel=5,
+            "norm_output=False"
         )
     return stated
 
 
-def _draft_vocab_size(tensors: dict[str, Tensor], target: Target) -> int:
+def _draft_vocab_size(tensors: dict[str, Tensor], target: TargetSizes) -> int:
     for name in ("lm_head.weight", "d2t", "token_map"):
         if name in tensors:
             return len(tensors[name])

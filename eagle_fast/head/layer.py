@@ -70,11 +70,8 @@ def merged_linear(*parts: tuple[Tensor, Tensor | None]) -> FewRowsLinear:
     """One frozen linear layer from the rows of several."""
     weights, biases = [weight for weight, _ in parts], [bias for _, bias in parts if bias is not None]
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-    linear = FewRowsLinear(weight.shape[1], weight.shape[0], bias=bool(biases), device="meta")
-    linear.weight = frozen(weight)
-    if biases:
-        linear.bias = frozen(torch.cat(biases) if len(biases) > 1 else biases[0])
-    return linear
+    bias = torch.cat(biases) if len(biases) > 1 else biases[0] if biases else None
+    return FewRowsLinear.of(weight, bias)
 
 
 def split_linear(linear: nn.Module, rows: dict[str, int]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ vLLM's converted EAGLE-1.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -124,9 +124,3 @@ def flatten_settings(config: Mapping[str, Any]) -> dict[str, Any]:
             settings.update({key: value for key, value in inner.items() if value is not None})
             settings.pop(nested, None)
     return settings
-
-
-def listed(names: Iterable[str], most: int = 8) -> str:
-    """Names for an error message, shortened."""
-    names = sorted(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

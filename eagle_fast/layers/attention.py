@@ -1,4 +1,4 @@
-"""What the rows of a forward are, and attention of a prompt chunk: SDPA where a kernel of its serves, else in blocks.
+"""What the rows of a forward are, a chunk of a prompt or the nodes of a tree: where they are written, how they attend.
 
 B sequences, T query rows, Hq/Hkv query and key heads, D head size, L allocated cache rows.
 """
@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from eagle_fast_kernels.tree_attention import tree_attention
+from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention.bias import causal_lower_right
 
@@ -38,11 +40,24 @@ class PrefillStep:
     count: int
     masks: dict = field(default_factory=dict)
 
-    def first_rows(self, batch: int, device: torch.device) -> torch.Tensor:
+    def first_rows(self, batch: int, device: torch.device) -> Tensor:
         """[B] cache row of each sequence's first row."""
         return torch.full((batch,), self.start, device=device)
 
-    def mask(self, block: Block, window: int, chunk: int, device: torch.device) -> torch.Tensor | None:
+    def write(self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor) -> None:
+        """Put k, v [B, Hkv, T, D] of these rows where they belong in keys, values [B, Hkv, L, D]."""
+        keys[:, :, self.start : self.start + self.count] = k
+        values[:, :, self.start : self.start + self.count] = v
+
+    def attend(
+        self, q: Tensor, keys: Tensor, values: Tensor, *, scale: float, window: int = 0, chunk: int = 0,
+        softcap: float = 0.0, sinks: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """q [B, Hq, T, D] of these rows, written already, over keys, values [B, Hkv, L, D] -> [B, T, Hq, D]."""
+        options = {"scale": scale, "window": window, "chunk": chunk, "softcap": softcap, "sinks": sinks}
+        return prefill_attention(q, keys, values, self, **options)
+
+    def mask(self, block: Block, window: int, chunk: int, device: torch.device) -> Tensor | None:
         """Visible keys of a block, bool [its queries, its keys]; None where plain causal attention says the same."""
         first, low, high = block
         if first == low == 0 and (window == 0 or window >= high) and (chunk == 0 or chunk >= high):
@@ -62,27 +77,46 @@ class PrefillStep:
 
 @dataclass
 class TreeStep:
-    """T nodes a sequence, at cache rows lengths + slot; see `eagle_fast_kernels.tree_attention`."""
+    """T nodes per sequence, in tree slots `first` on, at cache rows lengths + slot: see the kernel `tree_attention`."""
 
-    lengths: torch.Tensor  # [B]
-    ancestors: torch.Tensor  # [B, T, W]
-    depths: torch.Tensor  # [B, T]
+    lengths: Tensor  # [B] rows of the prefix
+    ancestors: Tensor  # [B, T, W] masks over the tree slots
+    depths: Tensor  # [B, first + T] of the tree slots
+    first: int = 0
 
     @cached_property
-    def slots(self) -> torch.Tensor:
+    def slots(self) -> Tensor:
         """[B, T] cache rows of the nodes."""
-        return self.lengths[:, None] + torch.arange(self.depths.shape[1], device=self.depths.device)
+        return self.lengths[:, None] + torch.arange(self.ancestors.shape[1], device=self.lengths.device)
 
-    def first_rows(self, batch: int, device: torch.device) -> torch.Tensor:
+    def first_rows(self, batch: int, device: torch.device) -> Tensor:
         """[B] cache row of each sequence's first row."""
         return self.lengths
 
-    def sent_to(
-        self, device: torch.device, tokens: torch.Tensor, transfers: Transfers
-    ) -> tuple[torch.Tensor, TreeStep]:
+    def write(self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor) -> None:
+        """See `PrefillStep`."""
+        rows = self.slots[:, None, :, None].expand_as(k)
+        keys.scatter_(2, rows, k)
+        values.scatter_(2, rows, v)
+
+    def attend(
+        self, q: Tensor, keys: Tensor, values: Tensor, *, scale: float, window: int = 0, chunk: int = 0,
+        softcap: float = 0.0, sinks: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """See `PrefillStep`."""
+        depths = self.depths if window or chunk else None
+        return tree_attention(
+            q, keys, values, self.lengths, self.ancestors, scale=scale, first=self.first, depths=depths,
+            window=window, chunk=chunk, softcap=softcap, sinks=sinks,
+        )  # fmt: skip
+
+    def sent_to(self, device: torch.device, tokens: Tensor, transfers: Transfers) -> tuple[Tensor, TreeStep]:
         """(tokens [B, T], the step) on another device, sent as one copy."""
-        tokens, *step = transfers.packed(device, tokens, self.lengths, self.ancestors, self.depths)
-        return tokens, TreeStep(*step)
+        tokens, lengths, ancestors, depths = transfers.packed(device, tokens, self.lengths, self.ancestors, self.depths)
+        return tokens, TreeStep(lengths, ancestors, depths, self.first)
+
+
+Step = PrefillStep | TreeStep
 
 
 def prefill_attention(q, k, v, step: PrefillStep, *, scale, window=0, chunk=0, softcap=0.0, sinks=None):

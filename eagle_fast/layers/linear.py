@@ -15,6 +15,15 @@ BLOCK_ROWS = 4096  # of a weight, quantised at a time
 class FewRowsLinear(nn.Linear):
     """nn.Linear whose products of a few rows take the fast way."""
 
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None = None) -> FewRowsLinear:
+        """A frozen layer over weight [N, K] and bias [N] as they are, without a copy."""
+        linear = cls(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return linear
+
     def forward(self, input: Tensor) -> Tensor:
         if input.device.type != "cpu" and not streams(input, self.weight):
             return super().forward(input)

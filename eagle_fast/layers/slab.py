@@ -23,6 +23,11 @@ class LayerShape(NamedTuple):
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def token_bytes(self) -> int:
+        """Of its key and value."""
+        return 2 * self.num_heads * self.head_dim * self.dtype.itemsize
+
 
 class KVSlab:
     """K and V of some layers: layers of one shape and device share a slab [2 * layers, B, Hkv, L, D]."""

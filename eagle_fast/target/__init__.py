@@ -11,7 +11,7 @@ shards       a model over several devices
 placement    device maps, checked before anything is loaded
 """
 
-from eagle_fast.target.probe import UnsupportedModel
-from eagle_fast.target.target import Target
+from eagle_fast.target.anatomy import UnsupportedModel
+from eagle_fast.target.target import Target, Verified
 
-__all__ = ["Target", "UnsupportedModel"]
+__all__ = ["Target", "UnsupportedModel", "Verified"]

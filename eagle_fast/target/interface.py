@@ -2,92 +2,175 @@
 
 B sequences, T query rows, Hq/Hkv query and key heads, D head size, L allocated cache rows.
 
+A model is bound once: each attention module gets a `LayerBinding`, whose context tells what the running forward is.
 The layers hand over q [B, Hq, T, D] and whatever `Cache.update` returned: here the whole slab views k, v
-[B, Hkv, L, D]. What else attention needs of the round is read from the `LayerBinding` on the module, since some
-families drop unknown keywords of forward. No mask function is registered under our name, so transformers builds none.
+[B, Hkv, L, D]. Nothing of the round travels as an argument of the model, since some families drop keywords that they do
+not know. No mask function is registered under our names, so transformers builds no masks.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from eagle_fast_kernels.tree_attention import tree_attention
 from torch import nn
-from transformers import AttentionInterface, GenerationMixin
+from transformers import AttentionInterface, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from eagle_fast.layers.attention import PrefillStep, TreeStep, prefill_attention
-from eagle_fast.layers.slab import KVSlab
+from eagle_fast.layers.attention import Step
+from eagle_fast.layers.slab import KVSlab, LayerShape
 
-IMPLEMENTATION = "eagle_fast"
 CACHE_ARGUMENTS = ("cache", "past_key_values")  # from transformers 5.24 on, and before
+_EAGLE, _RECORDER = "eagle_fast", "eagle_fast_recorder"  # names of our attention functions
+_BINDING, _CALLS = "eagle_binding", "eagle_calls"  # attributes of attention modules
+
+
+# -- what layers know of the running forward ---------------------------------------------------------------------------
 
 
 @dataclass
 class AttentionContext:
-    """What the current forward is, shared by a target's attention layers on one device and by its cache."""
+    """What the layers of one device are running: set and taken back by `Target.forward`."""
 
-    step: PrefillStep | TreeStep | None = None
+    step: Step | None = None
     slab: KVSlab | None = None
 
 
 @dataclass(frozen=True)
 class LayerBinding:
-    """What one attention module needs beyond the call: the round's context and its own kind of locality."""
+    """What one attention module needs beyond the call: the forward's context, and which keys it sees."""
 
     context: AttentionContext
     window: int = 0
     chunk: int = 0
-    capped: bool = True
+    capped: bool = True  # whether a softcap on its scores counts
+
+    @property
+    def step(self) -> Step:
+        assert self.context.step is not None, "attention outside of Target.forward"
+        return self.context.step
+
+    @property
+    def slab(self) -> KVSlab:
+        assert self.context.slab is not None, "attention outside of Target.forward"
+        return self.context.slab
 
 
-def eagle_attention(
+def bind(module: nn.Module, binding: LayerBinding) -> None:
+    """Tell an attention module of a twin what it belongs to."""
+    module.__dict__[_BINDING] = binding
+
+
+def binding_of(module: nn.Module) -> LayerBinding:
+    return module.__dict__[_BINDING]
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+def attention_of(model: PreTrainedModel) -> str:
+    """The name of the attention function that a model calls."""
+    return model.config._attn_implementation
+
+
+def use_our_attention(model: PreTrainedModel) -> None:
+    """From now on a twin, whose attention modules are bound, attends by our kernels."""
+    model.config._attn_implementation = _EAGLE
+
+
+def _eagle_attention(
     module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, sliding_window=None, **_
 ):
     """The function that transformers calls; returns (out [B, T, Hq, D], None)."""
-    binding: LayerBinding = module.eagle_binding
-    step = binding.context.step
-    options = {
-        "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
-        "window": binding.window,
-        "chunk": binding.chunk,
-        "softcap": softcap if softcap and binding.capped else 0.0,
-        "sinks": s_aux,
-    }
-    if isinstance(step, PrefillStep):
-        return prefill_attention(query, key, value, step, **options), None
-    assert isinstance(step, TreeStep), "attention outside of a prefill or a round"
-    depths = step.depths if binding.window or binding.chunk else None
-    out = tree_attention(query, key, value, step.lengths, step.ancestors, depths=depths, **options)
+    binding = binding_of(module)
+    out = binding.step.attend(
+        query,
+        key,
+        value,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=binding.window,
+        chunk=binding.chunk,
+        softcap=softcap if softcap and binding.capped else 0.0,
+        sinks=s_aux,
+    )
     return out, None
 
 
-AttentionInterface.register(IMPLEMENTATION, eagle_attention)
+class AttentionCall(NamedTuple):
+    """One call of an attention layer, as it was recorded."""
+
+    module: nn.Module
+    key_shape: torch.Size
+    value_shape: torch.Size
+    stored: LayerShape  # what the layer keeps per token
+    mask: torch.Tensor | None
+    options: dict
+
+
+@contextmanager
+def recorded_attention(model: PreTrainedModel) -> Iterator[list[AttentionCall]]:
+    """In this block the attention layers of a twin note how they are called, and attend to themselves alone."""
+    calls: list[AttentionCall] = []
+    stock = attention_of(model)
+    for module in model.modules():
+        module.__dict__[_CALLS] = calls
+    model.config._attn_implementation = _RECORDER
+    try:
+        yield calls
+    finally:
+        model.config._attn_implementation = stock
+        for module in model.modules():
+            del module.__dict__[_CALLS]
+
+
+def _recorder(module, query, key, value, attention_mask, **options):
+    stored = LayerShape(key.shape[1], key.shape[-1], key.dtype, key.device)
+    module.__dict__[_CALLS].append(AttentionCall(module, key.shape, value.shape, stored, attention_mask, options))
+    groups = query.shape[1] // key.shape[1]
+    return value.repeat_interleave(groups, 1)[:, :, : query.shape[2]].transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_EAGLE, _eagle_attention)
+AttentionInterface.register(_RECORDER, _recorder)
+
+
+# -- the cache ---------------------------------------------------------------------------------------------------------
 
 
 class SlabCache(Cache):
-    """The slab as transformers sees it. Only `update` does work; the other answers keep stock code from asking more."""
+    """A slab as transformers sees it. Only `update` does work; the other answers keep stock code from asking more.
 
-    def __init__(self, slab: KVSlab, contexts: dict[torch.device, AttentionContext]):
-        self.slab, self.contexts = slab, contexts
+    long_rows: which sequences' keys [B] were rotated by longrope's long frequencies, on each device that has such an
+    embedding.
+    """
+
+    def __init__(
+        self,
+        slab: KVSlab,
+        contexts: dict[torch.device, AttentionContext],
+        long_rows: dict[torch.device, torch.Tensor],
+    ):
+        self.slab, self.contexts, self.long_rows = slab, contexts, long_rows
         self.layers: list = []
         self.layer_class_to_replicate = None
         self.offloading = False
+
+    def adopt(self, rows: torch.Tensor, other: SlabCache) -> None:
+        """Copy the first sequences of `other`, a cache of the same target, to sequences `rows` [R] of this one."""
+        self.slab.adopt(rows, other.slab)
+        for device, mine in self.long_rows.items():
+            mine[rows.to(device)] = other.long_rows[device][: len(rows)]
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """Write k, v [B, Hkv, T, D] of this forward; return the layer's whole slab views [B, Hkv, L, D]."""
         keys, values = self.slab.keys[layer_idx], self.slab.values[layer_idx]
         step = self.contexts[keys.device].step
-        if isinstance(step, PrefillStep):
-            keys[:, :, step.start : step.start + step.count] = key_states
-            values[:, :, step.start : step.start + step.count] = value_states
-        else:
-            assert isinstance(step, TreeStep)
-            rows = step.slots[:, None, :, None].expand_as(key_states)
-            keys.scatter_(2, rows, key_states)
-            values.scatter_(2, rows, value_states)
+        assert step is not None, "a cache outside of Target.forward"
+        step.write(keys, values, key_states, value_states)
         return keys, values
 
     def get_seq_length(self, *args, **kwargs) -> int:

@@ -2,24 +2,15 @@
 
 The stock module asks the device on every call whether the longest position passed the original training length, and a
 sequence that passes it switches from short to long frequencies for all of its keys (stock `generate` recomputes the
-cache there). Here the choice is a tensor, one flag a sequence, which the decoding loop sets when it prefills.
+cache there). Here the choice is a tensor, one flag per sequence, which lies beside the keys that it is true of.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
-
-def rope_types(config) -> set[str]:
-    """The rope types that a config names, for all layers or per layer type."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    if not isinstance(parameters, dict):
-        return set()
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    return {str(each["rope_type"]) for each in [parameters, *nested] if "rope_type" in each}
+from eagle_fast.target.anatomy import longrope_modules, longrope_tables
 
 
 class LongRope(nn.Module):
@@ -28,16 +19,17 @@ class LongRope(nn.Module):
     long_inv_freq: torch.Tensor  # [D / 2]
     short_inv_freq: torch.Tensor  # [D / 2]
 
-    def __init__(self, stock: Any, switch: int):
+    def __init__(self, stock: nn.Module, switch: int):
         super().__init__()
-        device = stock.inv_freq.device
-        probe = torch.zeros(1, device=device)
-        stock(probe, torch.tensor([[switch]], device=device))
-        self.register_buffer("long_inv_freq", stock.inv_freq.clone(), persistent=False)
-        stock(probe, torch.zeros(1, 1, dtype=torch.long, device=device))
-        self.register_buffer("short_inv_freq", stock.inv_freq.clone(), persistent=False)
-        self.attention_scaling = stock.attention_scaling
-        self.long_rows: torch.Tensor | None = None
+        tables = longrope_tables(stock, switch)
+        self.register_buffer("long_inv_freq", tables.long, persistent=False)
+        self.register_buffer("short_inv_freq", tables.short, persistent=False)
+        self.attention_scaling = tables.scaling
+        self.long_rows: torch.Tensor | None = None  # [B] of the running forward; None: all are short
+
+    @property
+    def device(self) -> torch.device:
+        return self.long_inv_freq.device
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos, sin [B, T, D] in x's dtype for position_ids [B, T]."""
@@ -50,11 +42,7 @@ class LongRope(nn.Module):
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
-def freeze_longrope(model: nn.Module, config) -> int:
-    """Replace every longrope module of `model`; returns the length past which sequences use long frequencies."""
-    switch = int(config.rope_parameters["original_max_position_embeddings"])
-    for module in list(model.modules()):
-        for name, child in list(module._modules.items()):
-            if child is not None and getattr(child, "rope_type", None) == "longrope":
-                module._modules[name] = LongRope(child, switch)
-    return switch
+def freeze_longrope(model: nn.Module, switch: int) -> None:
+    """Replace every longrope module of `model`; switch: the length past which sequences use long frequencies."""
+    for parent, name, stock in longrope_modules(model):
+        parent._modules[name] = LongRope(stock, switch)

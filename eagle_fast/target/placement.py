@@ -7,7 +7,6 @@ decoder layer, what stands beside them), so that what was planned is what is loa
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any
 
 import torch
@@ -16,9 +15,11 @@ from accelerate.utils import get_balanced_memory, get_max_memory
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from eagle_fast.messages import listed, warn_user
+from eagle_fast.target.anatomy import Anatomy, placed_modules
+
 SLOW_CPU_PARAMETERS = 50_000_000
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
-LAYER_LISTS = ("layers", "h", "blocks", "block")
 CACHED_TOKENS = 4096  # room for their keys and values, when "auto" asks whether one GPU is enough
 WORKSPACE_BYTES = 2 * 2**30  # for kernels, graphs and the activations of a prompt chunk
 GIB = 2**30
@@ -60,9 +61,6 @@ def _device(value: Any, name: str) -> torch.device:
     return device
 
 
-# -- what a model consists of ------------------------------------------------------------------------------------------
-
-
 def skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None, **options) -> PreTrainedModel:
     """The model of a config without its weights, on the meta device."""
     config = copy.deepcopy(config)  # from_config notes the dtype in it
@@ -70,32 +68,6 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None, **optio
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32, **options)
     model.tie_weights()
     return model
-
-
-def layer_list(decoder: nn.Module, num_layers: int) -> tuple[str, nn.ModuleList] | None:
-    """(name, module) of the list of decoder layers within `decoder`."""
-    for name, module in decoder.named_modules():
-        is_list = isinstance(module, nn.ModuleList) and len(module) == num_layers
-        if is_list and name.rpartition(".")[2] in LAYER_LISTS:
-            return name, module
-    return None
-
-
-def placed_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """What a written-out map names: the embedding first, then every decoder layer and all that stands beside them."""
-    found = layer_list(model, model.config.get_text_config(decoder=True).num_hidden_layers)
-    if found is None:
-        return {"": model}
-    path, modules = found[0].split("."), {}
-    for depth in range(len(path) + 1):
-        prefix = ".".join(path[:depth])
-        for name, child in model.get_submodule(prefix).named_children():
-            if depth == len(path) or name != path[depth]:
-                modules[f"{prefix}.{name}".lstrip(".")] = child
-    embedding = model.get_input_embeddings()
-    order = {name: at for at, name in enumerate(name for name, _ in model.named_modules())}
-    names = sorted(modules, key=lambda name: (embedding not in modules[name].modules(), order[name]))
-    return {name: modules[name] for name in names}
 
 
 def device_map_of(model: PreTrainedModel) -> Placement:
@@ -166,7 +138,7 @@ def _by_names(model: PreTrainedModel, device_map: dict[str, Any]) -> Placement:
     names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
     unknown = sorted(set(device_map) - names)
     if unknown:
-        raise ValueError(f"device_map names {_listed(unknown)}, which {type(model).__name__} does not have")
+        raise ValueError(f"device_map names {listed(unknown)}, which {type(model).__name__} does not have")
     resolved = {
         name: "disk" if value == "disk" else _device(value, f"device_map[{name!r}]={value!r}")
         for name, value in device_map.items()
@@ -184,7 +156,7 @@ def _by_names(model: PreTrainedModel, device_map: dict[str, Any]) -> Placement:
             missing.append(name)
         placement[name] = place
     if missing:
-        raise ValueError(f"device_map gives no device to {_listed(missing)}")
+        raise ValueError(f"device_map gives no device to {listed(missing)}")
     first = next(device for device in placement.values() if device is not None)
     placement = {name: first if device is None else device for name, device in placement.items()}
     _keep_tied_together(model, placement)
@@ -199,10 +171,7 @@ def _keep_tied_together(model: PreTrainedModel, placement: Placement) -> None:
     names = {id(module): name for name, module in model.named_modules()}
     first, last = (_longest_name(placement, names[id(module)]) for module in (embedding, head))
     if placement[first] != placement[last]:
-        warnings.warn(
-            f"{first} and lm_head are one tied weight: both go to {placement[last]}, not to {placement[first]}",
-            stacklevel=6,
-        )
+        warn_user(f"{first} and lm_head are one tied weight: both go to {placement[last]}, not to {placement[first]}")
         placement[first] = placement[last]
 
 
@@ -215,10 +184,6 @@ def _longest_name(device_map: dict[str, Any], name: str) -> str:
     while name and name not in device_map:
         name = name.rpartition(".")[0]
     return name
-
-
-def _listed(names: list[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -237,16 +202,14 @@ def bytes_on_one_gpu(model: PreTrainedModel) -> int:
 
 def cache_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     """Bytes of the keys and values of CACHED_TOKENS tokens."""
-    text = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * head_dim * CACHED_TOKENS * dtype.itemsize
+    anatomy = Anatomy(config)
+    return anatomy.num_layers * anatomy.kv_bytes(dtype) * CACHED_TOKENS
 
 
 def head_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     """Bytes of an EAGLE-3 head of the usual size, before its file is read: one layer, fc, 32,000 draft tokens."""
-    text = config.get_text_config(decoder=True)
-    hidden, inner = text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    anatomy = Anatomy(config)
+    hidden, inner = anatomy.hidden_size, anatomy.intermediate_size
     return (11 * hidden**2 + 3 * hidden * inner + 32000 * hidden) * dtype.itemsize
 
 
@@ -288,8 +251,7 @@ def warn_if_slow(model: PreTrainedModel) -> None:
     weight = model.get_input_embeddings().weight
     size = sum(parameter.numel() for parameter in model.parameters())
     if weight.device.type == "cpu" and weight.dtype in (torch.float16, torch.bfloat16) and size > SLOW_CPU_PARAMETERS:
-        warnings.warn(
+        warn_user(
             f"a {size / 1e6:.0f}M parameter model in {weight.dtype} on the CPU is slow: pass dtype=torch.float32, or a "
-            "device_map with a GPU",
-            stacklevel=3,
+            "device_map with a GPU"
         )

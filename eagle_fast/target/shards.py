@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from eagle_fast.layers.transfers import Transfers, distinct
+from eagle_fast.target.anatomy import is_rotary
 
 
 class Shard(NamedTuple):
@@ -65,7 +66,7 @@ def connect(model: nn.Module, transfers: Transfers, local: list[torch.device]) -
     if len(devices) > 1:
         for name, module, device in list(whole_modules(model)):
             parent, _, leaf = name.rpartition(".")
-            if "rotary" in leaf and not list(module.parameters()):
+            if is_rotary(name, module):
                 model.get_submodule(parent)._modules[leaf] = Replicas(module, local, transfers)
             else:
                 module.register_forward_pre_hook(_Arrival(device, transfers), with_kwargs=True)

@@ -8,25 +8,37 @@ exactly is refused with the reason. The features that a draft head reads are tak
 
 from __future__ import annotations
 
-import warnings
-from typing import Any, cast
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from eagle_fast.layers.attention import PrefillStep, TreeStep
+from eagle_fast.layers.attention import PrefillStep, Step, TreeStep
 from eagle_fast.layers.linear import use_few_rows_linear
 from eagle_fast.layers.slab import KVSlab
 from eagle_fast.layers.transfers import Transfers, distinct
+from eagle_fast.messages import warn_user
+from eagle_fast.target.anatomy import Anatomy, UnsupportedModel, decoder_layers, learned_positions
 from eagle_fast.target.experts import ExpertChoice
-from eagle_fast.target.fused import fuse_layers
-from eagle_fast.target.interface import IMPLEMENTATION, AttentionContext, LayerBinding, SlabCache, cache_argument
-from eagle_fast.target.longrope import LongRope, freeze_longrope, rope_types
-from eagle_fast.target.placement import layer_list
-from eagle_fast.target.probe import AttentionCall, UnsupportedModel, probe
+from eagle_fast.target.fused import Handover, fuse_layers
+from eagle_fast.target.interface import (
+    AttentionCall,
+    AttentionContext,
+    LayerBinding,
+    SlabCache,
+    attention_of,
+    bind,
+    cache_argument,
+    use_our_attention,
+)
+from eagle_fast.target.longrope import LongRope, freeze_longrope
+from eagle_fast.target.probe import probe
 from eagle_fast.target.shards import Shard, connect, shards_of
-from eagle_fast.target.twin import drop_accelerate_hooks, is_offloaded, twin
+from eagle_fast.target.turns import Turns
+from eagle_fast.target.twin import drop_accelerate_hooks, execution_device, is_offloaded, twin
 
 NO_SOFTCAP = (
     "the model caps its attention scores, and its sdpa implementation leaves the cap out: decoding does the same, to "
@@ -36,7 +48,14 @@ OFFLOADED = (
     "some of the weights lie on the CPU or on disk: accelerate brings them in for every forward, and rounds run many "
     "times slower, without CUDA graphs and fused layers"
 )
-LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+LAYER_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+class Verified(NamedTuple):
+    """What the target says of every node of a tree, or of every token of a text."""
+
+    logits: torch.Tensor  # [B, T, V]
+    features: torch.Tensor  # [B, T, F]
 
 
 class Target:
@@ -47,6 +66,7 @@ class Target:
     draft_device: where the features go, by default to the device of the logits.
     The model may lie on several devices, with one for each layer. `device` is that of the logits, `input_device` that
     of the embedding, `devices` are all of them, that of the logits first. Raises UnsupportedModel.
+    turn: a context to launch forwards in, see `Turns`.
     """
 
     def __init__(
@@ -55,51 +75,56 @@ class Target:
         feature_layers: tuple[int, ...] = (),
         draft_device: torch.device | None = None,
     ):
-        self.config = model.config.get_text_config(decoder=True)
-        self.capped = model.config._attn_implementation != "sdpa"  # SDPA has no softcap: such a model runs without it
+        self.anatomy = Anatomy(model)
+        self.capped = attention_of(model) != "sdpa"  # SDPA has no softcap: such a model runs without it
         self.model = twin(model)
         self.decoder = self.model.get_decoder()
-        self.experts = ExpertChoice(self.model, self.config)
+        self.experts = ExpertChoice(self.model)
         self.rope_switch = self._check_rope()
         self.transfers = Transfers()
         self.offloaded = is_offloaded(model)
         devices = self._connect()
-        calls, self.device = probe(self.model, self.config, self.input_device)
+        self.long_ropes = [module for module in self.model.modules() if isinstance(module, LongRope)]
+        calls, self.device = probe(self.model, self.input_device)
         self.transfers.forget()
         self.devices = distinct([self.device, *devices])
-        self.layer_shapes = [call.shape for call in calls]
+        self.layer_shapes = [call.stored for call in calls]
         self.contexts = {device: AttentionContext() for device in distinct(shape.device for shape in self.layer_shapes)}
         self._bind(calls)
+        self.handover = Handover()
         if not self.offloaded:
-            fuse_layers(self._decoder_layers(), self.decoder)
+            self.handover = fuse_layers(self._decoder_layers(), self.decoder)
             use_few_rows_linear(self.model)
-        self.vocab_size = model.get_output_embeddings().weight.shape[0]
-        self.dtype = model.get_output_embeddings().weight.dtype
+        lm_head = model.get_output_embeddings()
+        self.vocab_size, self.dtype = lm_head.weight.shape[0], lm_head.weight.dtype
         self.draft_device = draft_device or self.device
         self._taken: dict[int, torch.Tensor] = {}
         self._order = feature_layers
         self._take_features()
-        self.max_positions = self._max_positions()
+        self.max_positions = learned_positions(self.decoder)
+        self.turn = Turns([*self.devices, self.draft_device])
 
     # -- once, at load ---------------------------------------------------------------------------------------------
 
     def _check_rope(self) -> int | None:
         """The sequence length at which longrope models switch their frequencies; None for all others."""
-        types = rope_types(self.config)
+        types = self.anatomy.rope_types
         if "dynamic" in types:
             raise UnsupportedModel(
                 "its rotary embedding is dynamic NTK: keys depend on the length at which they were computed, so there "
                 "is no single exact output; load it with another rope_type"
             )
-        return freeze_longrope(self.model, self.config) if "longrope" in types else None
+        if "longrope" not in types:
+            return None
+        freeze_longrope(self.model, self.anatomy.longrope_switch)
+        return self.anatomy.longrope_switch
 
     def _connect(self) -> list[torch.device]:
         """Make the twin run over the devices that it lies on, and return them."""
         self.shards: list[Shard] = []
         if self.offloaded:  # as accelerate does it
-            warnings.warn(OFFLOADED, stacklevel=4)
-            root: Any = self.model
-            self.input_device = torch.device(root._hf_hook.execution_device)
+            warn_user(OFFLOADED)
+            self.input_device = execution_device(self.model)
             return [self.input_device, torch.device("cpu")]
         drop_accelerate_hooks(self.model)
         self.input_device = cast(torch.device, self.model.get_input_embeddings().weight.device)
@@ -108,41 +133,30 @@ class Target:
         return connect(self.model, self.transfers, local)
 
     def _bind(self, calls: list[AttentionCall]) -> None:
-        window, chunk = getattr(self.config, "sliding_window", None), getattr(self.config, "attention_chunk_size", None)
-        for call, kind in zip(calls, self._layer_types(), strict=True):
-            expected = window if kind == "sliding_attention" else None
-            if "sliding_window" in call.options and call.options["sliding_window"] != expected:
+        """Tell every attention module its context and what its config says that it sees."""
+        for call, kind in zip(calls, self._layer_kinds(), strict=True):
+            window = self.anatomy.window if kind == "sliding_attention" else None
+            if "sliding_window" in call.options and call.options["sliding_window"] != window:
                 raise UnsupportedModel(
                     f"a {kind} layer was called with sliding_window={call.options['sliding_window']}, "
-                    f"its config says {expected}"
+                    f"its config says {window}"
                 )
             if call.options.get("softcap") and not self.capped:
-                warnings.warn(NO_SOFTCAP, stacklevel=4)
-            call.module.__dict__["eagle_binding"] = LayerBinding(
-                self.contexts[call.shape.device],
-                window=expected or 0,
-                chunk=(chunk or 0) if kind == "chunked_attention" else 0,
-                capped=self.capped,
-            )
-        self.model.config._attn_implementation = IMPLEMENTATION
+                warn_user(NO_SOFTCAP)
+            chunk = self.anatomy.chunk if kind == "chunked_attention" else None
+            context = self.contexts[call.stored.device]
+            bind(call.module, LayerBinding(context, window=window or 0, chunk=chunk or 0, capped=self.capped))
+        use_our_attention(self.model)
 
-    def _layer_types(self) -> list[str]:
-        config = self.config
-        types = getattr(config, "layer_types", None)
-        if types is None:
-            kind = "full_attention"
-            if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
-                kind = "sliding_attention"
-            elif getattr(config, "attention_chunk_size", None) is not None:
-                kind = "chunked_attention"
-            types = [kind] * config.num_hidden_layers
-        unknown = sorted(set(types) - set(LAYER_TYPES))
+    def _layer_kinds(self) -> list[str]:
+        kinds = self.anatomy.layer_kinds
+        unknown = sorted(set(kinds) - set(LAYER_KINDS))
         if unknown:
             raise UnsupportedModel(f"layers of type {unknown} keep a state that cannot branch into a tree")
-        return list(types)
+        return kinds
 
     def _decoder_layers(self) -> nn.ModuleList:
-        found = layer_list(self.decoder, self.config.num_hidden_layers)
+        found = decoder_layers(self.decoder, self.anatomy.num_layers)
         if found is None:
             raise UnsupportedModel("no list of decoder layers was found")
         return found[1]
@@ -176,54 +190,73 @@ class Target:
         if not self._order:
             self.decoder.register_forward_hook(keep_final)
 
-    def _max_positions(self) -> int | None:
-        """Rows of a learned position table, which bounds the sequence; None for relative or rotary positions."""
-        for name, module in self.decoder.named_modules():
-            leaf = name.rpartition(".")[2]
-            if leaf in ("wpe", "embed_positions", "position_embeddings") and isinstance(module, nn.Embedding):
-                return module.num_embeddings - getattr(module, "offset", 0)
-        return None
-
     # -- each call -------------------------------------------------------------------------------------------------
 
     def new_cache(self, batch: int, capacity: int) -> SlabCache:
-        return SlabCache(KVSlab(self.layer_shapes, batch, capacity), self.contexts)
+        """Keys and values of `batch` sequences of up to `capacity` rows."""
+        devices = distinct(rope.device for rope in self.long_ropes)
+        long_rows = {device: torch.zeros(batch, dtype=torch.bool, device=device) for device in devices}
+        return SlabCache(KVSlab(self.layer_shapes, batch, capacity), self.contexts, long_rows)
 
-    def set_long_rope(self, long: torch.Tensor | None) -> None:
-        """[B] bool: which sequences are past the longrope switch. Only for targets with a `rope_switch`."""
+    def choose_frequencies(self, cache: SlabCache, lengths: torch.Tensor) -> None:
+        """Before sequences of these lengths [B] are prefilled: long frequencies for those past longrope's switch."""
         if self.rope_switch is not None:
-            for module in self.model.modules():
-                if isinstance(module, LongRope):
-                    module.long_rows = None if long is None else long.to(module.long_inv_freq.device, non_blocking=True)
+            long = lengths > self.rope_switch
+            for rows in cache.long_rows.values():
+                rows.copy_(long, non_blocking=True)
 
     @torch.no_grad()
     def prefill(self, tokens: torch.Tensor, start: int, cache: SlabCache) -> torch.Tensor:
         """Run tokens [B, C] at positions start.. into the cache; returns features [B, C, F]. No logits are computed."""
-        self.experts.for_rows(None)
         return self._run_prompt(self.decoder, tokens, start, cache)[1]
 
     @torch.no_grad()
-    def verify(self, tokens: torch.Tensor, step: TreeStep, cache: SlabCache) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run tree nodes [B, T], which write their K and V after the prefix; returns (logits [B, T, V], features)."""
-        self.experts.for_rows(tokens.numel())
+    def verify(self, tokens: torch.Tensor, step: TreeStep, cache: SlabCache) -> Verified:
+        """Run tree nodes [B, T], which write their K and V after the prefix."""
         sent = {device: step.sent_to(device, tokens, self.transfers) for device in self._step_devices()}
-        for device, context in self.contexts.items():
-            context.step = sent[device][1]
-        positions = {device: self._node_positions(local) for device, (_, local) in sent.items()}
-        out, features = self._run(self.model, sent[self.input_device][0], positions, cache)
-        return out.logits, features
+        steps = {device: local for device, (_, local) in sent.items()}
+        positions = {device: self._node_positions(local) for device, local in steps.items()}
+        with self.forward(steps, cache, tree_rows=tokens.numel()):
+            out, features = self._run(self.model, sent[self.input_device][0], positions, cache)
+        return Verified(out.logits, features)
 
     @torch.no_grad()
-    def read(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run whole texts [B, L], padded behind; returns (logits [B, L, V], features [B, L, F]).
+    def read(self, tokens: torch.Tensor) -> Verified:
+        """Run whole texts [B, L], padded behind.
 
         For training: what the target says after every token, and what a head reads there. Of longrope models, the
         short frequencies.
         """
-        self.experts.for_rows(None)
-        self.set_long_rope(None)
         out, features = self._run_prompt(self.model, tokens, 0, self.new_cache(*tokens.shape))
-        return out.logits, features
+        return Verified(out.logits, features)
+
+    @contextmanager
+    def forward(
+        self, steps: Mapping[torch.device, Step], cache: SlabCache, *, tree_rows: int | None = None
+    ) -> Iterator[None]:
+        """What the twin's modules find while a forward runs: the step of their device, the slab, longrope's choice, and
+        of a tree of `tree_rows` nodes the fitting way to run experts.
+
+        All of it is taken back at the end, and with it what the modules left for each other: tensors sent between
+        devices, features taken, a norm handed over.
+        """
+        for device, context in self.contexts.items():
+            context.step, context.slab = steps[device], cache.slab
+        for rope in self.long_ropes:
+            rope.long_rows = cache.long_rows[rope.device]
+        if tree_rows is not None:
+            self.experts.for_rows(tree_rows)
+        try:
+            yield
+        finally:
+            for context in self.contexts.values():
+                context.step = context.slab = None
+            for rope in self.long_ropes:
+                rope.long_rows = None
+            self.transfers.forget()
+            self.handover.clear()
+            self.experts.restore()
+            self._taken = {}
 
     # -- behind them -----------------------------------------------------------------------------------------------
 
@@ -240,29 +273,21 @@ class Target:
     def _run_prompt(self, module: nn.Module, tokens: torch.Tensor, start: int, cache: SlabCache):
         """Run tokens [B, C] at positions start.. through the decoder or the whole model."""
         batch, count = tokens.shape
-        for context in self.contexts.values():
-            context.step = PrefillStep(start, count)
+        steps = {device: PrefillStep(start, count) for device in self.contexts}
         positions = {
             device: torch.arange(start, start + count, device=device).expand(batch, count)
             for device in self._step_devices()
         }
-        return self._run(module, tokens.to(self.input_device), positions, cache)
+        with self.forward(steps, cache):
+            return self._run(module, tokens.to(self.input_device), positions, cache)
 
     def _run(self, module: nn.Module, tokens: torch.Tensor, positions: dict[torch.device, torch.Tensor], cache):
-        """(output of the module, features); positions [B, T] on every device that needs them."""
+        """(output of the module, features), within `forward`; positions [B, T] on every device that needs them."""
         first = positions[self.input_device]
         for local in positions.values():
             self.transfers.provide(first, local)
-        for context in self.contexts.values():
-            context.slab = cache.slab
-        try:
-            out = module(input_ids=tokens, position_ids=first, use_cache=True, **{cache_argument(module): cache})
-            return out, self._features()
-        finally:
-            for context in self.contexts.values():
-                context.slab = None
-            self.transfers.forget()
-            self._taken = {}
+        out = module(input_ids=tokens, position_ids=first, use_cache=True, **{cache_argument(module): cache})
+        return out, self._features()
 
     def _features(self) -> torch.Tensor:
         taken = self._taken

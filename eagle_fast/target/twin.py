@@ -52,6 +52,11 @@ def is_offloaded(model: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in model.parameters())
 
 
+def execution_device(model: Any) -> torch.device:
+    """Where an offloaded model takes its input."""
+    return torch.device(model._hf_hook.execution_device)
+
+
 def stored_weight(module: Any) -> torch.Tensor:
     """A module's weight, wherever it is stored while no forward runs."""
     return module._hf_hook.weights_map["weight"] if module.weight.is_meta else module.weight

@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from eagle_fast.decoding.validate import id_list
+from eagle_fast.target.anatomy import token_settings
+
 PLACEHOLDER = "user-text-goes-here"
 
 
@@ -33,9 +36,8 @@ def chat_format(tokenizer) -> ChatFormat:
 def stop_ids(model, chat: ChatFormat) -> list[int]:
     """What ends a turn: the model's own end tokens, and the token that the template puts after a user's turn."""
     found: set[int] = set() if chat.suffix is None else {chat.suffix[0]}
-    for config in (model.generation_config, model.config.get_text_config(decoder=True)):
-        ids = getattr(config, "eos_token_id", None)
-        found |= set(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
+    for setting in token_settings(model, "eos_token_id"):
+        found |= set(id_list(setting))
     size = model.get_output_embeddings().weight.shape[0]
     return sorted(token for token in found if 0 <= token < size)
 

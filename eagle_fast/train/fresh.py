@@ -19,6 +19,7 @@ from eagle_fast.head import DraftHead
 from eagle_fast.head.config import HeadConfig, default_feature_layers
 from eagle_fast.head.rope import DEFAULT_THETA
 from eagle_fast.target import Target
+from eagle_fast.target.anatomy import Anatomy
 
 
 class Measured(NamedTuple):
@@ -33,8 +34,7 @@ class Measured(NamedTuple):
 def measure(model: PreTrainedModel, feature_layers: tuple[int, ...], tokens: Tensor) -> Measured:
     """Measure on texts [B, L] without padding. First tokens are left out: models park huge values there."""
     last = len(feature_layers)
-    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    target = Target(model, (*feature_layers, num_layers))
+    target = Target(model, (*feature_layers, Anatomy(model).num_layers))
     normed: list[Tensor] = []
     head = target.model.get_output_embeddings()
     handle = head.register_forward_pre_hook(lambda module, args: normed.append(args[0]))
@@ -57,28 +57,26 @@ def head_config(
     share_lm_head: bool = False,
 ) -> HeadConfig:
     """One layer as wide as the target's, with its attention; 0 takes the target's intermediate size and key heads."""
-    config = model.config.get_text_config(decoder=True)
-    hidden, num_heads = config.hidden_size, config.num_attention_heads
-    rope = getattr(config, "rope_parameters", None) or {}
-    theta = rope.get("rope_theta") if isinstance(rope, dict) else None
+    anatomy = Anatomy(model)
+    hidden = anatomy.hidden_size
     embedding, weight = _weight(model.get_input_embeddings()), _weight(model.get_output_embeddings())
     return HeadConfig(
         kind="eagle3",
         hidden_size=hidden,
         target_hidden_size=hidden,
         embedding_size=embedding.shape[1],
-        intermediate_size=intermediate_size or getattr(config, "intermediate_size", None) or 4 * hidden,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads or getattr(config, "num_key_value_heads", None) or num_heads,
-        head_dim=getattr(config, "head_dim", None) or hidden // num_heads,
+        intermediate_size=intermediate_size or anatomy.intermediate_size,
+        num_heads=anatomy.num_heads,
+        num_kv_heads=num_kv_heads or anatomy.num_kv_heads,
+        head_dim=anatomy.head_dim,
         vocab_size=weight.shape[0],
         draft_vocab_size=vocab_size,
-        num_target_layers=config.num_hidden_layers,
-        feature_layers=default_feature_layers(config.num_hidden_layers),
-        rms_norm_eps=getattr(config, "rms_norm_eps", None) or 1e-6,
-        rope={"rope_type": "default", "rope_theta": float(theta or DEFAULT_THETA)},
+        num_target_layers=anatomy.num_layers,
+        feature_layers=default_feature_layers(anatomy.num_layers),
+        rms_norm_eps=anatomy.rms_norm_eps,
+        rope={"rope_type": "default", "rope_theta": float(anatomy.rope_theta or DEFAULT_THETA)},
         own_lm_head=not share_lm_head,
-        max_position_embeddings=getattr(config, "max_position_embeddings", None) or 2048,
+        max_position_embeddings=anatomy.max_position_embeddings,
     )
 
 

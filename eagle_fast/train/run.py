@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
-from eagle_fast.head import DraftHead
-from eagle_fast.head.checkpoint import read_head
+from eagle_fast.loading import load_head
 from eagle_fast.train.card import Training, write_card
 from eagle_fast.train.evaluate import measure_tau
 from eagle_fast.train.options import TrainOptions
@@ -44,7 +43,7 @@ def train(
     """
     options = (options or TrainOptions()).for_device(model.device)
     setting = Setting(model, tokenizer, options, prompts)
-    trainer = Trainer(setting, folder, None if initial is None else load_head(model, initial))
+    trainer = Trainer(setting, folder, None if initial is None else load_head(str(initial), model, use_eagle3=True))
     if setting.num_too_long:
         trainer.log.say(f"{setting.num_too_long} prompts are too long to be answered, and left out")
     if trainer.resumable:
@@ -88,17 +87,3 @@ def finish(trainer: Trainer) -> Result:
         ),
     )
     return Result(trainer.folder, agreement, taus, finished)
-
-
-def load_head(model: PreTrainedModel, path: str | Path) -> DraftHead:
-    """A head to go on with, in the target's dtype and with its embedding."""
-    config, weight = model.config.get_text_config(decoder=True), model.get_output_embeddings().weight
-    checkpoint = read_head(
-        path,
-        target_hidden_size=config.hidden_size,
-        target_vocab_size=weight.shape[0],
-        num_target_layers=config.num_hidden_layers,
-        use_eagle3=True,
-    )
-    embedding: Any = model.get_input_embeddings()
-    return DraftHead(checkpoint, embedding=embedding.weight.detach(), lm_head_weight=weight.detach())

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from eagle_fast.head.config import default_feature_layers
 from eagle_fast.target import Target
+from eagle_fast.target.anatomy import Anatomy
 from eagle_fast.train.chat import chat_format, encode_prompt, stop_ids
 from eagle_fast.train.completer import Completer
 from eagle_fast.train.openings import OPENINGS
@@ -28,9 +29,7 @@ class Setting:
             raise ValueError("gradients are too small for float16: load the model with dtype=bfloat16 or float32")
         self.model = model.eval()
         self.tokenizer, self.options = tokenizer, options
-        self.target = Target(
-            model, default_feature_layers(model.config.get_text_config(decoder=True).num_hidden_layers)
-        )
+        self.target = Target(model, default_feature_layers(Anatomy(model).num_layers))
         self.chat = chat_format(tokenizer)
         self.stop_ids = stop_ids(model, self.chat)
         self.prompts, self.num_too_long = self._fitting([encode_prompt(tokenizer, prompt) for prompt in prompts])
@@ -80,7 +79,6 @@ class Setting:
         """Texts to write side by side: what the GPU's memory holds, and few on a CPU."""
         if self.device.type != "cuda":
             return 32
-        shapes = self.target.layer_shapes
-        a_token = sum(2 * shape.num_heads * shape.head_dim * shape.dtype.itemsize for shape in shapes)
+        a_token = sum(shape.token_bytes for shape in self.target.layer_shapes)
         free, _ = torch.cuda.mem_get_info(self.device)
         return max(16, min(MAX_ROWS, int(CACHE_SHARE * free / (a_token * (length + 64))) // 16 * 16))

@@ -74,11 +74,11 @@ def test_caches_grow_and_are_kept(device, ids):
     expected = {n: stock(model, prompt(n, device), max_new_tokens=12) for n in (11, 1020, 1030)}
     for length in (11, 1020, 1030, 11, 1020):
         assert torch.equal(model.eagenerate(prompt(length, device), max_new_tokens=12), expected[length])
-    assert len(model._idle) == 1
+    assert len(model.states.idle) == 1
     stop = int(expected[11][0, 14])
     out = model.eagenerate(ids, max_new_tokens=5000, max_length=6000, eos_token_id=stop)
     assert torch.equal(out, expected[11][:, : out.shape[1]])
-    assert [state.max_length for state, _ in model._idle] == [5120]
+    assert [state.max_length for state, _, _ in model.states.idle] == [5120]
 
 
 def test_idle_states_make_room_when_memory_runs_out(monkeypatch, device, ids):
@@ -88,7 +88,7 @@ def test_idle_states_make_room_when_memory_runs_out(monkeypatch, device, ids):
 
     class Tight(eagle_fast.decoding.states.Round):
         def __init__(self, *args):
-            made.append(len(model._idle))
+            made.append(len(model.states.idle))
             if len(made) == 1:
                 raise torch.OutOfMemoryError("no room")
             super().__init__(*args)
@@ -119,7 +119,7 @@ def test_streams_growing_prefixes(method, batch, model, device):
 
 def test_streams_may_be_closed_early(model, ids):
     expected = model.eagenerate(ids, max_new_tokens=NEW)
-    idle = len(model._idle)
+    idle = len(model.states.idle)
     stream = model.ea_generate(ids, max_new_tokens=NEW)
     next(stream)
     stream.close()
@@ -132,7 +132,7 @@ def test_streams_may_be_closed_early(model, ids):
     model.ea_generate(ids, max_new_tokens=NEW)  # never started
     assert torch.equal(model.eagenerate(ids, max_new_tokens=NEW), expected)
     assert torch.equal(model.naivegenerate(ids, max_new_tokens=NEW), expected)
-    assert len(model._idle) <= idle + 1
+    assert len(model.states.idle) <= idle + 1
 
 
 def _fail_on_reading(stream):

@@ -116,13 +116,13 @@ def test_warmup_leaves_states_that_calls_use(folders, device):
     before = torch.get_rng_state()
     model.warmup(batch=2, max_length=1500)
     assert torch.equal(torch.get_rng_state(), before)
-    states = [id(state) for state, _ in model._idle]
-    assert [state.max_length for state, _ in model._idle] == [2048, 2048]
+    states = [id(state) for state, _, _ in model.states.idle]
+    assert [state.max_length for state, _, _ in model.states.idle] == [2048, 2048]
     ids = prompt(11, device).repeat(2, 1)
     expected = stock(model, ids, max_new_tokens=NEW)
     for method in (model.eagenerate, model.naivegenerate):
         assert torch.equal(method(ids, max_new_tokens=NEW), expected)
-    assert sorted(id(state) for state, _ in model._idle) == sorted(states)
+    assert sorted(id(state) for state, _, _ in model.states.idle) == sorted(states)
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def check_lossless(model, placement, writer=write_often_right_head):
     for options in ({}, {"temperature": 1.0, "top_p": 0.95, "seed": 7}):
         options = {"attention_mask": mask, "max_new_tokens": NEW, **options}
         assert torch.equal(decoder.eagenerate(ids, **options), single.naivegenerate(ids, **options))
-    assert all(step.graph is not None for _, step in decoder._idle)
+    assert all(step.graph is not None for _, step, _ in decoder.states.idle)
     return out.statistics.tau
 
 
@@ -153,8 +153,8 @@ def test_a_spread_round_gives_the_bits_of_one_gpu(placement, dtype):
         ):
             decoder = EaModel.from_pretrained(**folders, dtype=dtype, **options)
             decoder.eagenerate(prompt(19, HOME), max_new_tokens=NEW)
-            state, _ = decoder._idle[0]
-            _, logits, features = state.propose()
+            state, _, _ = decoder.states.idle[0]
+            logits, features = state.verify(state.draft())
             found.append((logits.cpu(), features.cpu()))
     for one, several in zip(*found, strict=True):
         assert torch.equal(one, several)
@@ -179,7 +179,7 @@ def test_copies_of_a_replayed_round(placement, expected):
         decoder = spread(folders, placement)
     ids = prompt(19, HOME)
     decoder.eagenerate(ids, max_new_tokens=NEW)
-    ((_, step),) = decoder._idle
+    ((_, step, _),) = decoder.states.idle
     step()
     rounds = 3
     count, names = copies_between_gpus(lambda: [step() for _ in range(rounds)])
@@ -191,7 +191,7 @@ def test_no_host_read_inside_a_round():
         decoder = spread(folders)
     ids = prompt(19, HOME)
     expected = decoder.eagenerate(ids, max_new_tokens=NEW)
-    ((_, step),) = decoder._idle
+    ((_, step, _),) = decoder.states.idle
     eager = step.step
 
     def forbidding():

@@ -29,7 +29,7 @@ def test_every_family_is_captured(name, batch, tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="rounds run without a CUDA graph")
         model.eagenerate(torch.randint(3, 130, (batch, 19)).cuda(), max_new_tokens=60)
-    assert [step.graph is not None for _, step in model._idle] == [True]
+    assert [step.graph is not None for _, step, _ in model.states.idle] == [True]
 
 
 @contextlib.contextmanager
@@ -99,7 +99,7 @@ def test_no_host_sync_inside_a_round_of_an_8b_target():
     )  # fmt: skip
     ids = torch.randint(0, 128256, (1, 64))
     model.eagenerate(ids, max_new_tokens=4)
-    _, step = model._idle[0]
+    _, step, _ = model.states.idle[0]
     steps = 0
 
     def counted():

@@ -1,14 +1,12 @@
 """What a graphed step tells CUDA, in which order: written down by a torch.cuda that does nothing else."""
 
 import contextlib
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from eagle_fast.config import TreeConfig
 from eagle_fast.decoding.graph import WARMUP_STEPS, GraphedStep
-from eagle_fast.decoding.states import IdleStates
+from eagle_fast.target.turns import Turns
 
 
 class Recorder:
@@ -132,14 +130,13 @@ def test_turns_follow_each_other_on_every_device(recorder, monkeypatch):
     """Whatever streams are current, also where a turn fails."""
     monkeypatch.setattr(torch.cuda, "Event", lambda: Event(recorder))
     home, other, cpu = torch.device("cuda", 1), torch.device("cuda", 0), torch.device("cpu")
-    target = SimpleNamespace(device=home, devices=[home, cpu])
-    idle = IdleStates(target, SimpleNamespace(device=other), TreeConfig())
-    with pytest.raises(KeyboardInterrupt), idle.turn():
+    turn = Turns([home, cpu, other])
+    with pytest.raises(KeyboardInterrupt), turn():
         raise KeyboardInterrupt
     recorder.log.clear()
     for index in (0, 1):
         recorder.current[index] = Stream(recorder, "next", index)
-    with idle.turn():
+    with turn():
         recorder.log.append("work")
     done = ["next1 recorded", "next0 recorded"]
     assert recorder.log == ["next1 after main1's event", "next0 after main0's event", "work", *done]

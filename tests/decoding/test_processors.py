@@ -232,8 +232,8 @@ def test_interrupted_inside_a_processor(device):
                 raise KeyboardInterrupt
             return super().__call__(input_ids, scores)
 
-    idle = len(model._idle)
+    idle = len(model.states.idle)
     with pytest.raises(KeyboardInterrupt):
         model.eagenerate(ids, max_new_tokens=NEW, logits_processor=[Interrupt()])
-    assert len(model._idle) == idle, "the decoding state was lost or doubled"
+    assert len(model.states.idle) == idle, "the decoding state was lost or doubled"
     assert torch.equal(model.eagenerate(ids, max_new_tokens=NEW), expected)

@@ -61,7 +61,7 @@ def test_cache_bytes_are_those_of_the_engine(name, tmp_path):
     write_random_head(model, tmp_path)
     decoder = EaModel.from_pretrained(base_model_path=model, ea_model_path=str(tmp_path), total_token=2, depth=0)
     decoder.naivegenerate(torch.tensor([[5, 6]]), max_new_tokens=1)
-    ((state, _),) = list(decoder._idle)
+    ((state, _, _),) = decoder.states.idle
     slabs = state.cache.slab.slabs
     per_token = sum(slab.numel() * slab.element_size() // slab.shape[-2] for slab in slabs)
     assert sum(sizes(model, context=10).cache.values()) == 10 * per_token

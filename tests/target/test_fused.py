@@ -45,8 +45,8 @@ def test_a_second_target_shares_the_merged_weights(device):
     model = make("qwen3").to(device)
     first, second = Target(model, (2,)), Target(model, (3,))
     for one, other in zip(first.decoder.layers, second.decoder.layers, strict=True):
-        assert one.qkv.data_ptr() == other.qkv.data_ptr()
-        assert one.gate_up.data_ptr() == other.gate_up.data_ptr()
+        assert one.qkv.weight.data_ptr() == other.qkv.weight.data_ptr()
+        assert one.gate_up.weight.data_ptr() == other.gate_up.weight.data_ptr()
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ from eagle_fast import EaModel
 from eagle_fast.decoding.round import Round
 from eagle_fast.loading import load_head
 from eagle_fast.target import Target
-from eagle_fast.target.placement import placed_modules
+from eagle_fast.target.anatomy import placed_modules
 from eagle_fast.target.shards import Shard
 
 NEW = 16
@@ -41,8 +41,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the model caps its attention sco
 @pytest.fixture(autouse=True)
 def fused_layers_of_fake_weights(monkeypatch):
     """Numbered tensors are no plain tensors, which our layers ask for, and have no storage to be stacked in."""
-    families = eagle_fast.target.fused.FAMILIES
-    monkeypatch.setattr(eagle_fast.target.fused, "can_fuse", lambda layer: type(layer).__name__ in families)
+    monkeypatch.setattr(eagle_fast.target.fused, "can_fuse", lambda layer: True)
     monkeypatch.setattr(eagle_fast.target.fused, "_stacked", lambda weights: None)
     monkeypatch.setattr(eagle_fast.layers.linear, "is_plain", lambda module: type(module) is torch.nn.Linear)
 
@@ -123,7 +122,7 @@ EXPECTED = {
 def test_copies_of_a_round(name, placement):
     with spread(make(name), placement) as (decoder, _, devices):
         decoder.eagenerate(prompt(11, torch.device("cpu")), max_new_tokens=4)
-        state, step = decoder._idle[0]
+        state, step, _ = decoder.states.idle[0]
         devices.between_devices()
         step()
         copies = devices.between_devices()

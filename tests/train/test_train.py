@@ -11,9 +11,9 @@ from zoo import VOCAB, make
 
 from eagle_fast import EaModel
 from eagle_fast.cli import main
+from eagle_fast.loading import load_head
 from eagle_fast.train import TrainOptions, train
 from eagle_fast.train.progress import Budget
-from eagle_fast.train.run import load_head
 from eagle_fast.train.setting import Setting
 from eagle_fast.train.trainer import Trainer
 
@@ -83,7 +83,7 @@ def test_training_goes_on_from_a_written_head(run, tmp_path):
     """Nothing is lost on the way through the file: the first agreement is that at the end of the first run."""
     model, result = run
     setting = Setting(model, make_tokenizer(), replace(OPTIONS, updates=1, learning_rate=1e-6), PROMPTS)
-    trainer = Trainer(setting, tmp_path, load_head(model, result.folder))
+    trainer = Trainer(setting, tmp_path, load_head(str(result.folder), model))
     trainer.run()
     _, agreement = trainer.measure_held_out()
     assert agreement[0] == pytest.approx(result.agreement[0], abs=0.08)
@@ -105,7 +105,7 @@ def test_a_head_that_shares_the_targets_lm_head(tmp_path):
     assert torch.equal(decoder.eagenerate(ids, max_new_tokens=30), expected)
     losses = [record["losses"][0] for record in records(tmp_path, "held out")]
     assert losses[-1] < losses[0]
-    assert load_head(model, result.folder).config.own_lm_head is False
+    assert load_head(str(result.folder), model).config.own_lm_head is False
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):

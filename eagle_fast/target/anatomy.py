@@ -1,0 +1,273 @@
+"""What is read off a stock model: fields of its config and parts of its modules. No other file reads them.
+
+Configs spell one thing in several ways, and leave out what transformers has a default for; `Anatomy` has one spelling.
+The functions find parts of a model by class and attribute names, and return None or nothing where there are none.
+
+H hidden size, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+LAYER_LISTS = ("layers", "h", "blocks", "block")
+POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings")
+LLAMA_LAYERS = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"})
+LLAMA_NORMS = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"})
+
+
+class UnsupportedModel(ValueError):
+    """The model cannot be decoded exactly with a tree; the message says why."""
+
+
+class Anatomy:
+    """The text config of a model. Every property is read when it is asked for: a config need not have all of them."""
+
+    def __init__(self, model: PreTrainedModel | PreTrainedConfig):
+        self.config: Any = model.config if isinstance(model, nn.Module) else model
+        self.text: Any = self.config.get_text_config(decoder=True)
+
+    def _get(self, name: str, default: Any = None) -> Any:
+        """A field of the text config; one that is missing, None or 0 is the default."""
+        return getattr(self.text, name, None) or default
+
+    @property
+    def vocab_size(self) -> int:
+        return self.text.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.text.hidden_size
+
+    @property
+    def intermediate_size(self) -> int:
+        return self._get("intermediate_size", 4 * self.hidden_size)
+
+    @property
+    def num_layers(self) -> int:
+        return self.text.num_hidden_layers
+
+    @property
+    def num_heads(self) -> int:
+        return self.text.num_attention_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self._get("num_key_value_heads", self.num_heads)
+
+    @property
+    def head_dim(self) -> int:
+        return self._get("head_dim") or self.hidden_size // self.num_heads
+
+    @property
+    def rms_norm_eps(self) -> float:
+        return self._get("rms_norm_eps", 1e-6)
+
+    @property
+    def max_position_embeddings(self) -> int:
+        return self._get("max_position_embeddings", 2048)
+
+    @property
+    def softcap(self) -> float | None:
+        """Of attention scores."""
+        return self._get("attn_logit_softcapping")
+
+    @property
+    def experts_per_token(self) -> int:
+        return int(self._get("num_experts_per_tok", 1))
+
+    @property
+    def shares_kv(self) -> bool:
+        """Whether some layers use the keys and values of others."""
+        return bool(self._get("num_kv_shared_layers"))
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the checkpoint's weights are."""
+        return getattr(self.config, "quantization_config", None) is not None
+
+    def kv_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of a token's keys and values in one layer."""
+        return 2 * self.num_kv_heads * self.head_dim * dtype.itemsize
+
+    # -- which keys a layer sees -----------------------------------------------------------------------------------
+
+    @property
+    def window(self) -> int | None:
+        return getattr(self.text, "sliding_window", None)
+
+    @property
+    def chunk(self) -> int | None:
+        return getattr(self.text, "attention_chunk_size", None)
+
+    @property
+    def layer_kinds(self) -> list[str]:
+        """transformers' `layer_types`, also where the config has one kind of layer and does not say which."""
+        types = getattr(self.text, "layer_types", None)
+        if types is not None:
+            return list(types)
+        kind = "full_attention"
+        if self.window is not None and getattr(self.text, "use_sliding_window", True):
+            kind = "sliding_attention"
+        elif self.chunk is not None:
+            kind = "chunked_attention"
+        return [kind] * self.num_layers
+
+    # -- rotary embeddings -----------------------------------------------------------------------------------------
+
+    @property
+    def rope(self) -> dict[str, Any]:
+        """transformers' `rope_parameters`: those of all layers, or of each type of layer."""
+        parameters = getattr(self.text, "rope_parameters", None)
+        return parameters if isinstance(parameters, dict) else {}
+
+    @property
+    def rope_types(self) -> set[str]:
+        nested = [value for value in self.rope.values() if isinstance(value, dict)]
+        return {str(each["rope_type"]) for each in [self.rope, *nested] if "rope_type" in each}
+
+    @property
+    def rope_theta(self) -> float | None:
+        return self.rope.get("rope_theta")
+
+    @property
+    def longrope_switch(self) -> int:
+        """The sequence length past which longrope models take their long frequencies."""
+        return int(self.rope["original_max_position_embeddings"])
+
+
+# -- what a model consists of ------------------------------------------------------------------------------------------
+
+
+def decoder_layers(model: nn.Module, num_layers: int) -> tuple[str, nn.ModuleList] | None:
+    """(name, module) of the list of decoder layers within `model`."""
+    for name, module in model.named_modules():
+        is_list = isinstance(module, nn.ModuleList) and len(module) == num_layers
+        if is_list and name.rpartition(".")[2] in LAYER_LISTS:
+            return name, module
+    return None
+
+
+def placed_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """What a written-out device map names: the embedding first, then every decoder layer and what lies beside them."""
+    found = decoder_layers(model, Anatomy(model).num_layers)
+    if found is None:
+        return {"": model}
+    path, modules = found[0].split("."), {}
+    for depth in range(len(path) + 1):
+        prefix = ".".join(path[:depth])
+        for name, child in model.get_submodule(prefix).named_children():
+            if depth == len(path) or name != path[depth]:
+                modules[f"{prefix}.{name}".lstrip(".")] = child
+    embedding = model.get_input_embeddings()
+    order = {name: at for at, name in enumerate(name for name, _ in model.named_modules())}
+    names = sorted(modules, key=lambda name: (embedding not in modules[name].modules(), order[name]))
+    return {name: modules[name] for name in names}
+
+
+def learned_positions(decoder: nn.Module) -> int | None:
+    """Rows of a learned position table, which bounds the sequence; None for relative or rotary positions."""
+    for name, module in decoder.named_modules():
+        if name.rpartition(".")[2] in POSITION_TABLES and isinstance(module, nn.Embedding):
+            return module.num_embeddings - getattr(module, "offset", 0)
+    return None
+
+
+def token_settings(model: PreTrainedModel, name: str) -> list[Any]:
+    """What generation config and config say of special tokens, as "eos_token_id": each None, an id, or several ids."""
+    sources = getattr(model, "generation_config", None), Anatomy(model).text
+    return [getattr(source, name, None) for source in sources]
+
+
+# -- parts of layers ---------------------------------------------------------------------------------------------------
+
+
+class Norm(NamedTuple):
+    """An RMSNorm."""
+
+    weight: nn.Parameter  # [H]
+    eps: float
+
+
+def llama_norm(module: Any) -> Norm | None:
+    """An RMSNorm that computes what Llama's does."""
+    if type(module).__name__ not in LLAMA_NORMS:
+        return None
+    return Norm(module.weight, module.variance_epsilon)
+
+
+class LlamaLayer(NamedTuple):
+    """The parts of a decoder layer of Llama's shape; q_norm and k_norm are over a head, where there are any."""
+
+    attention: nn.Module
+    layer_index: int
+    head_dim: int
+    scale: float  # of attention scores
+    input_norm: nn.Module
+    post_norm: nn.Module
+    q: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
+    o: nn.Linear
+    gate: nn.Linear
+    up: nn.Linear
+    down: nn.Linear
+    q_norm: nn.Module | None
+    k_norm: nn.Module | None
+
+
+def llama_layer(layer: Any) -> LlamaLayer | None:
+    """The parts of a layer, if it is of a known family and its MLP's activation is SiLU."""
+    if type(layer).__name__ not in LLAMA_LAYERS or "SiLU" not in type(layer.mlp.act_fn).__name__:
+        return None
+    attention, mlp = layer.self_attn, layer.mlp
+    return LlamaLayer(
+        attention, attention.layer_idx, attention.head_dim, attention.scaling,
+        layer.input_layernorm, layer.post_attention_layernorm,
+        attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
+        mlp.gate_proj, mlp.up_proj, mlp.down_proj,
+        getattr(attention, "q_norm", None), getattr(attention, "k_norm", None),
+    )  # fmt: skip
+
+
+def expert_weights(module: nn.Module) -> list[torch.Tensor]:
+    """The stacked weights [experts, out, in] of a module of experts, empty for other modules."""
+    named = (module._parameters.get(name) for name in ("gate_up_proj", "up_proj", "down_proj"))
+    found: list[torch.Tensor] = [weight for weight in named if weight is not None and weight.dim() == 3]
+    return found if len(found) >= 2 else []
+
+
+def is_rotary(name: str, module: nn.Module) -> bool:
+    """Whether a module, of this name within the model, is a rotary embedding: it computes cos and sin of positions."""
+    return "rotary" in name.rpartition(".")[2] and not list(module.parameters())
+
+
+class LongRopeTables(NamedTuple):
+    """The two sets of frequencies of a longrope module, and the factor on cos and sin."""
+
+    short: torch.Tensor  # [D / 2]
+    long: torch.Tensor  # [D / 2]
+    scaling: float
+
+
+def longrope_modules(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """(parent, name, module) of every longrope embedding."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and getattr(child, "rope_type", None) == "longrope":
+                yield parent, name, child
+
+
+def longrope_tables(stock: Any, switch: int) -> LongRopeTables:
+    """Of a stock longrope module, which sets its frequencies by the last position that it was called with."""
+    device = stock.inv_freq.device
+    probe = torch.zeros(1, device=device)
+    stock(probe, torch.tensor([[switch]], device=device))
+    long = stock.inv_freq.clone()
+    stock(probe, torch.zeros(1, 1, dtype=torch.long, device=device))
+    return LongRopeTables(stock.inv_freq.clone(), long, stock.attention_scaling)
