@@ -20,6 +20,7 @@ import transformers
 from transformers import AutoTokenizer
 
 from eagle_fast import EaModel, Statistics
+from eagle_fast.decoding.request import pad_left
 
 
 def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,26 +58,18 @@ def read_prompts(path: Path, tokenizer, limit: int) -> list[list[int]]:
     return prompts
 
 
-def pad_left(prompts: list[list[int]], device) -> dict[str, torch.Tensor]:
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    return {"input_ids": ids, "attention_mask": mask}
-
-
 def accepted_counts(model: EaModel, prompts: list[list[int]], args, temperature: float) -> Statistics:
     """Rounds and accepted tokens over all prompts, in batches."""
-    total = Statistics(accepted=[0] * model.tree.max_path)
+    total = Statistics()
     for start in range(0, len(prompts), args.batch):
         part = prompts[start : start + args.batch]
         seeds = list(range(start, start + len(part)))
         out = model.eagenerate(
-            **pad_left(part, model.target.device), temperature=temperature, seed=seeds,
+            **pad_left(part), temperature=temperature, seed=seeds,
             max_new_tokens=args.max_new_tokens, max_length=8192, shared_noise=not args.no_shared_noise,
             return_dict_in_generate=True,
         )  # fmt: skip
-        total.accepted = [a + b for a, b in zip(total.accepted, out.statistics.accepted, strict=True)]
-        total.new_tokens += out.statistics.new_tokens
+        total += out.statistics
     return total
 
 

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from decode import add_pair_arguments, hardware, pad_left, read_prompts
+from decode import add_pair_arguments, hardware, read_prompts
 from eagle_fast_kernels.noise import gumbel_row_ref
 from transformers import AutoTokenizer
 
 from eagle_fast import EaModel
+from eagle_fast.decoding.request import pad_left
 
 
 def parse() -> argparse.Namespace:
@@ -70,7 +71,7 @@ def compare(model: EaModel, prompts: list[list[int]], args: argparse.Namespace, 
     for start in range(0, len(prompts), args.batch):
         part = prompts[start : start + args.batch]
         seeds = list(range(start, start + len(part)))
-        batch = pad_left(part, model.target.device)
+        batch = {name: each.to(model.target.device) for name, each in pad_left(part).items()}
         options = {"temperature": temperature, "seed": seeds, "max_new_tokens": args.max_new_tokens, "max_length": 8192}
         pair = [generate(**batch, **options) for generate in (model.eagenerate, model.naivegenerate)]
         width = min(each.shape[1] for each in pair)

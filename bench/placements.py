@@ -15,11 +15,12 @@ import sys
 from pathlib import Path
 
 import torch
-from decode import accepted_counts, add_pair_arguments, pad_left, read_prompts, speed
+from decode import accepted_counts, add_pair_arguments, read_prompts, speed
 from lib.records import environment, write
 from transformers import AutoConfig, AutoTokenizer
 
 from eagle_fast import EaModel
+from eagle_fast.decoding.request import pad_left
 
 
 def parse() -> argparse.Namespace:
@@ -57,7 +58,7 @@ def texts(model: EaModel, prompts: list[list[int]], args: argparse.Namespace, te
     """Of each prompt alone, and of all prompts as one batch."""
     options = {"temperature": temperature, "max_new_tokens": args.max_new_tokens, "max_length": 8192}
     alone = [model.eagenerate(torch.tensor([each]), seed=n, **options) for n, each in enumerate(prompts)]
-    together = model.eagenerate(**pad_left(prompts, "cpu"), seed=list(range(len(prompts))), **options)
+    together = model.eagenerate(**pad_left(prompts), seed=list(range(len(prompts))), **options)
     return [*(each[0].tolist() for each in alone), *together.tolist()]
 
 

@@ -7,10 +7,10 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from eagle_fast.head import DraftHead
-from eagle_fast.head.checkpoint import read_head
+from eagle_fast.head import DraftHead, read_head
+from eagle_fast.head.files import can_only_be_a_path
 from eagle_fast.messages import warn_user
 from eagle_fast.target.anatomy import Anatomy
 from eagle_fast.target.placement import (
@@ -27,7 +27,26 @@ from eagle_fast.target.twin import stored_weight
 HEAD_OPTIONS = ("feature_layers", "norm_before_residual", "norm_output", "rope_theta", "rope_interleaved")
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only")
 CONFIG_OPTIONS = (*HUB_OPTIONS, "revision", "subfolder", "trust_remote_code")
+BITSANDBYTES_OPTIONS = ("load_in_4bit", "load_in_8bit")
 TOKENIZER_OPTIONS = (*HUB_OPTIONS, "revision", "subfolder", "trust_remote_code", "gguf_file")
+
+
+def modern_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of from_pretrained in the words of transformers 5: dtype, and a quantization_config for load_in_4bit.
+
+    Raises ValueError for what is said in both words.
+    """
+    asked = [name for name in BITSANDBYTES_OPTIONS if options.get(name)]
+    options = {name: value for name, value in options.items() if name not in BITSANDBYTES_OPTIONS}
+    if "torch_dtype" in options:
+        if "dtype" in options:
+            raise ValueError("dtype and torch_dtype are the same: pass one of them")
+        options["dtype"] = options.pop("torch_dtype")
+    if not asked:
+        return options
+    if options.get("quantization_config") is not None:
+        raise ValueError(f"{asked} beside quantization_config: say it in quantization_config alone")
+    return options | {"quantization_config": BitsAndBytesConfig(**dict.fromkeys(asked, True))}
 
 
 def known_path(name: str, path: Any) -> str:
@@ -35,8 +54,7 @@ def known_path(name: str, path: Any) -> str:
     if not isinstance(path, (str, os.PathLike)):
         raise ValueError(f"{name}={path!r}: pass a hub name like 'owner/name' or a folder")
     expanded = os.path.expanduser(os.fspath(path))
-    is_path = expanded.startswith((".", os.sep)) or expanded.count("/") > 1
-    if is_path and not os.path.isdir(expanded):
+    if can_only_be_a_path(expanded) and not os.path.isdir(expanded):
         raise ValueError(
             f"{name}={str(path)!r}: there is no such folder; pass a folder or a hub name like 'owner/name'"
         )

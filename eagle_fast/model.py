@@ -33,9 +33,9 @@ from eagle_fast.loading import (
     known_path,
     load_head,
     load_target,
+    modern_options,
     runs_in_int8,
 )
-from eagle_fast.old_options import modern
 from eagle_fast.target import Target
 from eagle_fast.target.interface import cache_argument
 from eagle_fast.target.placement import device_map_of, resolve_device, warn_if_slow
@@ -99,7 +99,7 @@ class EaModel(HFGenerateMixin, nn.Module):
         says; everything else (dtype or torch_dtype, quantization_config, revision, token, ...) goes to
         AutoModelForCausalLM.from_pretrained. Raises ValueError for what does not fit together.
         """
-        kwargs = modern(kwargs)
+        kwargs = modern_options(kwargs)
         head_path = known_path("ea_model_path", ea_model_path)
         tree = TreeConfig(total_token, depth, top_k)
         head_options = {key: kwargs.pop(key) for key in HEAD_OPTIONS if key in kwargs}
@@ -160,9 +160,10 @@ class EaModel(HFGenerateMixin, nn.Module):
         A text ends before max_new_tokens at max_length, or where a model with learned positions has no more of them.
         Raises ValueError for arguments that cannot be meant, NaNLogitsError.
         """
-        options.update(temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens)
-        options.update(max_length=max_length, is_llama3=is_llama3)
-        return self._collect(True, log, input_ids, **options)
+        return self._collect(True, log, input_ids, 
+            temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, max_length=max_length,
+            is_llama3=is_llama3, **options,
+        )  # fmt: skip
 
     def naivegenerate(
         self,
@@ -177,9 +178,10 @@ class EaModel(HFGenerateMixin, nn.Module):
         **options,
     ):
         """The same without speculation, one token a round: the same text for the same seed. See `eagenerate`."""
-        options.update(temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens)
-        options.update(max_length=max_length, is_llama3=is_llama3)
-        return self._collect(False, log, input_ids, **options)
+        return self._collect(False, log, input_ids, 
+            temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, max_length=max_length,
+            is_llama3=is_llama3, **options,
+        )  # fmt: skip
 
     def ea_generate(
         self,
@@ -194,9 +196,10 @@ class EaModel(HFGenerateMixin, nn.Module):
         **options,
     ) -> Iterator[torch.Tensor]:
         """`eagenerate` as a generator: yields the ids so far after each round. It may be closed early."""
-        options.update(temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens)
-        options.update(max_length=max_length, is_llama3=is_llama3)
-        return self._stream(True, input_ids, **options)
+        return self._stream(True, input_ids, 
+            temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, max_length=max_length,
+            is_llama3=is_llama3, **options,
+        )  # fmt: skip
 
     def naive_generate(
         self,
@@ -211,9 +214,10 @@ class EaModel(HFGenerateMixin, nn.Module):
         **options,
     ) -> Iterator[torch.Tensor]:
         """`naivegenerate` as a generator: yields the ids so far after each token."""
-        options.update(temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens)
-        options.update(max_length=max_length, is_llama3=is_llama3)
-        return self._stream(False, input_ids, **options)
+        return self._stream(False, input_ids, 
+            temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, max_length=max_length,
+            is_llama3=is_llama3, **options,
+        )  # fmt: skip
 
     def forward(self, input_ids=None, attention_mask=None, past_key_values=None, output_orig=False, position_ids=None):
         """The target alone, as in SafeAILab/EAGLE: (outputs, hidden), or (outputs, logits, hidden) with output_orig.
@@ -274,7 +278,8 @@ class EaModel(HFGenerateMixin, nn.Module):
     def _collect(self, speculative: bool, log: bool, input_ids, return_dict_in_generate: bool = False, **options):
         request, ids = self._prepare(input_ids, **options)
         with closing(self._rounds(speculative, request)) as running:
-            *_, generator = running
+            for generator in running:  # noqa: B007  # the last one holds all tokens
+                pass
         sequences = padded(ids, generator.new_tokens, pad_id(self.base_model)).to(input_ids.device)
         statistics = generator.statistics
         if return_dict_in_generate:

@@ -30,6 +30,7 @@ PLACES = {  # old module -> where its names are now
     "head_vocabulary": ("head.vocabulary",),
     "idle": ("decoding.states",),
     "linear": ("layers.linear",),
+    "old_options": ("loading",),
     "placement": ("target.placement",),
     "probe": ("target.probe",),
     "processors": ("decoding.processors",),

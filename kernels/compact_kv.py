@@ -16,9 +16,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from eagle_fast_kernels.launch import device_guard, use_triton
-from eagle_fast_kernels.overlap import after_earlier_kernels, dependent_launch
 from torch import Tensor
+
+from .launch import device_guard, use_triton
+from .overlap import after_earlier_kernels, dependent_launch
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -1,4 +1,4 @@
-"""The small fused pieces of a draft head's forward that are its own: its input, and RoPE with the cache write.
+"""Small fused pieces: a draft head's input, and RoPE with the cache write, which fused layers of the target run too.
 
     head_input     out[r] = rms(embedding[tokens[r]]) | rms(hidden[rows[r]])    (| joins; a norm that is None copies)
     rope_append    q, k, v of one row; q, k <- rope(rms(q)), rope(rms(k));          cache rows slots[b] + t <- k, v
@@ -20,13 +20,14 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from eagle_fast_kernels.launch import device_guard, use_triton
-from eagle_fast_kernels.overlap import after_earlier_kernels, dependent_launch
-from eagle_fast_kernels.rms_norm import normalise, num_warps, rms_norm_ref, sum_parts
 from einops import rearrange
 from torch import Tensor
 
-FEW_ROWS, ROWS = 64, 8  # of rope_append: up to so many rows, one a program; beyond, so many a program
+from .launch import device_guard, use_triton
+from .overlap import after_earlier_kernels, dependent_launch
+from .rms_norm import normalise, num_warps, rms_norm_ref, sum_parts
+
+FEW_ROWS, ROWS = 64, 8  # rope_append: one row per program up to FEW_ROWS, then ROWS per program
 
 
 @triton.jit

@@ -18,8 +18,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from eagle_fast_kernels.launch import device_guard, use_triton
 from torch import Tensor
+
+from .launch import device_guard, use_triton
 
 TILE, NUM_WARPS = 4096, 8  # candidates for tuning: 2048..8192, 4..16
 

@@ -31,15 +31,16 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from eagle_fast_kernels.launch import device_guard, resources, upcast, use_triton
-from eagle_fast_kernels.overlap import after_earlier_kernels, dependent_launch
-from eagle_fast_kernels.tree_attention_ref import tree_attention_ref
 from torch import Tensor
+
+from .launch import device_guard, resources, upcast, use_triton
+from .overlap import after_earlier_kernels, dependent_launch
+from .tree_attention_ref import tree_attention_ref
 
 # Gluon is experimental: of other releases nothing is assumed, and the kernel of this file does all.
 HAS_GLUON = triton.__version__.startswith(("3.6.", "3.7."))
 if HAS_GLUON:
-    from eagle_fast_kernels import tree_attention_hopper as hopper
+    from . import tree_attention_hopper as hopper
 
 LOG2E = tl.constexpr(1.4426950408889634)
 

@@ -1,5 +1,6 @@
 """Fixtures for all tests. Without a GPU, Triton kernels run under its interpreter, chosen before triton is imported."""
 
+import gc
 import os
 
 import torch
@@ -19,6 +20,17 @@ def pytest_collection_modifyitems(config, items):
         needed = 2 if item.get_closest_marker("multi_gpu") else 1 if item.get_closest_marker("gpu") else 0
         if gpus < needed:
             item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPU{'s' if needed > 1 else ''}"))
+
+
+HOARD = 2**30  # bytes of a GPU that a process may keep for its next test: many run side by side on one card
+
+
+@pytest.fixture(autouse=True)
+def memory_is_given_back():
+    yield
+    if any(torch.cuda.memory_reserved(index) > HOARD for index in range(torch.cuda.device_count())):
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import torch
 from transformers.utils import ModelOutput
@@ -37,6 +38,17 @@ class Statistics:
     new_tokens: list[int] = field(default_factory=list)
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+
+    def __add__(self, other: Statistics) -> Statistics:
+        """Of both calls together, with all of their sequences."""
+        pairs = zip_longest(self.accepted, other.accepted, fillvalue=0)
+        return Statistics(
+            self.rounds + other.rounds,
+            [mine + theirs for mine, theirs in pairs],
+            self.new_tokens + other.new_tokens,
+            self.prefill_seconds + other.prefill_seconds,
+            self.decode_seconds + other.decode_seconds,
+        )
 
     @property
     def tau(self) -> float:

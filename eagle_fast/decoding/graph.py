@@ -46,11 +46,17 @@ class GraphedStep:
         else:
             self._warm_up()
 
-    def __del__(self) -> None:
-        """The pools go with the step, and their memory at once: a round that is still under way has to end first."""
-        if getattr(self, "pools", None):
+    def close(self) -> None:
+        """Let go of the graph and its pools, whose memory is free at once: a round under way has to end first."""
+        if self.pools:
             for device in self.devices:
                 torch.cuda.synchronize(device)
+        self.graph, self.pools = None, []
+
+    def __del__(self) -> None:
+        """Of a step that nobody closed."""
+        if getattr(self, "pools", None):
+            self.close()
 
     def _replay(self, graph: torch.cuda.CUDAGraph) -> None:
         """Launch on the first device, after and before what other devices' current streams are given."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -85,6 +86,17 @@ def end_of_turn(tokenizer) -> int:
     if token is None:
         raise ValueError("is_llama3=True, but the tokenizer has no <|eot_id|>: leave is_llama3 out")
     return token
+
+
+def pad_left(prompts: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask [B, longest] of prompts, padded in front."""
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(list(prompt))
+        mask[row, longest - len(prompt) :] = 1
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def padded(ids: torch.Tensor, texts: list[list[int]], pad: int) -> torch.Tensor:

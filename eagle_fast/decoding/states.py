@@ -33,9 +33,9 @@ class IdleStates:
         self.idle: list[Lease] = []
 
     def clear(self) -> None:
-        """Let go of all idle states, their memory and their graphs."""
+        """Let go of all idle states: their memory is free then."""
         with self.target.turn():
-            self.idle.clear()
+            self._drop(self.idle.copy())
 
     @contextmanager
     def lease(self, speculative: bool, batch: int, max_length: int) -> Iterator[Lease]:
@@ -52,10 +52,17 @@ class IdleStates:
         """An idle state that is large enough; those too small are dropped if there is none."""
         alike = [each for each in self.idle if each.state.batch == batch and each.speculative == speculative]
         large = next((each for each in alike if each.state.max_length >= max_length), None)
-        dropped = alike if large is None else [large]
-        for each in dropped:
-            self.idle.remove(each)
+        if large is None:
+            self._drop(alike)
+        else:
+            self.idle.remove(large)
         return large
+
+    def _drop(self, leases: list[Lease]) -> None:
+        """Let go of idle states, their memory and their graphs."""
+        for each in leases:
+            self.idle.remove(each)
+            each.step.close()
 
     def _new(self, speculative: bool, batch: int, max_length: int) -> Lease:
         rounded = -(-max_length // LENGTH_STEP) * LENGTH_STEP

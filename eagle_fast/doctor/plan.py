@@ -24,7 +24,7 @@ from eagle_fast.doctor.measure import GpuFigures, Link
 from eagle_fast.head import read_head
 from eagle_fast.loading import known_path
 from eagle_fast.target.anatomy import Anatomy, decoder_layers
-from eagle_fast.target.placement import plan_placement, skeleton
+from eagle_fast.target.placement import place_of, plan_placement, skeleton
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def plan(
     except ValueError as error:  # no GPU, or none that is large enough
         return Plan(strategy, problem=str(error))
     device_map = {name: device_name(device) for name, device in placed.items()}
-    on_the_way = [_device_of(name, device_map) for name in size.path]
+    on_the_way = [place_of(device_map, name) for name in size.path]
     first, *of_layers, last = on_the_way
     devices = (first, *(after for before, after in pairwise(on_the_way) if after != before))
     given = Plan(
@@ -189,19 +189,10 @@ def device_name(device: torch.device | int | str) -> str:
     return "disk" if device == "disk" else str(torch.device(device))
 
 
-def _device_of(name: str, device_map: Mapping[str, str]) -> str:
-    """The device of a module or parameter: that of the longest entry that it is part of."""
-    while name not in device_map:
-        if not name:
-            raise ValueError("the placement does not name every module")
-        name = name.rpartition(".")[0]
-    return device_map[name]
-
-
 def _by_device(counts: Mapping[str, int], device_map: Mapping[str, str]) -> dict[str, int]:
     total: dict[str, int] = {}
     for name, count in counts.items():
-        device = _device_of(name, device_map)
+        device = place_of(device_map, name)
         total[device] = total.get(device, 0) + count
     return total
 

@@ -34,7 +34,7 @@ def find_folder(
     name = str(path_or_repo)
     if folder.exists():
         raise ValueError(f"{name} is a file: give the folder that holds the head's config.json and weights")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+    if can_only_be_a_path(name):
         raise ValueError(f"there is no folder {name}: give a local folder or a hub name like 'owner/name'")
 
     def download(*patterns: str) -> Path:
@@ -53,6 +53,11 @@ def find_folder(
     if not list(folder.glob("*.safetensors")):  # pickled weights only where there are no others
         folder = download("config.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
     return folder
+
+
+def can_only_be_a_path(name: str) -> bool:
+    """Whether this is no name on the Hugging Face hub, which is 'name' or 'owner/name'."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
 
 
 def read_config(folder: Path) -> dict[str, Any]:

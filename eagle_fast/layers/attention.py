@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,8 +54,9 @@ class PrefillStep:
         softcap: float = 0.0, sinks: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """q [B, Hq, T, D] of these rows, written already, over keys, values [B, Hkv, L, D] -> [B, T, Hq, D]."""
-        options = {"scale": scale, "window": window, "chunk": chunk, "softcap": softcap, "sinks": sinks}
-        return prefill_attention(q, keys, values, self, **options)
+        return prefill_attention(
+            q, keys, values, self, scale=scale, window=window, chunk=chunk, softcap=softcap, sinks=sinks
+        )
 
     def mask(self, block: Block, window: int, chunk: int, device: torch.device) -> Tensor | None:
         """Visible keys of a block, bool [its queries, its keys]; None where plain causal attention says the same."""
@@ -119,7 +120,10 @@ class TreeStep:
 Step = PrefillStep | TreeStep
 
 
-def prefill_attention(q, k, v, step: PrefillStep, *, scale, window=0, chunk=0, softcap=0.0, sinks=None):
+def prefill_attention(
+    q: Tensor, k: Tensor, v: Tensor, step: PrefillStep, *, scale: float, window: int = 0, chunk: int = 0,
+    softcap: float = 0.0, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Causal attention of a prompt chunk. q [B, Hq, T, D]; k, v [B, Hkv, >= start+T, D] -> [B, T, Hq, D].
 
     In one call where a kernel needs no mask, else in blocks of queries, each with the keys that it can reach: neither
@@ -130,7 +134,7 @@ def prefill_attention(q, k, v, step: PrefillStep, *, scale, window=0, chunk=0, s
     local = 0 < window < end or 0 < chunk < end
     grouped = q.shape[1] != k.shape[1]
     if not explicit and not local:
-        whole = {"scale": scale, "enable_gqa": grouped}
+        whole: dict[str, Any] = {"scale": scale, "enable_gqa": grouped}
         if start == 0 and not (q.is_cuda and grouped and q.dtype == torch.float32):
             out = F.scaled_dot_product_attention(q, k[:, :, :end], v[:, :, :end], is_causal=True, **whole)
             return out.transpose(1, 2).contiguous()
@@ -160,12 +164,14 @@ def _first_key(position: int, window: int, chunk: int) -> int:
     return max(low, position // chunk * chunk) if chunk else low
 
 
-def _takes_flash(q, k, v, grouped: bool) -> bool:
+def _takes_flash(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> bool:
     """Whether a kernel runs a causal chunk that starts behind other keys without a mask in memory."""
     return q.is_cuda and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, grouped))
 
 
-def _explicit_attention(q, k, v, mask, scale, softcap, sinks):
+def _explicit_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float, sinks: Tensor | None
+) -> Tensor:
     """What SDPA has no argument for: a soft cap on the scores, a sink logit in the denominator."""
     if mask is None:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()

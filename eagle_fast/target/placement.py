@@ -7,6 +7,7 @@ decoder layer, what stands beside them), so that what was planned is what is loa
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def device_map_of(model: PreTrainedModel) -> Placement:
     for name, module in placed_modules(model).items():
         tensors = [*module.parameters(), *module.buffers()]
         if any(each.is_meta for each in tensors):
-            entry = _longest(offloaded, name)
+            entry = place_of(offloaded, name)
             placement[name] = entry if entry == "disk" else torch.device(entry)
         elif tensors:
             placement[name] = tensors[0].device
@@ -147,7 +148,7 @@ def _by_names(model: PreTrainedModel, device_map: dict[str, Any]) -> Placement:
     missing = []
     for name, module in placed_modules(model).items():
         parts = [f"{name}.{each}" for each, _ in module.named_parameters()]
-        places = {_longest(resolved, part) for part in parts or [name]}
+        places = {place_of(resolved, part) for part in parts or [name]}
         if len(places) > 1:
             found = ", ".join(sorted(str(each) for each in places))
             raise ValueError(f"device_map spreads {name} over {found}: give it one device")
@@ -169,21 +170,27 @@ def _keep_tied_together(model: PreTrainedModel, placement: Placement) -> None:
     if head is None or embedding.weight is not head.weight:
         return
     names = {id(module): name for name, module in model.named_modules()}
-    first, last = (_longest_name(placement, names[id(module)]) for module in (embedding, head))
+    first, last = (entry_for(placement, names[id(module)]) for module in (embedding, head))
+    assert first is not None
+    assert last is not None
     if placement[first] != placement[last]:
         warn_user(f"{first} and lm_head are one tied weight: both go to {placement[last]}, not to {placement[first]}")
         placement[first] = placement[last]
 
 
-def _longest(device_map: dict[str, Any], name: str) -> Any:
-    """The entry for a module or parameter: that of the longest name that it is part of; None if there is none."""
-    return device_map.get(_longest_name(device_map, name))
-
-
-def _longest_name(device_map: dict[str, Any], name: str) -> str:
-    while name and name not in device_map:
+def entry_for(device_map: Mapping[str, Any], name: str) -> str | None:
+    """The name in a device map that decides about a module or parameter: the longest that it is part of, if any."""
+    while name not in device_map:
+        if not name:
+            return None
         name = name.rpartition(".")[0]
     return name
+
+
+def place_of(device_map: Mapping[str, Any], name: str) -> Any:
+    """Where a device map puts a module or parameter; None if it does not say."""
+    entry = entry_for(device_map, name)
+    return None if entry is None else device_map[entry]
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

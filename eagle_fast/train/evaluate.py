@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
+from eagle_fast.decoding.generation import Statistics
+from eagle_fast.decoding.request import pad_left
 from eagle_fast.model import EaModel
 
 MAX_BATCH = 32
@@ -25,26 +26,14 @@ def measure_tau(
     decoder = EaModel.from_pretrained(base_model_path=model, ea_model_path=str(folder))
     found = {}
     for temperature in temperatures:
-        rounds = emitted = 0
+        total = Statistics()
         for first in range(0, len(prompts), MAX_BATCH):
-            ids, mask = padded_before(prompts[first : first + MAX_BATCH])
+            batch = pad_left(prompts[first : first + MAX_BATCH])
             out = decoder.eagenerate(
-                ids, attention_mask=mask, temperature=temperature, seed=1, max_new_tokens=max_new_tokens,
-                max_length=ids.shape[1] + max_new_tokens, return_dict_in_generate=True,
+                batch["input_ids"], attention_mask=batch["attention_mask"], temperature=temperature, seed=1,
+                max_new_tokens=max_new_tokens, max_length=batch["input_ids"].shape[1] + max_new_tokens,
+                return_dict_in_generate=True,
             )  # fmt: skip
-            accepted = out.statistics.accepted
-            rounds += sum(accepted)
-            emitted += sum(times * (drafted + 1) for drafted, times in enumerate(accepted))
-        found[temperature] = emitted / max(rounds, 1)
+            total += out.statistics
+        found[temperature] = total.tau
     return found
-
-
-def padded_before(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """input_ids and attention_mask [B, longest], padded on the left."""
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(list(prompt))
-        mask[row, longest - len(prompt) :] = 1
-    return ids, mask

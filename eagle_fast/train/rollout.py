@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from eagle_fast_kernels.draft_head import rms_norm_ref, rope_ref
+from eagle_fast_kernels.draft_head import rope_ref
+from eagle_fast_kernels.rms_norm import rms_norm_ref
 from torch import Tensor
 
 from eagle_fast.head import DraftHead
@@ -34,7 +35,6 @@ def rollout(
     earlier: dict[int, list[Tensor]] = {index: [] for index in range(head.config.num_layers)}
 
     def attend(index, layer, qkv, positions):
-        assert not layer.window, "heads with sliding windows cannot be trained"
         query, key, value = _rotated(head, layer, qkv, positions, tables)
         earlier[index] += key, value
         out = _StepAttention.apply(query, layer.scale, *earlier[index])

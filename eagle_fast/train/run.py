@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
+from eagle_fast.head import DraftHead
 from eagle_fast.loading import load_head
 from eagle_fast.train.card import Training, write_card
 from eagle_fast.train.evaluate import measure_tau
@@ -43,7 +44,7 @@ def train(
     """
     options = (options or TrainOptions()).for_device(model.device)
     setting = Setting(model, tokenizer, options, prompts)
-    trainer = Trainer(setting, folder, None if initial is None else load_head(str(initial), model, use_eagle3=True))
+    trainer = Trainer(setting, folder, None if initial is None else load_initial(initial, model))
     if setting.num_too_long:
         trainer.log.say(f"{setting.num_too_long} prompts are too long to be answered, and left out")
     if trainer.resumable:
@@ -53,6 +54,20 @@ def train(
         trainer.log.say(f"resumed after {trainer.budget.updates} updates")
     trainer.run()
     return finish(trainer)
+
+
+def load_initial(path: str | Path, model: PreTrainedModel) -> DraftHead:
+    """A head to go on with. Raises ValueError for one that the rollout and the loss have no form for."""
+    head = load_head(str(path), model, use_eagle3=True)
+    lacks = {
+        "sliding windows": any(head.config.sliding_windows),
+        "an lm_head with a bias": head.config.lm_head_bias,
+        "no fc": not head.config.has_fc,
+    }
+    found = [what for what, there in lacks.items() if there]
+    if found:
+        raise ValueError(f"--initial {path}: a head with {', '.join(found)} cannot be trained; begin with a fresh one")
+    return head
 
 
 def finish(trainer: Trainer) -> Result:

@@ -81,6 +81,18 @@ def test_caches_grow_and_are_kept(device, ids):
     assert [state.max_length for state, _, _ in model.states.idle] == [5120]
 
 
+def test_states_can_be_let_go(device, ids):
+    model = rebuilt(decoder("llama", device))
+    expected = model.eagenerate(ids, max_new_tokens=4)
+    model.naivegenerate(ids, max_new_tokens=4)
+    steps = [step for _, step, _ in model.states.idle]
+    assert len(steps) == 2
+    model.states.clear()
+    assert model.states.idle == []
+    assert all(step.graph is None and not step.pools for step in steps)
+    assert torch.equal(model.eagenerate(ids, max_new_tokens=4), expected)
+
+
 def test_idle_states_make_room_when_memory_runs_out(monkeypatch, device, ids):
     model = rebuilt(decoder("llama", device))
     expected = model.eagenerate(ids.repeat(2, 1), max_new_tokens=4)

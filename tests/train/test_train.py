@@ -11,8 +11,10 @@ from zoo import VOCAB, make
 
 from eagle_fast import EaModel
 from eagle_fast.cli import main
+from eagle_fast.head import DraftHead
 from eagle_fast.loading import load_head
 from eagle_fast.train import TrainOptions, train
+from eagle_fast.train.fresh import head_config
 from eagle_fast.train.progress import Budget
 from eagle_fast.train.setting import Setting
 from eagle_fast.train.trainer import Trainer
@@ -91,6 +93,22 @@ def test_training_goes_on_from_a_written_head(run, tmp_path):
     before, after = (load_file(folder / "model.safetensors") for folder in (result.folder, tmp_path))
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, atol=1e-3, rtol=2**-7)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"sliding_windows": (7,)}, "sliding windows"),
+        ({"lm_head_bias": True}, "an lm_head with a bias"),
+        ({"has_fc": False, "feature_layers": (), "uses_final_hidden": True}, "no fc"),
+    ],
+)
+def test_heads_that_cannot_be_trained_are_refused(change, reason, tmp_path):
+    model = make("llama", eos_token_id=END)
+    config = replace(head_config(model, VOCAB), **change)
+    DraftHead.random(config, embedding=model.get_input_embeddings().weight.detach()).export(tmp_path / "head")
+    with pytest.raises(ValueError, match=rf"--initial .*{reason} cannot be trained"):
+        train(model, make_tokenizer(), tmp_path / "out", OPTIONS, initial=tmp_path / "head")
 
 
 def test_a_head_that_shares_the_targets_lm_head(tmp_path):
