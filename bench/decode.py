@@ -2,8 +2,8 @@
 
     python bench/decode.py --model TARGET --head HEAD --prompts mt_bench.jsonl gsm8k.jsonl --out results/
 
-For every file and temperature: tau (tokens a round), the share of rounds that accept at least 1, 2, ... drafted tokens,
-and tokens per second one prompt at a time, against plain decoding by the same engine and against stock `generate`.
+For every file and temperature: tau (tokens per round), the share of rounds that accept at least 1, 2, ... drafted
+tokens, and tokens per second one prompt at a time, against plain decoding by the same engine and stock `generate`.
 Prompts are the first turns of JSON lines with "turns", under the model's chat template. Prints a table and one line of
 JSON; with --out also writes the JSON and a plot of acceptance by depth.
 """
@@ -35,8 +35,8 @@ def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_pair_arguments(parser)
-    parser.add_argument("--limit", type=int, default=80, metavar="N", help="prompts a file (default %(default)s)")
-    parser.add_argument("--timed", type=int, default=8, metavar="N", help="prompts a file timed one by one (default 8)")
+    parser.add_argument("--limit", type=int, default=80, metavar="N", help="prompts per file (default %(default)s)")
+    parser.add_argument("--timed", type=int, default=8, metavar="N", help="prompts per file timed alone (default 8)")
     parser.add_argument("--stock", type=int, default=2, metavar="N", help="of these, also run by stock generate (2)")
     parser.add_argument("--stock-tokens", type=int, default=64, metavar="N", help="new tokens of each (default 64)")
     parser.add_argument("--batch", type=int, default=16, metavar="B", help="prompts at once where tau is counted (16)")

@@ -1,9 +1,9 @@
-"""What a head's weights in int8 cost in acceptance, on a real pair: tau with the weights as they are, and quantised.
+"""What a head's weights in int8 cost in acceptance, on a real pair: tau with the weights as they are, and quantized.
 
     python bench/int8_head.py --model TARGET --head HEAD --prompts mt_bench.jsonl gsm8k.jsonl
 
-On a GPU both run through the kernels; on a CPU the quantised weights are computed with in the target's dtype, which
-tells the same within noise. Tau is tokens a round, over the first turns of the prompts. Ends with one line of JSON.
+On a GPU both run through the kernels; on a CPU the quantized weights are computed with in the target's dtype, which
+tells the same within noise. Tau is tokens per round, over the first turns of the prompts. Ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from eagle_fast import EaModel
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_pair_arguments(parser)
-    parser.add_argument("--limit", type=int, default=80, metavar="N", help="prompts a file (default %(default)s)")
+    parser.add_argument("--limit", type=int, default=80, metavar="N", help="prompts per file (default %(default)s)")
     parser.add_argument("--batch", type=int, default=16, metavar="B", help="prompts at once (default %(default)s)")
     parser.add_argument("--temperature", nargs="+", type=float, default=[0.0, 1.0], metavar="T")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
@@ -42,17 +42,17 @@ def main() -> None:
         base_model_path=args.model, ea_model_path=args.head, device_map=args.device, dtype=getattr(torch, args.dtype),
         draft_int8=False, **tree,
     )  # fmt: skip
-    quantised = EaModel.from_pretrained(
+    quantized = EaModel.from_pretrained(
         base_model_path=plain.base_model, ea_model_path=args.head, draft_int8=False, **tree
     )
-    quantised.ea_layer.quantise()
+    quantized.ea_layer.quantize()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     rows = []
     print(f"{'prompts':<16}{'T':>5}{'tau':>8}{'in int8':>8}{'ratio':>9}")
     for path in args.prompts:
         prompts = read_prompts(path, tokenizer, args.limit)
         for temperature in args.temperature:
-            tau, tau_int8 = (accepted_counts(each, prompts, args, temperature).tau for each in (plain, quantised))
+            tau, tau_int8 = (accepted_counts(each, prompts, args, temperature).tau for each in (plain, quantized))
             row = {
                 "prompts": path.stem,
                 "temperature": temperature,

@@ -30,7 +30,7 @@ from eagle_fast.decoding.request import pad_left
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_pair_arguments(parser)
-    parser.add_argument("--limit", type=int, default=67, metavar="N", help="prompts a file (default %(default)s)")
+    parser.add_argument("--limit", type=int, default=67, metavar="N", help="prompts per file (default %(default)s)")
     parser.add_argument("--batch", type=int, default=67, metavar="B", help="prompts at once (67)")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--temperature", nargs="+", type=float, default=[0.0, 1.0], metavar="T")

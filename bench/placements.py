@@ -26,7 +26,7 @@ from eagle_fast.decoding.request import pad_left
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_pair_arguments(parser)
-    parser.add_argument("--limit", type=int, default=16, metavar="N", help="prompts a file (default %(default)s)")
+    parser.add_argument("--limit", type=int, default=16, metavar="N", help="prompts per file (default %(default)s)")
     parser.add_argument("--timed", type=int, default=4, metavar="N", help="of these, timed one by one (4; 0: none)")
     parser.add_argument("--temperature", nargs="+", type=float, default=[0.0, 1.0], metavar="T")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")

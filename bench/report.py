@@ -132,7 +132,7 @@ def decode_table(records: dict[str, dict]) -> list[str]:
     if record is None:
         return []
     lines = [
-        f"| {record['model']} and the shipped head, {record['max_new_tokens']} new tokens | T | tokens a round "
+        f"| {record['model']} and the shipped head, {record['max_new_tokens']} new tokens | T | tokens per round "
         "| tokens/s | plain, same engine |",
         "| --- | --- | --- | --- | --- |",
     ]

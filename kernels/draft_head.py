@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .launch import device_guard, use_triton
 from .overlap import after_earlier_kernels, dependent_launch
-from .rms_norm import normalise, num_warps, rms_norm_ref, sum_parts
+from .rms_norm import normalize, num_warps, rms_norm_ref, sum_parts
 
 FEW_ROWS, ROWS = 64, 8  # rope_append: one row per program up to FEW_ROWS, then ROWS per program
 
@@ -39,7 +39,7 @@ def _copy_normed(source, norm_ptr, target, plain_target, width, eps, BLOCK: tl.c
     x = x.to(tl.float32)
     if norm_ptr is not None:
         weight = tl.load(norm_ptr + i, mask=i < width, other=0.0).to(tl.float32)
-        x, _ = normalise(x, x, weight, weight, width, eps, source.dtype.element_ty)
+        x, _ = normalize(x, x, weight, weight, width, eps, source.dtype.element_ty)
     tl.store(target + i, x.to(target.dtype.element_ty), mask=i < width)
 
 
@@ -97,7 +97,7 @@ def _rope_append_kernel(
                 weight += tl.load(k_norm_ptr + d, mask=of_k, other=0.0).to(tl.float32)
                 turned_weight = tl.load(q_norm_ptr + partner, mask=of_q & (d < R), other=0.0).to(tl.float32)
                 turned_weight += tl.load(k_norm_ptr + partner, mask=of_k & (d < R), other=0.0).to(tl.float32)
-                x, turned = normalise(x, turned, weight, turned_weight, D, eps, q_ptr.dtype.element_ty)
+                x, turned = normalize(x, turned, weight, turned_weight, D, eps, q_ptr.dtype.element_ty)
             position = pid
             if positions_ptr is not None:
                 position = tl.load(positions_ptr + sequence * stride_pb + row * stride_pt, mask=here, other=0)

@@ -24,7 +24,7 @@ class Resources(NamedTuple):
     """What a launch may use of a device."""
 
     num_sms: int
-    shared_memory: int  # bytes a program
+    shared_memory: int  # bytes per program
 
 
 def use_triton(*tensors: torch.Tensor) -> bool:

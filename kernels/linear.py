@@ -1,7 +1,7 @@
 """Products of a few rows with a large weight: out [R, N] = x [R, K] weight [N, K]^T (* scale [N]) (+ bias [N]).
 
     few_rows_matmul   the product
-    few_rows_sums     fp32 parts of it, [S, R, N], one a split of K: what reads them adds them up in order
+    few_rows_sums     fp32 parts of it, [S, R, N], one per split of K: what reads them adds them up in order
     gated_matmul      silu(gate) * up of weight [2I, K] = gate | up -> [R, I]
 
 Bytes: the weight once, N K of them (twice that in bf16); at R up to 60 that is the whole cost on an H100 (floor 4.9 ms
@@ -10,9 +10,10 @@ as still fill the GPU; narrow weights are also split along K, and the parts are 
 product (`add_rms_norm`, `rope_append`), which costs no launch. The tile and the splits depend on the weight alone, as
 does the order of additions: a row's result does not depend on how many rows there are, nor on what they hold.
 
-int8 weights (a scale a row) become bf16 after the load, exactly: a byte with 0x43 above it is cut into 0x4300 | its low
-seven bits, which is 128 more than they are, and 0x4300 | its top bit, 128 or 256; the difference is its value. Launches
-overlap (`overlap.py`): the first bytes of each weight tile are fetched into L2 before the kernel waits for its x.
+int8 weights (a scale per row) become bf16 after the load, exactly: a byte with 0x43 above it is cut into 0x4300 | its
+low seven bits, which is 128 more than they are, and 0x4300 | its top bit, 128 or 256; the difference is its value.
+Launches overlap (`overlap.py`): the first bytes of each weight tile are fetched into L2 before the kernel waits for its
+x.
 
 On a CPU the BLAS that torch ships is slow at 2 to 30 rows: it packs the weight for a tall x. With the operands swapped
 the weight is the tall one. 240 projections of a 135M model in fp32, 2 cores, ms (1 row: 36 either way):
@@ -21,7 +22,7 @@ the weight is the tall one. 240 projections of a 135M model in fp32, 2 cores, ms
     x @ weight.T        81    105    109    128
     (weight @ x.T).T    45     78     69    100
 
-Left out: TMA loads (0.3 us less a launch at 60 rows), eviction hints (Triton drops them on asynchronous copies).
+Left out: TMA loads (0.3 us less per launch at 60 rows), eviction hints (Triton drops them on asynchronous copies).
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ from .silu_mul import silu_mul
 MOST_ROWS_CPU = 32
 ROW_STEP = 8  # on a CPU whole vectors of rows are fast, what is left over is not
 MOST_ROWS = 64  # on a GPU more rows go to cuBLAS: a second tile of rows costs a third more time, cuBLAS nearly nothing
-MOST_ROWS_INT8 = 256  # what cuBLAS takes instead is made anew each time: 9 bytes moved a weight, against 1 and L2
+MOST_ROWS_INT8 = 256  # cuBLAS needs a bf16 copy per call: 9 bytes per weight against 1, and L2
 PREFETCH = 512  # bytes of each weight row of a tile, fetched before the wait
 
 
 class Tile(NamedTuple):
-    """How a launch cuts its work: rows of x and of the weight, columns a step; parts of K; warps and stages."""
+    """How a launch cuts its work: rows of x and of the weight, columns per step; parts of K; warps and stages."""
 
     block_m: int
     block_n: int
@@ -57,7 +58,7 @@ class Tile(NamedTuple):
 
 
 def weight_tile(weight: Tensor, num_rows: int, *, split: bool) -> Tile:
-    """256 bytes of a weight row a step. A wide weight takes wide tiles; others as many parts as the GPU holds at once.
+    """256 bytes of a weight row per step. A wide weight takes wide tiles; others as many parts as the GPU can hold.
 
     num_rows, those of x, do not matter for 16-bit weights (see above).
     """
@@ -82,7 +83,7 @@ def weight_tile(weight: Tensor, num_rows: int, *, split: bool) -> Tile:
         return Tile(128, block_n, 64 if wide else 128, splits, 8, 4 if wide else 3)
     stage = (block_n * size + block_m * max(size, 2)) * block_k
     crowded = not wide and splits * tiles > num_sms
-    most = shared_memory // 2 - 1024 if crowded else shared_memory  # room for two programs a multiprocessor
+    most = shared_memory // 2 - 1024 if crowded else shared_memory  # room for two programs per multiprocessor
     num_stages = min(4 if size == 2 or wide else 6, max(2, most // stage))
     return Tile(block_m, block_n, block_k, splits, num_warps, num_stages)
 

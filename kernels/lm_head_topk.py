@@ -29,7 +29,7 @@ WARP_KEYS = 256  # that a warp of the merge holds
 
 
 class Tile(NamedTuple):
-    """How the product is cut: rows of hidden and of the weight, columns a step; warps and stages."""
+    """How the product is cut: rows of hidden and of the weight, columns per step; warps and stages."""
 
     block_m: int
     block_n: int
@@ -39,7 +39,7 @@ class Tile(NamedTuple):
 
 
 def topk_tile(num_rows: int, weight: torch.Tensor) -> Tile:
-    """Few rows: 256 bytes of a weight row a step, and as many stages as let all programs be there at once, or four to
+    """Few rows: 256 bytes of a weight row per step, and as many stages as let all programs be there at once, or four to
     a multiprocessor."""
     vocab_size, hidden_size = weight.shape
     num_sms, shared_memory = resources(weight.device)
@@ -159,7 +159,7 @@ def lm_head_topk(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(scores [R, k] float32 log-probabilities in descending order, tokens [R, k] int64 target ids).
 
-    bias and scale (of a quantised weight's rows) are [Vd]; token_ids [Vd] maps draft to target ids (None: the same).
+    bias and scale (of a quantized weight's rows) are [Vd]; token_ids [Vd] maps draft to target ids (None: the same).
     gain and share (at least 0) float32, positions, seeds and sequences int64 are [B], each for R / B rows in turn, and
     given together or not at all: without them y = z.
     """

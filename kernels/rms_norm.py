@@ -21,8 +21,8 @@ from .overlap import after_earlier_kernels, dependent_launch
 
 
 @triton.jit
-def normalise(x, other, weight, other_weight, width, eps, ROUND: tl.constexpr):
-    """Normalise x (fp32, zero past `width`) and a permutation of it, rounded to ROUND as LlamaRMSNorm does."""
+def normalize(x, other, weight, other_weight, width, eps, ROUND: tl.constexpr):
+    """Normalize x (fp32, zero past `width`) and a permutation of it, rounded to ROUND as LlamaRMSNorm does."""
     factor = tl.rsqrt(tl.sum(x * x, 0) / width + eps)
     x = (x * factor).to(ROUND).to(tl.float32) * weight
     other = (other * factor).to(ROUND).to(tl.float32) * other_weight
@@ -48,7 +48,7 @@ def _rms_norm_kernel(
     inside = columns < H
     x = tl.load(x_ptr + row * stride_x + columns, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    normed, _ = normalise(x, x, weight, weight, H, eps, out_ptr.dtype.element_ty)
+    normed, _ = normalize(x, x, weight, weight, H, eps, out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * H + columns, normed.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -66,7 +66,7 @@ def _add_rms_norm_kernel(
     rounded = total.to(total_ptr.dtype.element_ty)
     tl.store(total_ptr + row * H + i, rounded, mask=mask)
     total = rounded.to(tl.float32)
-    normed, _ = normalise(total, total, weight, weight, H, eps, total_ptr.dtype.element_ty)
+    normed, _ = normalize(total, total, weight, weight, H, eps, total_ptr.dtype.element_ty)
     tl.store(normed_ptr + row * H + i, normed.to(normed_ptr.dtype.element_ty), mask=mask)
 
 

@@ -10,9 +10,9 @@ The warpers keep what transformers' TopKLogitsWarper, TopPLogitsWarper and MinPL
 that top-p keeps every token that ties with the last one kept (transformers breaks such ties by sort order).
 
     survey      the best logit of every chunk of CHUNK tokens, and its mass       a program a chunk
-    threshold   the least logit that top-k and top-p keep (sample_threshold.py)   a program a row
+    threshold   the least logit that top-k and top-p keep (sample_threshold.py)   a program per row
     draw        the best kept x + G of every chunk                                a program a chunk
-    pick        the best of a row's chunks                                        a program a row
+    pick        the best of a row's chunks                                        a program per row
 
 Bytes: the logits, once for greedy rows (T = 60, V = 128256, bf16: 15 MB, 5 us at 3.08 TB/s), from L2 for the rest.
 Chunks are fixed by V alone, so every sum has one order whatever B and T are. Greedy rows leave `threshold` and `draw`

@@ -1,4 +1,4 @@
-"""The least logit that top-k and top-p keep: a selection without a sort, one program a row.
+"""The least logit that top-k and top-p keep: a selection without a sort, one program per row.
 
     top-k   the largest t with  |{v: z_v >= t}| >= top_k
     top-p   the largest t with  sum_{z_v >= t} w_v >= top_p * sum w  over what top-k kept,  w_v = exp((z_v - max) / T)

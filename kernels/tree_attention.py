@@ -9,8 +9,8 @@ without a value.
 
     B sequences   T queries   Hq, Hkv heads   G = Hq / Hkv   L cache rows   D head size   W mask words   N tree slots
 
-Bytes: K and V of the live rows, 2 Hkv (length + first + T) D a sequence, plus q and out, 2 T Hq D. Llama-3.1-8B with
-2,048 rows in bf16: 8.4 MB a layer, 2.7 us at 3.08 TB/s (88 us for 32 layers). With 60 nodes the arithmetic weighs as
+Bytes: K and V of the live rows, 2 Hkv (length + first + T) D per sequence, plus q and out, 2 T Hq D. Llama-3.1-8B with
+2,048 rows in bf16: 8.4 MB per layer, 2.7 us at 3.08 TB/s (88 us for 32 layers). With 60 nodes the arithmetic weighs as
 much: 256 rows of a tile against one KV head are 256 flops a byte, 790 TFLOP/s at 3.08 TB/s. The T * G rows that share a
 KV head are packed into matrix tiles; each tile reads K and V once, all but the first from L2. The live rows are cut
 into a number of splits that the grid fixes, so that a captured graph fits every length: shares grow with the length,
@@ -37,7 +37,7 @@ from .launch import device_guard, resources, upcast, use_triton
 from .overlap import after_earlier_kernels, dependent_launch
 from .tree_attention_ref import tree_attention_ref
 
-# Gluon is experimental: of other releases nothing is assumed, and the kernel of this file does all.
+# Gluon is experimental: other releases of Triton use this file's kernel only.
 HAS_GLUON = triton.__version__.startswith(("3.6.", "3.7."))
 if HAS_GLUON:
     from . import tree_attention_hopper as hopper
@@ -46,7 +46,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 class Tile(NamedTuple):
-    """How a launch cuts its work: query rows and cache rows a step, warps, pipeline stages, splits of the cache."""
+    """How a launch cuts its work: query rows and cache rows per step, warps, pipeline stages, splits of the cache."""
 
     block_m: int
     block_n: int
@@ -93,13 +93,13 @@ def _padded(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def _by_hopper(q: Tensor, k: Tensor, v: Tensor, bent: float) -> bool:
-    """Whether `tree_attention_hopper` attends; `bent` is not 0 where a window, a chunk or a softcap is asked for."""
+def _by_hopper(q: Tensor, k: Tensor, v: Tensor, other: float) -> bool:
+    """Whether `tree_attention_hopper` attends; `other` is not 0 where a window, a chunk or a softcap is asked for."""
     (_, num_heads, num_queries, head_dim), (_, num_kv_heads, num_rows, _) = q.shape, k.shape
     if not HAS_GLUON or not q.is_cuda or torch.version.hip or torch.cuda.get_device_capability(q.device)[0] != 9:
         return False
     fits = q.dtype in hopper.TYPES and head_dim in hopper.HEAD_DIMS and hopper.can_fetch(k) and hopper.can_fetch(v)
-    return fits and not bent and num_rows >= LONG_CACHE and num_queries * num_heads // num_kv_heads > 64
+    return fits and not other and num_rows >= LONG_CACHE and num_queries * num_heads // num_kv_heads > 64
 
 
 @triton.jit
@@ -107,7 +107,7 @@ def _plan(
     length, num_slots, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
     JOINED: tl.constexpr,
 ):  # fmt: skip
-    """The first prefix row that any query sees, tiles of the prefix, tiles in all, tiles a split.
+    """The first prefix row that any query sees, tiles of the prefix, tiles in all, tiles per split.
 
     JOINED: tiles run on from the prefix into the tree, as `tree_attention_hopper` cuts them.
     """
@@ -312,20 +312,20 @@ def tree_attention(
     packed_rows = num_queries * num_heads // num_kv_heads
     groups, splits = num_sequences * num_kv_heads, tile.num_splits
     out = q.new_empty(num_sequences, num_queries, num_heads, head_dim)
-    joined = _by_hopper(q, k, v, window or chunk or softcap)
-    in_parts = joined or splits > 1
+    by_hopper = _by_hopper(q, k, v, window or chunk or softcap)
+    in_parts = by_hopper or splits > 1
     partials: Any = (None, None, None)  # acc, peak, total
     if in_parts:
         acc = q.new_empty(groups, splits, packed_rows, head_dim, dtype=torch.float32)
         partials = (acc, *q.new_empty(2, groups, splits, packed_rows, dtype=torch.float32))
     # Programs that start early find some multiprocessors taken and crowd on the rest: a long cache does not forgive it.
-    overlap = dependent_launch(q.device) if joined or k.shape[2] < LONG_CACHE else {"PDL": False}
+    overlap = dependent_launch(q.device) if by_hopper or k.shape[2] < LONG_CACHE else {"PDL": False}
     shared = dict(
         G=num_heads // num_kv_heads, D=head_dim, BLOCK_D=_padded(head_dim),
-        WINDOW=window, CHUNK=chunk, SPLITS=splits, BLOCK_N=hopper.UNIT.value if joined else tile.block_n, **overlap,
+        WINDOW=window, CHUNK=chunk, SPLITS=splits, BLOCK_N=hopper.UNIT.value if by_hopper else tile.block_n, **overlap,
     )  # fmt: skip
     with device_guard(q):
-        if joined:
+        if by_hopper:
             hopper.attend(q, k, v, lengths, ancestors, *partials, scale=scale, first=first, **overlap)
         else:
             _attend_kernel[(splits, triton.cdiv(packed_rows, tile.block_m), groups)](
@@ -338,7 +338,7 @@ def tree_attention(
         if in_parts:
             _combine_kernel[(packed_rows, groups)](
                 *partials, lengths, sinks, out, num_queries, num_kv_heads, first,
-                **shared, JOINED=joined, BLOCK_SPLITS=triton.next_power_of_2(splits), num_warps=2,
+                **shared, JOINED=by_hopper, BLOCK_SPLITS=triton.next_power_of_2(splits), num_warps=2,
             )  # fmt: skip
     return out
 

@@ -1,4 +1,4 @@
-"""`tree_attention` of many rows over a long cache, by specialised warps (Hopper, in Gluon): the splits' partials.
+"""`tree_attention` of many rows over a long cache, by specialized warps (Hopper, in Gluon): the splits' partials.
 
     B sequences   T queries   Hq, Hkv heads   G = Hq / Hkv   L cache rows   D head size   W mask words
 
@@ -9,9 +9,9 @@ the softmax of S(i) runs under the second product, and each group's softmax unde
 prefix take the masks in between; rows past the last live one have no weight, and their V is overwritten with zeros in
 shared memory, as 0 * NaN is NaN.
 
-Bytes: K and V of the live rows, 4 Hkv (length + first + T) D a sequence in 16 bits, once from memory, by further tiles
-of 128 rows from L2. Flops: 4 Hq T (length + first + T) D, of whole tiles. Llama-3.1-8B, 60 nodes, 32,000 rows: 131 MB,
-43 us at 3.08 TB/s; 34 GFLOP with the 16 rows of padding, 34 us at 990 TFLOP/s.
+Bytes: K and V of the live rows, 4 Hkv (length + first + T) D per sequence in 16 bits, once from memory, by further
+tiles of 128 rows from L2. Flops: 4 Hq T (length + first + T) D, of whole tiles. Llama-3.1-8B, 60 nodes, 32,000 rows:
+131 MB, 43 us at 3.08 TB/s; 34 GFLOP with the 16 rows of padding, 34 us at 990 TFLOP/s.
 
 Left out: a peak that follows only large rises, warpgroups that take turns at the tensor cores, and combining in the
 same launch: little or nothing came of them. Short caches and few rows, which `tree_attention`'s own kernel serves at

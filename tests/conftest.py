@@ -47,7 +47,7 @@ def triton_kernels(monkeypatch):
 
 @pytest.fixture
 def accepted_lengths(record_property):
-    """Call with the tokens a round of an often-right head; the mean is printed at the end of the run."""
+    """Call with the tokens per round of an often-right head; the mean is printed at the end of the run."""
     return lambda tau: record_property("accepted_length", tau)
 
 

@@ -27,7 +27,7 @@ from eagle_fast_kernels.soft_cross_entropy import soft_cross_entropy
 from eagle_fast_kernels.tree_attention import tree_attention
 
 from eagle_fast.decoding.tree import bit_masks
-from eagle_fast.layers.linear import quantise
+from eagle_fast.layers.linear import quantize
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 4096, 14336, 32, 8, 128, 32
 VOCAB, DRAFT_VOCAB, NODES, TOP_K, MAX_PATH = 128256, 32000, 60, 10, 8
@@ -178,12 +178,12 @@ def linear_cases() -> Iterator[Case]:
 
 def lm_head_topk_cases() -> Iterator[Case]:
     weights = [normal(DRAFT_VOCAB, HIDDEN) * HIDDEN**-0.5 for _ in range(copies_of(DRAFT_VOCAB * HIDDEN))]
-    quantised = [quantise(weight) for weight in weights]
+    quantized = [quantize(weight) for weight in weights]
     for rows, int8 in itertools.product((1, TOP_K, 8 * TOP_K), (True, False)):
         hidden = normal(rows, HIDDEN)
 
         def kernel(i, hidden=hidden, int8=int8):
-            weight, scale = quantised[i] if int8 else (weights[i], None)
+            weight, scale = quantized[i] if int8 else (weights[i], None)
             return lm_head_topk(hidden, weight, TOP_K, scale=scale)[0]
 
         def pytorch(i, hidden=hidden):

@@ -100,7 +100,7 @@ def build_head(target: PreTrainedModel, *, int8: bool | None = None) -> DraftHea
     embedding, lm_head = target.get_input_embeddings().weight, target.get_output_embeddings().weight
     head = DraftHead.random(head_config, embedding=embedding, dtype=embedding.dtype, device=lm_head.device)
     if runs_in_int8(head, int8):
-        head.quantise()
+        head.quantize()
     return head
 
 

@@ -1,6 +1,6 @@
 """The draft: grow a tree from the newest token, then absorb what the target accepted.
 
-B sequences, k = top_k rows a level, T tree nodes, A most nodes on a path, F feature width, H hidden size of the head.
+B sequences, k = top_k rows per level, T tree nodes, A most nodes on a path, F feature width, H hidden size of the head.
 
 A row of the head pairs the target's features of token i with the embedding of token i + 1 and has position i, so the
 head's cache always holds as many rows as the target's. Growing feeds the head its own hidden states instead (EAGLE,

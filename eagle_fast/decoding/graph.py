@@ -101,7 +101,7 @@ class GraphedStep:
                         pools.append(torch.cuda.MemPool())
                     stack.enter_context(torch.cuda.use_mem_pool(pools[-1], device=other.device))
                 stack.enter_context(self._side_streams())
-                # thread_local: other threads may copy and synchronise meanwhile
+                # thread_local: other threads may copy and synchronize meanwhile
                 stack.enter_context(torch.cuda.graph(graph, pool, home, capture_error_mode="thread_local"))
                 for other in others:
                     other.wait_stream(home)

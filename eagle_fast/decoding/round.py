@@ -1,6 +1,6 @@
 """The round of speculative decoding, and the state that it carries from one round to the next.
 
-B sequences, T tree nodes, A most nodes on a path (and most tokens a round emits).
+B sequences, T tree nodes, A most nodes on a path (and most tokens per round emits).
 
     draft     grow a tree under the newest token of each sequence
     verify    one target forward over its nodes

@@ -76,7 +76,7 @@ def examine_machine(small_bytes: int) -> Machine:
 
 
 def as_json(machine: Machine, placements: Placements | None) -> dict[str, Any]:
-    """Plain values: bytes, seconds, bytes a second; None where something was not measured."""
+    """Plain values: bytes, seconds, bytes per second; None where something was not measured."""
     plain = asdict(machine) | {"healthy": machine.healthy}
     figures, checks = plain.pop("figures"), plain.pop("checks")
     plain["gpus"] = [gpu | figures[gpu["index"]] | {"kernel": checks[gpu["index"]]} for gpu in plain["gpus"]]

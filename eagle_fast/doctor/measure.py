@@ -36,7 +36,7 @@ class Link:
     """Copies from GPU `source` to GPU `target`.
 
     peer: whether the driver lets them read each other's memory; without it a copy goes through the host.
-    small_seconds: one copy of small_bytes; rate: bytes a second of a large one.
+    small_seconds: one copy of small_bytes; rate: bytes per second of a large one.
     intact: whether what arrived is what was sent.
     """
 
@@ -99,7 +99,7 @@ def link(source: int, target: int, kind: str | None = None, small_bytes: int = S
 
 
 def _copies(here: torch.device, there: torch.device, small_bytes: int) -> tuple[float, float, bool]:
-    """Seconds of a small copy, bytes a second of a large one, and whether both arrived as they were."""
+    """Seconds of a small copy, bytes per second of a large one, and whether both arrived as they were."""
     data, expected = (torch.arange(COPY_BYTES // 8, device=device) for device in (here, there))
     count = -(-small_bytes // 8)
     little, copy, small = data[:count], torch.zeros_like(expected), torch.zeros_like(expected[:count])

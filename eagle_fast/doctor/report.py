@@ -121,7 +121,7 @@ def _plans(placements: Placements, free: dict[str, int]) -> Iterator[str]:
     yield from table(rows)
     yield (
         "A round reads the weights"
-        + (", the head's once a level," if head.resident else " (the head's are not counted)")
+        + (", the head's once per level," if head.resident else " (the head's are not counted)")
         + " and the keys and values once, at the"
     )
     yield "measured bandwidth, and copies the hidden rows at each crossing; launches and attention come on top."

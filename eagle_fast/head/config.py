@@ -38,12 +38,12 @@ class HeadConfig:
     rope: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": DEFAULT_THETA})
     rope_interleaved: bool = False
     max_position_embeddings: int = 2048
-    sliding_windows: tuple[int, ...] = ()  # one a layer, 0 = full attention; empty: all full
+    sliding_windows: tuple[int, ...] = ()  # one per layer, 0 = full attention; empty: all full
 
     has_fc: bool = True
     fc_bias: bool = False
     norm_before_fc: bool = False  # one RMSNorm over all features
-    fc_norm: bool = False  # one RMSNorm a feature (EAGLE-3.1)
+    fc_norm: bool = False  # one RMSNorm per feature (EAGLE-3.1)
     fc_input_norms: bool = False  # EAGLE-1 with RMSNorm on both halves of fc's input
     input_norm: bool = True  # first layer, input_layernorm: on the embedding (EAGLE-3) or on fc's output (EAGLE-1)
     hidden_norm: bool = True  # first layer of EAGLE-3, on the hidden state

@@ -179,7 +179,7 @@ def _heads(tensors: dict[str, Tensor], settings: dict[str, Any], conflicts: list
     q_norm = tensors.get(f"{_LAYER}self_attn.q_norm.weight")
     if q_norm is not None:
         if len(q_norm) == q_rows and heads not in (None, 1):
-            raise ValueError(f"q_norm normalises all {heads} heads at once: only a norm per head is supported")
+            raise ValueError(f"q_norm normalizes all {heads} heads at once: only a norm per head is supported")
         sizes = [len(q_norm)]
     else:
         sizes = [q_rows // heads] if heads and q_rows % heads == 0 else []

@@ -75,9 +75,9 @@ def merged_linear(*parts: tuple[Tensor, Tensor | None]) -> FewRowsLinear:
 
 
 def split_linear(linear: nn.Module, rows: dict[str, int]) -> dict[str, Tensor]:
-    """The named parts of a merged linear layer, which must not have been replaced by a quantised one."""
+    """The named parts of a merged linear layer, which must not have been replaced by a quantized one."""
     if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
-        raise ValueError("the head's weights are quantised: export it before, or load it without quantisation")
+        raise ValueError("the head's weights are quantized: export it before, or load it without quantization")
     parts = dict(zip((f"{name}.weight" for name in rows), linear.weight.split(list(rows.values())), strict=True))
     if linear.bias is not None:
         parts |= zip((f"{name}.bias" for name in rows), linear.bias.split(list(rows.values())), strict=True)

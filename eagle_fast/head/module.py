@@ -31,7 +31,7 @@ from eagle_fast.head.checkpoint import HeadCheckpoint, write_head
 from eagle_fast.head.config import HeadConfig, tensor_shapes
 from eagle_fast.head.layer import DraftLayer, frozen, merged_linear, optional, split_linear, weight_and_bias
 from eagle_fast.head.rope import rope_table
-from eagle_fast.layers.linear import FewRowsLinear, QuantisedLinear, quantise
+from eagle_fast.layers.linear import FewRowsLinear, QuantizedLinear, quantize
 
 Attend = Callable[[int, DraftLayer, Tensor, Tensor], Tensor]
 
@@ -46,7 +46,7 @@ class DraftHead(nn.Module):
     embedding: Tensor  # [V, E]
     lm_head_weight: Tensor  # [Vd, H]
     lm_head_bias: Tensor | None  # [Vd]
-    lm_head_scale: Tensor | None  # [Vd] of a quantised lm_head
+    lm_head_scale: Tensor | None  # [Vd] of a quantized lm_head
     token_ids: Tensor | None  # [Vd] target id of each draft id, None where they are the same
 
     def __init__(
@@ -246,7 +246,7 @@ class DraftHead(nn.Module):
         normed, total = add_rms_norm(*_flat(x, residual), weight, self.config.rms_norm_eps)
         return normed.view(residual.shape), total.view(residual.shape)
 
-    def quantise(self) -> None:
+    def quantize(self) -> None:
         """Turn the weights of all products into int8 with a scale for each output, for good: no training, no export.
 
         What is drafted changes a little, the text does not. Norms, biases and the embedding stay as they are; an
@@ -255,10 +255,12 @@ class DraftHead(nn.Module):
         for module in list(self.modules()):
             for name, child in module._modules.items():
                 if isinstance(child, FewRowsLinear):
-                    module._modules[name] = QuantisedLinear(child)
-        weight, scale = quantise(self.lm_head_weight)
+                    module._modules[name] = QuantizedLinear(child)
+        weight, scale = quantize(self.lm_head_weight)
         del self.lm_head_weight  # a parameter or a buffer
         self.lm_head_weight, self.lm_head_scale = frozen(weight), scale
+
+    quantise = quantize  # its name in 0.1
 
     def checkpoint(self) -> HeadCheckpoint:
         """The head as `read_head` gives it; tensors are views where weights are merged. Needs 16- or 32-bit weights."""

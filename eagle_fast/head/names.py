@@ -41,7 +41,7 @@ _REFUSED_NAMES = [
         (
             r"(_scale|_scales|_scale_inv|_zero_point|_amax|qweight|qzeros|g_idx|weight_packed|weight_shape"
             r"|absmax|quant_map|quant_state.*)$|\.scales$|_quantizer\b",
-            "a head with quantised weights; use the 16-bit one (the head is quantised at load)",
+            "a head with quantized weights; use the 16-bit one (the head is quantized at load)",
         ),
         (r"experts\.|block_sparse_moe|mlp\.router", "a head with mixture-of-experts layers"),
         (
@@ -51,7 +51,7 @@ _REFUSED_NAMES = [
         (r"lora_[AB]\b", "a LoRA adapter, not a draft head"),
     )
 ]
-_QUANTISED = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
+_QUANTIzED = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
 _INDICES = ("d2t", "t2d", "token_map")
 
 
@@ -69,10 +69,10 @@ def canonical_tensors(tensors: Mapping[str, Any], settings: Mapping[str, Any]) -
                 raise ValueError(f"the checkpoint is {what}: tensor {key} is not supported")
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{key} is a {type(tensor).__name__}, not a tensor: is this a training state?")
-        if tensor.dtype in _QUANTISED and name not in _INDICES:
+        if tensor.dtype in _QUANTIzED and name not in _INDICES:
             raise ValueError(
-                f"the checkpoint is a head with quantised weights: {key} is {tensor.dtype}; use the 16-bit one (the "
-                "head is quantised at load)"
+                f"the checkpoint is a head with quantized weights: {key} is {tensor.dtype}; use the 16-bit one (the "
+                "head is quantized at load)"
             )
         if name in named:
             raise ValueError(f"{origin[name]} and {key} are the same tensor {name}: keep one of them")

@@ -93,7 +93,7 @@ def rope_table(
 
 
 def _frequencies(config: LlamaConfig, positions: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, float]:
-    """Inverse frequencies, [R/2] or one row a position [P, R/2], and the factor on cos and sin."""
+    """Inverse frequencies, [R/2] or one row per position [P, R/2], and the factor on cos and sin."""
     rope: Any = config.rope_parameters
     if rope["rope_type"] == "default":
         rotated = int(head_dim * rope.get("partial_rotary_factor", 1.0))

@@ -8,8 +8,8 @@ import torch
 from eagle_fast_kernels.linear import few_rows_matmul, few_rows_sums, gated_matmul, streams
 from torch import Tensor, nn
 
-LARGEST = 127  # of a quantised weight, in either direction
-BLOCK_ROWS = 4096  # of a weight, quantised at a time
+LARGEST = 127  # of a quantized weight, in either direction
+BLOCK_ROWS = 4096  # of a weight, quantized at a time
 
 
 class FewRowsLinear(nn.Linear):
@@ -38,13 +38,13 @@ class FewRowsLinear(nn.Linear):
         return gated_matmul(input, self.weight, bias=self.bias)
 
 
-class QuantisedLinear(nn.Module):
+class QuantizedLinear(nn.Module):
     """A `FewRowsLinear` in int8: weights with a scale for each output, which the product is multiplied by."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
-        weight, scale = quantise(linear.weight)
+        weight, scale = quantize(linear.weight)
         self.weight, self.scale = nn.Parameter(weight, requires_grad=False), nn.Parameter(scale, requires_grad=False)
         self.bias = linear.bias
 
@@ -60,7 +60,7 @@ class QuantisedLinear(nn.Module):
         return gated_matmul(input, self.weight, scale=self.scale, bias=self.bias)
 
 
-def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(int8 [N, K] within -127 .. 127, scale [N] fp32) of weight [N, K], rounded to nearest.
 
     Their product is within scale / 2 of each entry: 1/254 of the row's largest, 0.9 % of sigma (rms) in a Gaussian row
@@ -68,15 +68,18 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     weight = weight.detach()
     scale = weight.abs().amax(1).float().clamp(min=torch.finfo(torch.float32).tiny) / LARGEST
-    quantised = torch.empty_like(weight, dtype=torch.int8)
+    quantized = torch.empty_like(weight, dtype=torch.int8)
     for first in range(0, len(weight), BLOCK_ROWS):  # the quotients are in fp32
         rows = slice(first, first + BLOCK_ROWS)
-        quantised[rows] = (weight[rows] / scale[rows, None]).round_().to(torch.int8)
-    return quantised, scale
+        quantized[rows] = (weight[rows] / scale[rows, None]).round_().to(torch.int8)
+    return quantized, scale
+
+
+QuantisedLinear, quantise = QuantizedLinear, quantize  # their names in 0.1
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether this is nn.Linear itself with a weight that kernels can read: no subclass of either, as quantised ones
+    """Whether this is nn.Linear itself with a weight that kernels can read: no subclass of either, as quantized ones
     are, and no forward of the instance's own."""
     return type(module) is nn.Linear and type(module.weight.data) is Tensor and "forward" not in vars(module)
 

@@ -1,4 +1,4 @@
-"""Keys and values of one target or head: one slab a device, written in place, compacted in place.
+"""Keys and values of one target or head: one slab per device, written in place, compacted in place.
 
 B sequences, L rows allocated for each, A most nodes on a path. Row n < lengths[b] holds token n of sequence b; the tree
 of the running round lies in the rows after. Accepted nodes are moved to the end of the prefix: keys carry their

@@ -36,7 +36,7 @@ On texts held out, given the right tokens so far, the head's most likely token i
 
 {decoding}
 """
-DECODING = """Decoding held-out prompts with a tree of 60 nodes, depth 7 and top-k 10, tokens a round (tau, with the
+DECODING = """Decoding held-out prompts with a tree of 60 nodes, depth 7 and top-k 10, tokens per round (tau, with the
 one of the target): {taus}.
 """
 

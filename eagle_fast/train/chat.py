@@ -43,7 +43,7 @@ def stop_ids(model, chat: ChatFormat) -> list[int]:
 
 
 def read_prompts(path: str | Path) -> list[Any]:
-    """Prompts from a file: `.jsonl` with one object a line (`messages`, `turns`, `prompt` or `text`), else one a line.
+    """Prompts of a file: `.jsonl` with an object per line (`messages`, `turns`, `prompt` or `text`), else a line each.
 
     Returns what `encode_prompt` takes. Of `turns` the first is used, of `messages` all up to the last of the user.
     """

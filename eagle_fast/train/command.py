@@ -45,7 +45,7 @@ LEARNING = {
     "learning_rate": "peak of the schedule: warm-up, then a cosine",
     "steps": "drafted tokens that are trained for (training-time test)",
     "decay": "weight of each drafted token's loss over the one before",
-    "batch_tokens": "padded tokens an update; less needs less memory",
+    "batch_tokens": "padded tokens per update; less needs less memory",
     "passes": "times the texts are gone through before new ones are written",
     "seed": "of the head's first weights, the order of texts, and the texts",
 }
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="hub name or folder of the target; 'smollm2' for the demo's")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where the head goes")
     parser.add_argument(
-        "--prompts", metavar="FILE", help="users' prompts: .jsonl (messages, turns, prompt), or one a line"
+        "--prompts", metavar="FILE", help="users' prompts: .jsonl (messages, turns, prompt), or one per line"
     )
     parser.add_argument(
         "--initial", metavar="HEAD", help="begin with this head, of the same target, instead of a fresh one"

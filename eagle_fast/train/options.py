@@ -23,7 +23,7 @@ class TrainOptions:
     steps: int = 7  # of the rollout
     decay: float = 0.8  # weight of a step's loss over that of the step before
     learning_rate: float = 1e-3
-    batch_tokens: int = 16384  # padded tokens an update
+    batch_tokens: int = 16384  # padded tokens per update
     passes: int = 3  # over the texts before new ones are written
 
     pool_tokens: int = 6_000_000  # of answers, written at a time

@@ -66,7 +66,7 @@ class Log:
         self.record("held out", updates=budget.updates, seconds=budget.seconds, losses=losses, agreement=agreement)
         self.say(
             f"{_bar(budget.fraction)} held out: loss {losses[0]:.3f}  agrees {_shares(agreement)}  "
-            f"a chain would get {chain_tau(agreement):.2f} tokens a round"
+            f"a chain would get {chain_tau(agreement):.2f} tokens per round"
         )
 
 

@@ -22,7 +22,7 @@ TAU_PROMPTS = {"cuda": (32, 128), "cpu": (4, 32)}  # held-out prompts, new token
 class Result(NamedTuple):
     folder: Path
     agreement: list[float]  # with the target's most likely token, on held-out texts, for each step
-    taus: dict[float, float]  # temperature -> tokens a round, on held-out prompts
+    taus: dict[float, float]  # temperature -> tokens per round, on held-out prompts
     finished: bool  # False where the run was paused
 
 
@@ -82,7 +82,7 @@ def finish(trainer: Trainer) -> Result:
     taus = measure_tau(setting.model, trainer.folder, asked, max_new_tokens=length)
     trainer.log.record("finished" if finished else "paused", agreement=agreement, taus=list(taus.values()))
     trainer.log.say(
-        f"wrote {trainer.folder}: " + ", ".join(f"{tau:.2f} tokens a round at T={t:g}" for t, tau in taus.items())
+        f"wrote {trainer.folder}: " + ", ".join(f"{tau:.2f} tokens per round at T={t:g}" for t, tau in taus.items())
     )
     name = getattr(setting.model, "name_or_path", "") or type(setting.model).__name__
     write_card(

@@ -49,7 +49,7 @@ LOADS = {
     "head of a deeper target": ({"ea_model_path": "deep"}, ValueError, r"\[8\] outside 0..6"),
     "head of the other kind": ({"use_eagle3": False}, ValueError, r"EAGLE-3 head, but use_eagle3=False: leave"),
     "feature layers": ({"feature_layers": [1, 2]}, ValueError, r"3 times the target's hidden size 64.*\[1, 2\]"),
-    "unknown name": ({"quantisation": 4}, TypeError, r"'quantisation'"),
+    "unknown name": ({"quantization": 4}, TypeError, r"'quantization'"),
     "total_token 1": ({"total_token": 1}, ValueError, r"total_token=1: use 2 to 256, or -1"),
     "total_token 257": ({"total_token": 257}, ValueError, r"total_token=257: use 2 to 256"),
     "total_token 60.0": ({"total_token": 60.0}, ValueError, r"total_token=60.0"),

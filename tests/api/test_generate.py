@@ -47,7 +47,7 @@ class Until(StoppingCriteria):
 
 
 def tokenizer():
-    """w0 ... w130, one word a token; w2 is "abcdef", which stop strings need to see how tokens are joined."""
+    """w0 ... w130, one word per token; w2 is "abcdef", which stop strings need to see how tokens are joined."""
     vocabulary = {"abcdef" if n == 2 else f"w{n}": n for n in range(131)}
     words = Tokenizer(WordLevel(vocabulary, unk_token="abcdef"))
     words.pre_tokenizer = WhitespaceSplit()

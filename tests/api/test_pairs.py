@@ -18,7 +18,7 @@ TEMPLATE = "{{ messages[0]['content'] }}<|im_end|>"
 
 @pytest.fixture(scope="module")
 def tiny_gguf(tmp_path_factory):
-    """(file, its dequantised tensors): a Llama of random Q4_1, Q8_0 and F32 weights with a byte-pair vocabulary."""
+    """(file, its dequantized tensors): a Llama of random Q4_1, Q8_0 and F32 weights with a byte-pair vocabulary."""
     file = tmp_path_factory.mktemp("gguf") / "tiny.Q4_1.gguf"
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_context_length(128)
@@ -78,7 +78,7 @@ def wheel(tiny_gguf, tmp_path):
     return file, hashlib.sha256(tiny_gguf[0].read_bytes()).hexdigest()
 
 
-def test_the_dequantised_model_and_its_end_token(tiny_gguf, tmp_path):
+def test_the_dequantized_model_and_its_end_token(tiny_gguf, tmp_path):
     file, stored = tiny_gguf
     pairs.convert_gguf(file, tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")

@@ -60,8 +60,8 @@ def test_greedy_with_an_eagle1_head(name, device, tmp_path, accepted_lengths):
     assert torch.equal(random.eagenerate(ids, max_new_tokens=60), expected[:, : 19 + 60])
 
 
-# (total_token, depth, top_k): one node a level, no beam steps, one word of the mask just full, more than one, only the
-# last level's children past one, the most
+# (total_token, depth, top_k): one node per level, no beam steps, one word of the mask just full, more than one, only
+# the last level's children past one, the most
 TREES = [(2, 1, 1), (9, 7, 1), (5, 0, 10), (64, 5, 6), (65, 7, 10), (20, 7, 9), (256, 9, 6), (60, 16, 3)]
 
 

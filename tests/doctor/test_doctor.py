@@ -19,7 +19,7 @@ from eagle_fast.doctor.measure import GpuFigures, KernelCheck, Link
 from eagle_fast.doctor.plan import HeadBytes, Setting, head_bytes, plan, read_model, sizes
 from eagle_fast.doctor.report import lines
 
-FIGURES = {0: GpuFigures(2e9, 1e8), 1: GpuFigures(1e9, 2e8)}  # bytes a second, all different
+FIGURES = {0: GpuFigures(2e9, 1e8), 1: GpuFigures(1e9, 2e8)}  # bytes per second, all different
 LINKS = {
     (0, 1): Link(0, 1, "NV18", True, 7680, 3e-5, 4e11, True),
     (1, 0): Link(1, 0, "NV18", True, 7680, 5e-5, 4e11, True),

@@ -125,11 +125,11 @@ def test_export_round_trip(name, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(head.parameters(), second.parameters(), strict=True))
 
 
-def test_export_of_quantised_weights_is_refused(tmp_path):
+def test_export_of_quantized_weights_is_refused(tmp_path):
     head, *_ = build(sample("safeailab_eagle3"), tmp_path)
     down = head.layers[0].down
     down.weight = torch.nn.Parameter(down.weight.to(torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match="quantised: export it before"):
+    with pytest.raises(ValueError, match="quantized: export it before"):
         head.export(tmp_path / "ours")
 
 

@@ -1,4 +1,4 @@
-"""Heads in int8: they compute with the weights that quantisation left, change no text, and take half the memory."""
+"""Heads in int8: they compute with the weights that quantization left, change no text, and take half the memory."""
 
 import copy
 
@@ -11,7 +11,7 @@ from draft_weights import HEADS, KV_HEADS, MLP, VD, D, H, V
 from eagle_fast import EaModel
 from eagle_fast.head import DraftHead
 from eagle_fast.head.config import HeadConfig
-from eagle_fast.layers.linear import QuantisedLinear
+from eagle_fast.layers.linear import QuantizedLinear
 from eagle_fast.loading import runs_in_int8
 
 SIZES = dict(
@@ -21,7 +21,7 @@ SIZES = dict(
 
 
 def random_head(kind, device, dtype=torch.float32):
-    """A head with everything that can be quantised: biases, and for EAGLE-1 the target's lm_head."""
+    """A head with everything that can be quantized: biases, and for EAGLE-1 the target's lm_head."""
     if kind == "eagle3":
         config = HeadConfig(
             kind=kind, draft_vocab_size=VD, feature_layers=(2, 6, 9), fc_bias=True, qkv_bias=True, **SIZES
@@ -44,27 +44,27 @@ def outputs(head):
     return hidden, states, logits
 
 
-def dequantised(quantised, original):
-    """`original` with the weights that `quantised` stands for."""
+def dequantized(quantized, original):
+    """`original` with the weights that `quantized` stands for."""
     head = copy.deepcopy(original)
-    for name, module in quantised.named_modules():
-        if isinstance(module, QuantisedLinear):
+    for name, module in quantized.named_modules():
+        if isinstance(module, QuantizedLinear):
             linear = head.get_submodule(name)
             linear.weight.data = (module.weight.float() * module.scale[:, None]).to(linear.weight.dtype)
-    weight = quantised.lm_head_weight.float() * quantised.lm_head_scale[:, None]
+    weight = quantized.lm_head_weight.float() * quantized.lm_head_scale[:, None]
     head.lm_head_weight.data = weight.to(original.lm_head_weight.dtype)
     return head
 
 
 @pytest.mark.parametrize("kind", ["eagle3", "eagle"])
-def test_a_quantised_head_computes_with_its_quantised_weights(kind, device):
+def test_a_quantized_head_computes_with_its_quantized_weights(kind, device):
     original = random_head(kind, device)
-    quantised = copy.deepcopy(original)
-    quantised.quantise()
-    left = {type(module) for module in quantised.modules() if list(module.parameters(recurse=False))}
+    quantized = copy.deepcopy(original)
+    quantized.quantize()
+    left = {type(module) for module in quantized.modules() if list(module.parameters(recurse=False))}
     assert not any(issubclass(each, torch.nn.Linear) for each in left)
     for ours, exact, plain in zip(
-        outputs(quantised), outputs(dequantised(quantised, original)), outputs(original), strict=True
+        outputs(quantized), outputs(dequantized(quantized, original)), outputs(original), strict=True
     ):
         torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
         assert 0 < (ours - plain).norm() < 0.03 * plain.norm()
@@ -74,14 +74,14 @@ def test_memory_halves_and_the_targets_lm_head_stays():
     shared = torch.randn(V, H).bfloat16()
     head = DraftHead.random(HeadConfig.eagle1(draft_vocab_size=V, **SIZES), lm_head_weight=shared, dtype=torch.bfloat16)
     before, kept = sum(p.nbytes for p in head.parameters()), shared.clone()
-    head.quantise()
-    linears = [module for module in head.modules() if isinstance(module, QuantisedLinear)]
+    head.quantize()
+    linears = [module for module in head.modules() if isinstance(module, QuantizedLinear)]
     small = sum(p.nbytes for m in linears for p in (m.scale, m.bias) if p is not None)
     small += sum(p.nbytes for p in head.parameters() if p.dim() == 1)
     after = sum(p.nbytes for p in head.parameters()) - head.lm_head_weight.nbytes
     assert after <= before / 2 + small
     assert torch.equal(shared, kept)
-    with pytest.raises(ValueError, match="quantised: export it before"):
+    with pytest.raises(ValueError, match="quantized: export it before"):
         head.checkpoint()
 
 
@@ -89,7 +89,7 @@ def test_memory_halves_and_the_targets_lm_head_stays():
 def test_the_text_is_the_same(temperature, device):
     plain = decoder("llama", device)
     head = copy.deepcopy(plain.ea_layer)
-    head.quantise()
+    head.quantize()
     model, ids = EaModel(plain.base_model, head, tree=plain.tree), prompt(11, device)
     options = {"max_new_tokens": 24, "temperature": temperature, "seed": 3}
     out = model.eagenerate(ids, return_dict_in_generate=True, **options)

@@ -5,7 +5,7 @@ import torch
 from eagle_fast_kernels.linear import few_rows_matmul, few_rows_sums, gated_matmul, streams, weight_tile
 from torch import nn
 
-from eagle_fast.layers.linear import FewRowsLinear, QuantisedLinear, is_plain, quantise, use_few_rows_linear
+from eagle_fast.layers.linear import FewRowsLinear, QuantizedLinear, is_plain, quantize, use_few_rows_linear
 
 
 # one row, fewer than a step, whole steps, the last count that takes the fast way, and past it
@@ -27,7 +27,7 @@ def case(shape, num_columns, inner, dtype, device, *, int8=False, bias=False):
     weight = (torch.randn(num_columns, inner, generator=generator, device=device) * inner**-0.5).to(dtype)
     wide, more = weight.double(), {}
     if int8:
-        weight, more["scale"] = quantise(weight)
+        weight, more["scale"] = quantize(weight)
         wide = weight.double() * more["scale"].double()[:, None]
     if bias:
         more["bias"] = torch.randn(num_columns, generator=generator, device=device).to(dtype)
@@ -144,41 +144,41 @@ def test_more_rows_and_fp32_are_torchs():
 
 # ordinary weights, a row of zeros, an outlier, the largest and smallest of each dtype
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_quantisation_error(dtype):
+def test_quantization_error(dtype):
     weight = torch.randn(6, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
     weight[1] = 0
     weight[2, 7] = 1000
     weight[3] *= torch.finfo(dtype).max / 16
     weight[4] *= torch.finfo(dtype).tiny
-    quantised, scale = quantise(weight)
-    assert quantised.dtype == torch.int8
-    assert quantised.abs().amax(1).tolist() == [127, 0, 127, 127, 127, 127]
-    error = (quantised.double() * scale.double()[:, None] - weight.double()).abs()
+    quantized, scale = quantize(weight)
+    assert quantized.dtype == torch.int8
+    assert quantized.abs().amax(1).tolist() == [127, 0, 127, 127, 127, 127]
+    error = (quantized.double() * scale.double()[:, None] - weight.double()).abs()
     largest = weight.double().abs().amax(1, keepdim=True)
     assert (error <= largest / 254 * (1 + 2**-15)).all()
 
 
-def test_quantised_linear_computes_with_its_weights(device):
+def test_quantized_linear_computes_with_its_weights(device):
     linear = FewRowsLinear(64, 48).to(device)
-    quantised = QuantisedLinear(linear)
-    weight = quantised.weight.float() * quantised.scale[:, None]
+    quantized = QuantizedLinear(linear)
+    weight = quantized.weight.float() * quantized.scale[:, None]
     for rows in (3, 100):
         x = torch.randn(2, rows, 64, device=device)
-        torch.testing.assert_close(quantised(x), nn.functional.linear(x, weight, linear.bias))
-        torch.testing.assert_close(quantised.gated(x), gated(quantised(x)))
+        torch.testing.assert_close(quantized(x), nn.functional.linear(x, weight, linear.bias))
+        torch.testing.assert_close(quantized.gated(x), gated(quantized(x)))
 
 
 def test_model_is_swapped_but_shares_its_weights():
-    class Quantised(nn.Linear):
+    class Quantized(nn.Linear):
         pass
 
-    model = nn.Sequential(nn.Linear(8, 4), nn.Sequential(Quantised(4, 4), nn.Linear(4, 3, bias=False)))
+    model = nn.Sequential(nn.Linear(8, 4), nn.Sequential(Quantized(4, 4), nn.Linear(4, 3, bias=False)))
     x = torch.randn(5, 8)
     expected = model(x)
     first = model[0]
     use_few_rows_linear(model)
     assert type(model[0]) is type(model[1][1]) is FewRowsLinear
-    assert type(model[1][0]) is Quantised
+    assert type(model[1][0]) is Quantized
     assert type(first) is nn.Linear
     assert model[0].weight is first.weight
     torch.testing.assert_close(model(x), expected)

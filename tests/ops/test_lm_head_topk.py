@@ -5,7 +5,7 @@ import torch
 from eagle_fast_kernels.lm_head_topk import lm_head_topk, lm_head_topk_ref
 from eagle_fast_kernels.noise import gumbel_ref
 
-from eagle_fast.layers.linear import quantise
+from eagle_fast.layers.linear import quantize
 
 OPTIONS = ["bias", "scale", "token_ids", "noise"]
 
@@ -32,7 +32,7 @@ def make(
     if "scale" in options:
         keywords["scale"] = (torch.rand(vocab_size, generator=generator) + 0.5).to(device)
     if weight_dtype == torch.int8:
-        weight, scale = quantise(weight)
+        weight, scale = quantize(weight)
         keywords["scale"] = scale.to(device)
     if "token_ids" in options:
         keywords["token_ids"] = torch.randperm(3 * vocab_size, generator=generator)[:vocab_size].to(device)

@@ -36,7 +36,7 @@ def poisoned_memory():
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Several steps a row at sizes that the interpreter can take."""
+    """Several steps per row at sizes that the interpreter can take."""
     monkeypatch.setattr(sample_module, "CHUNK", 128)
     monkeypatch.setattr(sample_threshold, "TILE", 128)
 

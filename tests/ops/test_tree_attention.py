@@ -18,7 +18,7 @@ from eagle_fast_kernels.tree_attention_ref import _visible, tree_attention_ref
 
 
 class Case(NamedTuple):
-    """heads = (query heads, KV heads); lengths one a sequence; the cache has `spare` rows past the last live one."""
+    """heads = (query heads, KV heads); lengths one per sequence; the cache has `spare` rows past the last live one."""
 
     lengths: tuple[int, ...]
     num_queries: int
@@ -287,7 +287,7 @@ def test_tiles_fit_the_gpu(heads, head_dim, dtype, memory, monkeypatch):
         assert tile.num_splits in (1, module.MAX_SPLITS) or 66 < programs <= 132
 
 
-# Shapes of Llama, Qwen2.5 (7 heads a KV head), Phi, Gemma-2, gpt-oss and MHA models; 32,000 rows: many tiles a split.
+# Shapes of Llama, Qwen2.5 (7 heads per KV head), Phi, Gemma-2, gpt-oss, MHA models; 32,000 rows: many tiles per split.
 REAL = {
     "llama 8b, verify, 2k": Case((2048,), 60, (32, 8), 128),
     "llama 8b, verify, 32k": Case((32000,), 60, (32, 8), 128),

@@ -7,7 +7,7 @@ text is varied, top-2 gaps are wide, and a small draft head can be built for it 
     embed(t)   = R * e(t)                       constant length, zero mean, first coordinate the same for every token
     lm_head(v) = sum_i weight_i * e(t_i) + noise    t_i: the tokens whose i-th favourite successor is v
 
-R is set by bisection: attention and MLP branches read normalised inputs, so their share of the residual stream falls as
+R is set by bisection: attention and MLP branches read normalized inputs, so their share of the residual stream falls as
 R grows, until FOLLOW of all tokens are followed by their first favourite. Context decides the rest. Greedy text runs
 along `successors(VOCAB)[0]`, one cycle through the whole vocabulary, and leaves it where context says so.
 """

@@ -101,9 +101,9 @@ def test_processors_see_a_spread_model():
         assert torch.equal(decoder.generate(ids, **options).cpu(), single.base_model.generate(ids, **options))
 
 
-# Copies a round by (source, destination). Hidden rows cross every boundary once; the tree and the accepted path go once
-# to every device that needs them; features (inputs of layers 2, 3 and 3 of these models) go straight to the head, with
-# the hidden rows where those go there anyway.
+# Copies per round by (source, destination). Hidden rows cross every boundary once; the tree and the accepted path go
+# once to every device that needs them; features (inputs of layers 2, 3 and 3 of these models) go straight to the head,
+# with the hidden rows where those go there anyway.
 EXPECTED = {
     "halves": {(1, 0): 2, (0, 1): 2},
     # tree, path; hidden; features 2, 3: the logits, and the head, are on 0
