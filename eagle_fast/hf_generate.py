@@ -24,7 +24,7 @@ from transformers.generation.stopping_criteria import (
     StopStringCriteria,
 )
 
-from eagle_fast.decoding.generation import Generation, Generator
+from eagle_fast.decoding.generation import Decoding, Generation
 from eagle_fast.decoding.processors import split_warpers
 from eagle_fast.decoding.request import make_request, pad_id, padded
 from eagle_fast.decoding.validate import check_hooks, check_prompts, id_list
@@ -42,7 +42,7 @@ class HFGenerateMixin:
     base_model: PreTrainedModel
     target: Target
     tokenizer: Any
-    _rounds: Callable[..., abc.Generator[Generator, None, None]]
+    _rounds: Callable[..., abc.Generator[Decoding, None, None]]
 
     def generate(
         self,
@@ -151,13 +151,13 @@ class HFGenerateMixin:
         pad = pad_id(self.base_model) if pad is None else int(pad)
         steps = 0
         with closing(self._rounds(True, request)) as running:
-            for generator in running:
+            for decoding in running:
                 if streamer is not None:
-                    steps = _stream(streamer, generator, steps, pad)
+                    steps = _stream(streamer, decoding, steps, pad)
         if streamer is not None:
             streamer.end()
-        sequences = padded(ids, generator.new_tokens, pad).to(input_ids.device)
-        return Generation(sequences, generator.statistics) if generation_config.return_dict_in_generate else sequences
+        sequences = padded(ids, decoding.new_tokens, pad).to(input_ids.device)
+        return Generation(sequences, decoding.statistics) if generation_config.return_dict_in_generate else sequences
 
 
 def _check_supported(generation_config) -> None:
@@ -195,10 +195,10 @@ def _streamer_of_generate():
     return None if frame is None else frame.f_locals["streamer"]
 
 
-def _stream(streamer, generator: Generator, steps: int, pad: int) -> int:
+def _stream(streamer, decoding: Decoding, steps: int, pad: int) -> int:
     """Hand over the steps that all sequences have made; returns how many that are. Ended sequences go on as padding."""
-    texts = generator.new_tokens
-    made = [len(text) for text, done in zip(texts, generator.done, strict=True) if not done]
+    texts = decoding.new_tokens
+    made = [len(text) for text, done in zip(texts, decoding.done, strict=True) if not done]
     ready = min(made) if made else max(len(text) for text in texts)
     for step in range(steps, ready):
         streamer.put(torch.tensor([text[step] if step < len(text) else pad for text in texts]))

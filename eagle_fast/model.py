@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from eagle_fast.config import TreeConfig
-from eagle_fast.decoding.generation import Generation, Generator
+from eagle_fast.decoding.generation import Decoding, Generation
 from eagle_fast.decoding.graph import WARMUP_STEPS
 from eagle_fast.decoding.request import Request, end_of_turn, make_request, pad_id, padded, special_ids
 from eagle_fast.decoding.states import IdleStates
@@ -265,23 +265,23 @@ class EaModel(HFGenerateMixin, nn.Module):
 
     @torch.inference_mode(False)  # buffers live longer than a call, and an inference tensor can't be written outside
     @torch.no_grad()
-    def _rounds(self, speculative: bool, request: Request, max_length: int = 0) -> abc.Generator[Generator, None, None]:
-        """Run a request; yields its `Generator` with the tokens of each round, and frees the state when closed."""
+    def _rounds(self, speculative: bool, request: Request, max_length: int = 0) -> abc.Generator[Decoding, None, None]:
+        """Run a request; yields its `Decoding` with the tokens of each round, and frees the state when closed."""
         longest = max(request.longest, max_length)
         with self.states.lease(speculative, len(request.prompts), longest) as (state, step, _):
-            generator = Generator(state, step, request)
-            generator.begin()
-            while not generator.finished:
-                if generator.advance():
-                    yield generator
+            decoding = Decoding(state, step, request)
+            decoding.begin()
+            while not decoding.finished:
+                if decoding.advance():
+                    yield decoding
 
     def _collect(self, speculative: bool, log: bool, input_ids, return_dict_in_generate: bool = False, **options):
         request, ids = self._prepare(input_ids, **options)
         with closing(self._rounds(speculative, request)) as running:
-            for generator in running:  # noqa: B007  # the last one holds all tokens
+            for decoding in running:  # noqa: B007  # the last one holds all tokens
                 pass
-        sequences = padded(ids, generator.new_tokens, pad_id(self.base_model)).to(input_ids.device)
-        statistics = generator.statistics
+        sequences = padded(ids, decoding.new_tokens, pad_id(self.base_model)).to(input_ids.device)
+        statistics = decoding.statistics
         if return_dict_in_generate:
             return Generation(sequences, statistics)
         return (sequences, sum(statistics.new_tokens), statistics.rounds - 1) if log else sequences
@@ -291,8 +291,8 @@ class EaModel(HFGenerateMixin, nn.Module):
 
         def rounds():
             with closing(self._rounds(speculative, request)) as running:
-                for generator in running:
-                    yield padded(ids, generator.new_tokens, pad_id(self.base_model)).to(input_ids.device)
+                for decoding in running:
+                    yield padded(ids, decoding.new_tokens, pad_id(self.base_model)).to(input_ids.device)
 
         return rounds()
 

@@ -82,7 +82,7 @@ def rounds_under_way(request: Request, device: torch.device) -> int:
     return 1 if host_decides or device.type == "cpu" else ROUNDS_UNDER_WAY
 
 
-class Generator:
+class Decoding:
     """Decodes one request with a `Round`: `begin`, then `advance` until `finished`.
 
     texts: prompt and new tokens of each sequence. done: which sequences have ended.
