@@ -29,14 +29,10 @@ class DraftScales(NamedTuple):
 def draft_scales(temperature: float, shared_noise: bool) -> DraftScales:
     """What makes a draft's scores honest: the log-probability that the target will choose v, as far as a draft knows.
 
-    The target chooses argmax_v (t_v + T G_v), the draft has z, not t. Cross-entropy makes z the logarithm of what the
-    target's probabilities are on average over all texts that look alike to the draft. An average is flatter than what
-    it is taken of: t is about k z + e with k > 1 and an error e, whose scale on trained heads is that of a standard
-    Gumbel variable. So, by the Gumbel-max rule once more, where the draft knows the noise the target chooses v with
-    probability softmax(k z + T G)[v], and at T = 0 with softmax(k z)[v].
+        with the noise    gain = k,                                    share = T        k = SHARPNESS
+        without           gain = 1 / sqrt((1 - T^2) / k^2 + T^2),      share = 0
 
-    Without the noise T G is one more error. At T = 1 the honest probability is softmax(z) then, by training. Variances
-    add up, and the gain goes with the inverse of a scale: 1 / gain^2 is 1 / k^2 at T = 0, 1 at T = 1, linear in T^2.
+    docs/design.md, "The draft's scores", derives both.
     """
     if shared_noise:
         return DraftScales(SHARPNESS, temperature)
