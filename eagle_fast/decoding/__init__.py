@@ -1,11 +1,15 @@
 """Decoding: the round, and the host's side of it.
 
-round        the algorithm: draft, verify, accept, compact, absorb
+The rule: within a round nothing reads a value on the host. What the host decides, it decides between rounds.
+
+In reading order:
+
+round        the algorithm: draft, verify, accept, compact, absorb; and the state that it carries
 tree, draft  the tree as tensors; how the head grows it and absorbs what was accepted
-sampling     the next token as a deterministic function of logits and seed
-processors   logits processors on a tree
+sampling     the next token as a deterministic function of logits, seed and position; the draft's scores
+processors   logits processors on a tree, on the host: each node sees its own prefix
 request, validate   what a call asks for, checked
 generation, reports the host launches a round before it has read the last; stop conditions, statistics
-graph, states       one CUDA graph per round; buffers kept between calls
+graph, states       one CUDA graph per round; buffers and graphs kept between calls
 tune         the number of tree nodes that pays best here
 """

@@ -1,14 +1,21 @@
 """The draft head: EAGLE-1, -2 and -3 in one module, and every checkpoint format that it is read from.
 
-module       the head's forward
-layer        one of its decoder layers
+The rule: formats end at `read_head`. Behind it there is one config and one spelling of names; tensors decide before
+config.json does, and what cannot be run is refused by name.
+
+In reading order:
+
+module       the head's forward, for training and drafting alike: its caller says how rows attend
+layer        one of its decoder layers, with merged weights
 config       what a head is made of: one frozen record, and the tensors that follow from it
-checkpoint   read_head, write_head
+checkpoint   `read_head`, `write_head`
 files        where a checkpoint lies, and its tensors as they are stored
-names        their names in every format, and the kinds of draft that are refused
+names        tensor names in every format brought to one spelling, and the kinds of draft that are refused
 inference    the config, from tensors first and config.json second
 vocabulary   which tokens a head can propose
 rope         its rotary tables
+
+A new format: see CONTRIBUTING.md.
 """
 
 from eagle_fast.head.checkpoint import HeadCheckpoint, read_head, write_head

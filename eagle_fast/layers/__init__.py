@@ -1,7 +1,11 @@
-"""What the draft head and the target are both built of; knows neither, and no model family.
+"""What the draft head and the target are both built of: rows that attend, their cache, weights, copies.
 
-attention    what the rows of a forward are (a prompt chunk, a tree), and how they attend
-slab         keys and values, written and compacted in place
-linear       products of few rows, in 16 bits or int8
-transfers    copies between devices
+The rule: nothing here knows a head, a target, a model family or transformers.
+
+In reading order:
+
+attention    what the rows of a forward are (a prompt chunk, a tree), where they are written and what they see
+slab         keys and values of some layers: written in place, compacted in place
+linear       weights as objects: a product of few rows, its parts, its gated form; in 16 bits or int8
+transfers    copies between devices that wait for nothing on the host
 """

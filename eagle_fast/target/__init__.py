@@ -1,14 +1,22 @@
 """The target: a stock causal LM of transformers, run over a prompt chunk or a tree without being changed.
 
-target       what decoding calls: prefill, verify
-anatomy      what is read off a model's config and modules; no other file reads them
-interface    our attention and our cache as transformers sees them
+The rule: all that is changed is changed on a twin, and transformers is known in two places. `anatomy` reads configs and
+modules, `interface` is what transformers calls.
+
+In reading order:
+
+target       what decoding calls (prefill, verify), and what every module finds while a forward runs
+anatomy      what is read off a model's config and modules
+interface    our attention and our cache as transformers sees them; what each attention module is bound to
 probe        what the attention layers are, learned from one token; which models are refused
 twin         a copy of the module tree that shares every weight
 fused        decoder layers of Llama's shape in nine launches
 longrope, experts   the two modules that would ask the device for a value
 shards       a model over several devices
 placement    device maps, checked before anything is loaded
+turns        one thread launches at a time, and devices run turns in order
+
+A further family of Llama's shape: see CONTRIBUTING.md.
 """
 
 from eagle_fast.target.anatomy import UnsupportedModel

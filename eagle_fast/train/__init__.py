@@ -1,4 +1,19 @@
-"""Training EAGLE-3 heads: `train(model, tokenizer, folder)`, on the command line `eagle-fast train`."""
+"""Training EAGLE-3 heads: `train(model, tokenizer, folder)`, on the command line `eagle-fast train`.
+
+The rule: the target is the only source. It writes the texts, and its features and distributions are computed when they
+are needed and never stored.
+
+In reading order:
+
+run, command      from a target to a head that is written, measured and described; the same as a subcommand
+options, setting  what a user can set; the target and the sizes that fit the machine
+trainer           the target writes texts, the head learns from them for a few passes, and again
+writer, completer, chat, openings   the texts: questions and answers that the target writes, many at a time
+pool, teacher     the texts of the moment in batches; what the target says about them
+learn, rollout, loss, optimizer     one lesson: the head run as drafting runs it, its loss, the update
+fresh, vocabulary a head to begin with, and the tokens that it can propose
+evaluate, card, progress            how it does in decoding, its card, the lines that are printed
+"""
 
 from eagle_fast.train.options import TrainOptions
 from eagle_fast.train.run import Result, train
