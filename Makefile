@@ -32,8 +32,8 @@ check: $(INSTALLED) # ruff and mypy
 	$(BIN)/mypy
 
 format: $(INSTALLED) # what ruff can mend by itself
-	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
 
 demo: $(INSTALLED) # one prompt with and without the head; downloads a 135M model (93 MB) into ~/.cache/eagle_fast once
 	$(BIN)/eagle-fast demo

@@ -1,8 +1,8 @@
 """Sampling settings as device tensors, so that one captured graph serves them all.
 
-Sampling is a deterministic function: the token after a node at absolute position p is
-argmax_v(warped_logits[v] / temperature + G(seed, sequence, p, v)) with standard Gumbel noise G from a counter-based
-generator (`eagle_fast_kernels.noise`). Each position's noise is used once, whatever the tree looked like, so decoding
+Sampling is a deterministic function: the token after a node at absolute position p is, of those that the warpers keep,
+argmax_v(logits[v] / temperature + G(seed, sequence, p, v)) with standard Gumbel noise G from a counter-based generator
+(`eagle_fast_kernels.noise`). Each position's noise is used once, whatever the tree looked like, so decoding
 with and without speculation gives the same tokens for the same seed.
 """
 

@@ -1,6 +1,6 @@
 """The configuration of a draft head, from its tensors first and its config.json second.
 
-`tensors` carry canonical names (`head_names`), `settings` is the flattened config.json. Where the two disagree the
+`tensors` carry canonical names (`names`), `settings` is the flattened config.json. Where the two disagree the
 tensors win, and the disagreement goes into `conflicts`, to be reported once.
 """
 

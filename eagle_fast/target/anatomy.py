@@ -208,8 +208,8 @@ class LlamaLayer(NamedTuple):
     layer_index: int
     head_dim: int
     scale: float  # of attention scores
-    input_norm: nn.Module
-    post_norm: nn.Module
+    input_norm: Norm
+    post_norm: Norm
     q: nn.Linear
     k: nn.Linear
     v: nn.Linear
@@ -217,21 +217,24 @@ class LlamaLayer(NamedTuple):
     gate: nn.Linear
     up: nn.Linear
     down: nn.Linear
-    q_norm: nn.Module | None
-    k_norm: nn.Module | None
+    q_norm: Norm | None
+    k_norm: Norm | None
 
 
 def llama_layer(layer: Any) -> LlamaLayer | None:
-    """The parts of a layer, if it is of a known family and its MLP's activation is SiLU."""
+    """The parts of a layer, if it is of a known family, its norms are, and its MLP's activation is SiLU."""
     if type(layer).__name__ not in LLAMA_LAYERS or "SiLU" not in type(layer.mlp.act_fn).__name__:
         return None
     attention, mlp = layer.self_attn, layer.mlp
+    input_norm, post_norm = llama_norm(layer.input_layernorm), llama_norm(layer.post_attention_layernorm)
+    of_heads = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    q_norm, k_norm = map(llama_norm, of_heads)
+    if input_norm is None or post_norm is None or [q_norm, k_norm].count(None) != of_heads.count(None):
+        return None
     return LlamaLayer(
-        attention, attention.layer_idx, attention.head_dim, attention.scaling,
-        layer.input_layernorm, layer.post_attention_layernorm,
+        attention, attention.layer_idx, attention.head_dim, attention.scaling, input_norm, post_norm,
         attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
-        mlp.gate_proj, mlp.up_proj, mlp.down_proj,
-        getattr(attention, "q_norm", None), getattr(attention, "k_norm", None),
+        mlp.gate_proj, mlp.up_proj, mlp.down_proj, q_norm, k_norm,
     )  # fmt: skip
 
 

@@ -73,12 +73,11 @@ class FusedLayer(nn.Module):
         self.qkv, self.gate_up = merged(stock.q, stock.k, stock.v), merged(stock.gate, stock.up)
         self.o, self.down = FewRowsLinear.of(stock.o.weight), FewRowsLinear.of(stock.down.weight)
         self.num_heads, self.num_kv_heads = (len(each.weight) // self.head_dim for each in (stock.q, stock.k))
-        self.input_norm, self.post_norm = FusedNorm(known_norm(stock.input_norm), handover), known_norm(stock.post_norm)
+        self.input_norm, self.post_norm = FusedNorm(stock.input_norm, handover), stock.post_norm
         self.next_norm: FusedNorm | None = None  # what reads the output, as far as that is known
         self.head_norms: dict[str, Any] = {}  # of q and k, as `rope_append` takes them
         if stock.q_norm is not None and stock.k_norm is not None:
-            q_norm, k_norm = known_norm(stock.q_norm), known_norm(stock.k_norm)
-            self.head_norms = {"q_norm": q_norm.weight, "k_norm": k_norm.weight, "eps": q_norm.eps}
+            self.head_norms = {"q_norm": stock.q_norm.weight, "k_norm": stock.k_norm.weight, "eps": stock.q_norm.eps}
         self.binding = binding_of(stock.attention)
 
     @property
@@ -111,12 +110,6 @@ class FusedLayer(nn.Module):
             **self.head_norms,
         )  # fmt: skip
         return step.attend(query, keys, values, scale=self.scale, window=self.binding.window)
-
-
-def known_norm(module: nn.Module) -> Norm:
-    norm = llama_norm(module)
-    assert norm is not None, f"{type(module).__name__} in a layer of a known family"
-    return norm
 
 
 def merged(*linears: Any) -> FewRowsLinear:

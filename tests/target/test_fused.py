@@ -23,10 +23,11 @@ def test_every_layer_computes_what_the_stock_layer_does(name, device):
     with torch.no_grad():
         expected = model(tokens, output_hidden_states=True)
     before = storage_bytes(model)
-    target = Target(model, tuple(range(6)))
+    target = Target(model, tuple(range(7)))
     assert all(isinstance(layer, FusedLayer) for layer in target.decoder.layers)
-    features = prefill(target, tokens, target.new_cache(2, 64)).chunk(6, -1)
-    for ours, stock in zip(features, expected.hidden_states, strict=False):
+    *features, last = prefill(target, tokens, target.new_cache(2, 64)).chunk(7, -1)
+    features.append(model.model.norm(last))  # of transformers the last hidden state is after the norm
+    for ours, stock in zip(features, expected.hidden_states, strict=True):
         torch.testing.assert_close(ours, stock, rtol=0, atol=1e-5 * stock.abs().max().item())
     assert storage_bytes(model) == before, "merged weights must be the only copy"
     with torch.no_grad():
@@ -39,6 +40,23 @@ def test_what_a_fused_layer_lacks_stays_stock(change, device):
     model = make("llama", **settings.get(change, {"hidden_act": "gelu"})).to(device)
     target = Target(model, (2, 3, 3))
     assert not any(isinstance(layer, FusedLayer) for layer in target.decoder.layers)
+
+
+@pytest.mark.parametrize("place", ["input_layernorm", "post_attention_layernorm", "q_norm"])
+def test_a_layer_with_a_norm_of_another_class_stays_stock(place, device):
+    model = make("qwen3").to(device)
+    layer = model.model.layers[2]
+    owner = layer.self_attn if place == "q_norm" else layer
+    norm = getattr(owner, place)
+    norm.__class__ = type(
+        "OffsetNorm", (type(norm),), {"forward": lambda self, x: 1 + super(type(self), self).forward(x)}
+    )
+    tokens = torch.randint(3, 130, (1, 19), generator=torch.Generator().manual_seed(1)).to(device)
+    target = Target(model, (6,))
+    assert [isinstance(each, FusedLayer) for each in target.decoder.layers] == [True, True, False, True, True, True]
+    with torch.no_grad():
+        expected = model(tokens).logits
+    torch.testing.assert_close(target.read(tokens).logits, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
 def test_a_second_target_shares_the_merged_weights(device):
