@@ -29,6 +29,7 @@ from eagle_fast.decoding.processors import split_warpers
 from eagle_fast.decoding.request import make_request, pad_id, padded
 from eagle_fast.decoding.validate import check_hooks, check_prompts, id_list
 from eagle_fast.target import Target
+from eagle_fast.target.anatomy import generating_model
 from eagle_fast.target.interface import CACHE_ARGUMENTS
 
 RECORDS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
@@ -42,6 +43,7 @@ class HFGenerateMixin:
     base_model: PreTrainedModel
     target: Target
     tokenizer: Any
+    _follow: Callable[[], None]
     _rounds: Callable[..., abc.Generator[Decoding, None, None]]
 
     def generate(
@@ -122,10 +124,11 @@ class HFGenerateMixin:
         transformers 5 does not hand a streamer on to a callable: it is looked up in the calling frame, or passed as
         ef_streamer=. Nor does it hand on a tokenizer, so stop_strings work with `EaModel.generate` only.
         """
-        if model is not self.base_model:
+        if model not in (self.base_model, generating_model(self.base_model)):
             raise ValueError("this EaModel decodes its own base_model: call base_model.generate(...)")
         _check_supported(generation_config)
         _check_inputs(model_kwargs)
+        self._follow()
         if ef_streamer is not None:
             ef_streamer.put(input_ids.cpu())
         streamer = _streamer_of_generate() if ef_streamer is None else ef_streamer

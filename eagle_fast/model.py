@@ -49,6 +49,8 @@ class EaModel(HFGenerateMixin, nn.Module):
     ea_layer: the draft head, on any device. Raises UnsupportedModel, with the reason, for other models.
     device_map: where base_model lies, module by module with the embedding first; {"": device} on one device.
     Calls may run interleaved and in several threads; they take turns to launch their rounds.
+    Every call decodes base_model as it is then: adapters that were switched, added or removed, hooks, own forwards,
+    replaced modules and tensors, weights edited in place. A call under way goes on with what it began with.
     """
 
     def __init__(
@@ -58,8 +60,7 @@ class EaModel(HFGenerateMixin, nn.Module):
         self.base_model, self.ea_layer = base_model, ea_layer
         self.config = base_model.config
         self.tree = tree or TreeConfig()
-        self.target = Target(base_model, tuple(ea_layer.config.feature_layers), ea_layer.device)
-        self.target.model.eval()  # the twin's mode; the user's model keeps its own
+        self.target = self._new_target()
         self.device_map = device_map_of(base_model)
         self._name = name or getattr(base_model, "name_or_path", "")
         self._tokenizer: Any = None
@@ -246,6 +247,7 @@ class EaModel(HFGenerateMixin, nn.Module):
     def warmup(self, batch: int = 1, max_length: int = 2048) -> None:
         """Before the clock: compile kernels and capture graphs for `batch` sequences of up to `max_length` tokens."""
         check_positive(batch=batch, max_length=max_length)
+        self._follow()
         for speculative in (True, False):
             budget = (WARMUP_STEPS + 2) * (self.tree.max_path if speculative else 1)
             for _ in self._rounds(speculative, Request([[0, 0]] * batch, [budget] * batch), max_length):
@@ -253,10 +255,30 @@ class EaModel(HFGenerateMixin, nn.Module):
 
     # -- behind them -----------------------------------------------------------------------------------------------
 
+    def _new_target(self) -> Target:
+        target = Target(self.base_model, tuple(self.ea_layer.config.feature_layers), self.ea_layer.device)
+        target.model.eval()  # the twin's mode; the user's model keeps its own
+        return target
+
+    def _follow(self) -> None:
+        """Before a call: where base_model was changed since the last one, work with what it is now."""
+        with self.target.turn():
+            if self.target.is_current():
+                return
+            target = self._new_target()
+            if target.vocab_size != self.target.vocab_size:
+                raise ValueError(
+                    f"base_model has a vocabulary of {target.vocab_size} tokens now, and had {self.target.vocab_size} "
+                    "when the head was loaded: load a head for it"
+                )
+            self.states.clear()
+            self.target, self.states = target, IdleStates(target, self.ea_layer, self.tree)
+
     def _prepare(
         self, input_ids, *, is_llama3=False, eos_token_id=None, use_distributed=False, **options
     ) -> tuple[Request, torch.Tensor]:
         """Check everything a call brings: the request, and input_ids on the CPU."""
+        self._follow()
         if eos_token_id is None:
             eos_token_id = special_ids(self.base_model, "eos_token_id")
             if is_llama3:

@@ -44,6 +44,10 @@ class PrefillStep:
         """[B] cache row of each sequence's first row."""
         return torch.full((batch,), self.start, device=device)
 
+    def positions(self, device: torch.device) -> Tensor:
+        """[1, T] of the rows."""
+        return torch.arange(self.start, self.start + self.count, device=device)[None]
+
     def write(self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor) -> None:
         """Put k, v [B, Hkv, T, D] of these rows where they belong in keys, values [B, Hkv, L, D]."""
         keys[:, :, self.start : self.start + self.count] = k
@@ -93,6 +97,10 @@ class TreeStep:
     def first_rows(self, batch: int, device: torch.device) -> Tensor:
         """[B] cache row of each sequence's first row."""
         return self.lengths
+
+    def positions(self, device: torch.device) -> Tensor:
+        """[B, T] of the nodes."""
+        return self.lengths[:, None] + self.depths[:, self.first :]
 
     def write(self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor) -> None:
         """See `PrefillStep`."""

@@ -178,6 +178,21 @@ def learned_positions(decoder: nn.Module) -> int | None:
     return None
 
 
+def generating_model(model: Any) -> Any:
+    """The PreTrainedModel whose `generate` runs: inside of a wrapper, as PEFT's, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def check_wrapper(model: Any) -> None:
+    """UnsupportedModel for a wrapper that decoding cannot look through."""
+    active = getattr(model, "active_peft_config", None)
+    if getattr(active, "is_prompt_learning", False):
+        raise UnsupportedModel(
+            f"its adapter ({type(active).__name__}) puts virtual tokens in front of every text, which only PEFT's own "
+            "generate does: use an adapter of the weights, as LoRA, or base_model.generate"
+        )
+
+
 def token_settings(model: PreTrainedModel, name: str) -> list[Any]:
     """What generation config and config say of special tokens, as "eos_token_id": each None, an id, or several ids."""
     sources = getattr(model, "generation_config", None), Anatomy(model).text
@@ -236,6 +251,30 @@ def llama_layer(layer: Any) -> LlamaLayer | None:
         attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
         mlp.gate_proj, mlp.up_proj, mlp.down_proj, q_norm, k_norm,
     )  # fmt: skip
+
+
+class Temperature(NamedTuple):
+    """How layers without rotary embeddings scale queries by their position (Llama 4)."""
+
+    floor_scale: float
+    attn_scale: float
+
+    def scales(self, positions: torch.Tensor) -> torch.Tensor:
+        """Factors in fp32, of positions of any shape."""
+        return torch.log1p(torch.floor((positions.float() + 1.0) / self.floor_scale)) * self.attn_scale + 1.0
+
+
+def take_temperature(module: Any) -> Temperature | None:
+    """The temperature of a twin's attention module, which from then on leaves it to its caller.
+
+    Stock code counts positions from the length of its cache, which for a tree is not where its nodes stand.
+    """
+    if not getattr(module, "attn_temperature_tuning", False) or getattr(module, "use_rope", True):
+        return None
+    if not (hasattr(module, "floor_scale") and hasattr(module, "attn_scale")):
+        return None
+    module.attn_temperature_tuning = False
+    return Temperature(module.floor_scale, module.attn_scale)
 
 
 def expert_weights(module: nn.Module) -> list[torch.Tensor]:

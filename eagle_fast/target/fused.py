@@ -149,19 +149,22 @@ def share_hooks(stock: nn.Module, fused: nn.Module) -> None:
     fused._forward_pre_hooks_with_kwargs = stock._forward_pre_hooks_with_kwargs
 
 
-def fuse_layers(layers: nn.ModuleList, decoder: nn.Module) -> Handover:
-    """Replace what can be fused in the twin's decoder and its list of layers; returns what they hand over through."""
+def fuse_layers(layers: nn.ModuleList, decoder: nn.Module, touched: set[nn.Module]) -> Handover:
+    """Replace what can be fused in the twin's decoder and its list of layers; returns what they hand over through.
+
+    touched: modules with hooks or a forward of the user's, on them or inside; they stay stock, which runs these.
+    """
     handover = Handover()
     for index, layer in enumerate(layers):
         stock = llama_layer(layer)
-        if stock is not None and can_fuse(stock):
+        if stock is not None and layer not in touched and can_fuse(stock):
             fused = layers[index] = FusedLayer(stock, handover)
             share_hooks(layer, fused)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # what the separate weights took, before the next layer is merged
     final: Any = getattr(decoder, "norm", None)
     norm = llama_norm(final)
-    if norm is not None and isinstance(layers[-1], FusedLayer):
+    if norm is not None and final not in touched and isinstance(layers[-1], FusedLayer):
         decoder.norm = FusedNorm(norm, handover)
         share_hooks(final, decoder.norm)
     for layer, following in zip(layers, [*layers[1:], decoder], strict=True):

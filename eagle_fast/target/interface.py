@@ -11,6 +11,7 @@ not know. No mask function is registered under our names, so transformers builds
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from transformers.cache_utils import Cache
 
 from eagle_fast.layers.attention import Step
 from eagle_fast.layers.slab import KVSlab, LayerShape
+from eagle_fast.target.anatomy import Temperature
 
 CACHE_ARGUMENTS = ("cache", "past_key_values")  # from transformers 5.24 on, and before
 _EAGLE, _RECORDER = "eagle_fast", "eagle_fast_recorder"  # names of our attention functions
@@ -48,6 +50,7 @@ class LayerBinding:
     window: int = 0
     chunk: int = 0
     capped: bool = True  # whether a softcap on its scores counts
+    temperature: Temperature | None = None
 
     @property
     def step(self) -> Step:
@@ -87,6 +90,9 @@ def _eagle_attention(
 ):
     """The function that transformers calls; returns (out [B, T, Hq, D], None)."""
     binding = binding_of(module)
+    if binding.temperature is not None:
+        scales = binding.temperature.scales(binding.step.positions(query.device))
+        query = (query * scales[:, None, :, None]).to(query.dtype)
     out = binding.step.attend(
         query,
         key,
@@ -104,15 +110,22 @@ class AttentionCall(NamedTuple):
     """One call of an attention layer, as it was recorded."""
 
     module: nn.Module
-    key_shape: torch.Size
-    value_shape: torch.Size
+    key: torch.Tensor
+    value: torch.Tensor
     stored: LayerShape  # what the layer keeps per token
     mask: torch.Tensor | None
     options: dict
 
 
+class Recording(NamedTuple):
+    """What the layers of a model asked of attention and of the cache in one forward."""
+
+    calls: list[AttentionCall]
+    cache: RecordingCache
+
+
 @contextmanager
-def recorded_attention(model: PreTrainedModel) -> Iterator[list[AttentionCall]]:
+def recorded_attention(model: PreTrainedModel) -> Iterator[Recording]:
     """In this block the attention layers of a twin note how they are called, and attend to themselves alone."""
     calls: list[AttentionCall] = []
     stock = attention_of(model)
@@ -120,7 +133,7 @@ def recorded_attention(model: PreTrainedModel) -> Iterator[list[AttentionCall]]:
         module.__dict__[_CALLS] = calls
     model.config._attn_implementation = _RECORDER
     try:
-        yield calls
+        yield Recording(calls, RecordingCache())
     finally:
         model.config._attn_implementation = stock
         for module in model.modules():
@@ -129,7 +142,7 @@ def recorded_attention(model: PreTrainedModel) -> Iterator[list[AttentionCall]]:
 
 def _recorder(module, query, key, value, attention_mask, **options):
     stored = LayerShape(key.shape[1], key.shape[-1], key.dtype, key.device)
-    module.__dict__[_CALLS].append(AttentionCall(module, key.shape, value.shape, stored, attention_mask, options))
+    module.__dict__[_CALLS].append(AttentionCall(module, key, value, stored, attention_mask, options))
     groups = query.shape[1] // key.shape[1]
     return value.repeat_interleave(groups, 1)[:, :, : query.shape[2]].transpose(1, 2).contiguous(), None
 
@@ -197,6 +210,25 @@ class SlabCache(Cache):
 
     def __len__(self) -> int:
         return len(self.slab.keys)
+
+
+class RecordingCache(SlabCache):
+    """An empty cache that notes what it is given, and who asks it how long it is."""
+
+    def __init__(self) -> None:
+        super().__init__(KVSlab([], 1, 1), {}, {})
+        self.given: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by layer
+        self.asked_by: list[nn.Module] = []
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        self.given[layer_idx] = key_states, value_states
+        return key_states, value_states
+
+    def get_seq_length(self, *args, **kwargs) -> int:
+        caller = sys._getframe(1).f_locals.get("self")
+        if isinstance(caller, nn.Module):
+            self.asked_by.append(caller)
+        return 0
 
 
 def cache_argument(module: nn.Module) -> str:

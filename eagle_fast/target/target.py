@@ -21,7 +21,14 @@ from eagle_fast.layers.linear import use_few_rows_linear
 from eagle_fast.layers.slab import KVSlab
 from eagle_fast.layers.transfers import Transfers, distinct
 from eagle_fast.messages import warn_user
-from eagle_fast.target.anatomy import Anatomy, UnsupportedModel, decoder_layers, learned_positions
+from eagle_fast.target.anatomy import (
+    Anatomy,
+    UnsupportedModel,
+    check_wrapper,
+    decoder_layers,
+    learned_positions,
+    take_temperature,
+)
 from eagle_fast.target.experts import ExpertChoice
 from eagle_fast.target.fused import Handover, fuse_layers
 from eagle_fast.target.interface import (
@@ -38,7 +45,8 @@ from eagle_fast.target.longrope import LongRope, freeze_longrope
 from eagle_fast.target.probe import probe
 from eagle_fast.target.shards import Shard, connect, shards_of
 from eagle_fast.target.turns import Turns
-from eagle_fast.target.twin import drop_accelerate_hooks, execution_device, is_offloaded, twin
+from eagle_fast.target.twin import drop_accelerate_hooks, execution_device, is_offloaded, is_touched, twin
+from eagle_fast.target.watch import portrait
 
 NO_SOFTCAP = (
     "the model caps its attention scores, and its sdpa implementation leaves the cap out: decoding does the same, to "
@@ -75,6 +83,7 @@ class Target:
         feature_layers: tuple[int, ...] = (),
         draft_device: torch.device | None = None,
     ):
+        check_wrapper(model)
         self.anatomy = Anatomy(model)
         self.capped = attention_of(model) != "sdpa"  # SDPA has no softcap: such a model runs without it
         self.model = twin(model)
@@ -85,7 +94,9 @@ class Target:
         self.offloaded = is_offloaded(model)
         devices = self._connect()
         self.long_ropes = [module for module in self.model.modules() if isinstance(module, LongRope)]
-        calls, self.device = probe(self.model, self.input_device)
+        self.temperatures = {module: take_temperature(module) for module in self.model.modules()}
+        found = decoder_layers(self.decoder, self.anatomy.num_layers)
+        calls, self.device = probe(self.model, found and found[1], self.input_device)
         self.transfers.forget()
         self.devices = distinct([self.device, *devices])
         self.layer_shapes = [call.stored for call in calls]
@@ -93,7 +104,7 @@ class Target:
         self._bind(calls)
         self.handover = Handover()
         if not self.offloaded:
-            self.handover = fuse_layers(self._decoder_layers(), self.decoder)
+            self.handover = fuse_layers(self._decoder_layers(), self.decoder, self.touched)
             use_few_rows_linear(self.model)
         lm_head = model.get_output_embeddings()
         self.vocab_size, self.dtype = lm_head.weight.shape[0], lm_head.weight.dtype
@@ -103,6 +114,7 @@ class Target:
         self._take_features()
         self.max_positions = learned_positions(self.decoder)
         self.turn = Turns([*self.devices, self.draft_device])
+        self.stock, self._portrait = model, portrait(model)
 
     # -- once, at load ---------------------------------------------------------------------------------------------
 
@@ -127,6 +139,7 @@ class Target:
             self.input_device = execution_device(self.model)
             return [self.input_device, torch.device("cpu")]
         drop_accelerate_hooks(self.model)
+        self.touched = {module for module in self.model.modules() if is_touched(module)}
         self.input_device = cast(torch.device, self.model.get_input_embeddings().weight.device)
         self.shards = shards_of(self._decoder_layers())
         local = distinct([self.input_device, *(shard.device for shard in self.shards)])
@@ -145,7 +158,8 @@ class Target:
                 warn_user(NO_SOFTCAP)
             chunk = self.anatomy.chunk if kind == "chunked_attention" else None
             context = self.contexts[call.stored.device]
-            bind(call.module, LayerBinding(context, window=window or 0, chunk=chunk or 0, capped=self.capped))
+            temperature = self.temperatures[call.module]
+            bind(call.module, LayerBinding(context, window or 0, chunk or 0, self.capped, temperature))
         use_our_attention(self.model)
 
     def _layer_kinds(self) -> list[str]:
@@ -191,6 +205,10 @@ class Target:
             self.decoder.register_forward_hook(keep_final)
 
     # -- each call -------------------------------------------------------------------------------------------------
+
+    def is_current(self) -> bool:
+        """Whether the stock model is what it was, see `watch`; always of offloaded ones, whose tensors come and go."""
+        return self.offloaded or portrait(self.stock) == self._portrait
 
     def new_cache(self, batch: int, capacity: int) -> SlabCache:
         """Keys and values of `batch` sequences of up to `capacity` rows."""

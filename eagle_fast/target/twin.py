@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+RECORDERS = "transformers.utils.output_capturing"
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
@@ -35,7 +36,7 @@ def _twin(module: nn.Module, modules: dict[int, nn.Module], configs: dict) -> An
         name: None if child is None else _twin(child, modules, configs) for name, child in module._modules.items()
     }
     state["_buffers"] = dict(module._buffers)
-    for name in _HOOKS:
+    for name in HOOKS:
         state[name] = OrderedDict(state[name])
     for name, value in list(state.items()):
         if isinstance(value, types.MethodType) and value.__self__ is module:
@@ -45,6 +46,17 @@ def _twin(module: nn.Module, modules: dict[int, nn.Module], configs: dict) -> An
     if hasattr(module, "config"):
         clone.config = copy.deepcopy(module.config, configs)
     return clone
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    """A module's forward hooks, but those that transformers leaves behind to record outputs, which change nothing."""
+    hooks = (hook for name in HOOKS for hook in vars(module)[name].values() if callable(hook))
+    return [hook for hook in hooks if getattr(hook, "__module__", "") != RECORDERS]
+
+
+def is_touched(module: nn.Module) -> bool:
+    """Whether a twin's module, or one inside it, has hooks or a forward of its own: code that only stock layers run."""
+    return any("forward" in vars(each) or hooks_of(each) for each in module.modules())
 
 
 def is_offloaded(model: nn.Module) -> bool:

@@ -33,7 +33,7 @@ PRIVATE_NAMES = {
     "decoding/processors.py": {"_prefix_allowed_tokens_fn"},
     "hf_generate.py": {"_pad_token_tensor", "_getframe"},
     "target/experts.py": {"_experts_implementation"},
-    "target/interface.py": {"_attn_implementation"},
+    "target/interface.py": {"_attn_implementation", "_getframe"},
     "target/placement.py": {"_no_split_modules"},
     # accelerate, and torch's modules
     "target/twin.py": {
@@ -50,6 +50,7 @@ PRIVATE_NAMES = {
     "target/fused.py": {"_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"},
     "target/longrope.py": {"_modules"},
     "target/shards.py": {"_modules", "_pytree"},
+    "target/watch.py": {"_parameters", "_buffers", "_version"},
     # Python, and our own
     "messages.py": {"_getframe"},
     "model.py": {"_tokenizer_options"},
