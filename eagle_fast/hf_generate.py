@@ -33,7 +33,12 @@ from eagle_fast.target.anatomy import generating_model
 from eagle_fast.target.interface import CACHE_ARGUMENTS
 
 RECORDS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-NOT_TAKEN = ("assistant_model", "custom_generate", "inputs_embeds", "position_ids", "token_type_ids", *CACHE_ARGUMENTS)
+NO_TEXT = ("pixel_values", "pixel_values_videos", "input_features", "input_values")  # images, videos and sounds
+NOT_TAKEN = (
+    *("assistant_model", "custom_generate", "inputs_embeds", "position_ids", "token_type_ids"),
+    *CACHE_ARGUMENTS,
+    *NO_TEXT,
+)
 PREPARED = ("attention_mask", "position_ids", "cache_position", "logits_to_keep", "use_cache", *CACHE_ARGUMENTS)
 
 
@@ -67,7 +72,7 @@ class HFGenerateMixin:
         token ids are ValueErrors. As in transformers, sampling is limited to the best 50 tokens unless top_k= says
         otherwise.
         """
-        taken = [name for name in NOT_TAKEN if kwargs.get(name) is not None]
+        taken = [name for name in NOT_TAKEN if not _says_nothing(kwargs.get(name))]
         if taken:
             raise ValueError(f"{', '.join(taken)}: not possible with speculative decoding; call base_model.generate")
         if kwargs.get("cache_implementation") == "paged":
@@ -175,9 +180,16 @@ def _check_supported(generation_config) -> None:
         raise ValueError(f"{', '.join(wanted)}: not recorded during speculative decoding; call base_model.generate")
 
 
+def _says_nothing(value: Any) -> bool:
+    """Whether an input is as good as none: what wrappers of several modalities get with text alone."""
+    if isinstance(value, torch.Tensor):
+        return not value.is_floating_point() and not value.any()  # token types of text
+    return value is None or value == {}
+
+
 def _check_inputs(model_kwargs: dict) -> None:
     """Inputs of the model that would change its text, and that rounds don't have."""
-    names = [name for name, value in model_kwargs.items() if value is not None and name not in PREPARED]
+    names = [name for name, value in model_kwargs.items() if name not in PREPARED and not _says_nothing(value)]
     for name in CACHE_ARGUMENTS:
         if model_kwargs.get(name) is not None and model_kwargs[name].get_seq_length():
             names.append(name)

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 
 from eagle_fast.head import DraftHead, read_head
 from eagle_fast.head.files import can_only_be_a_path
-from eagle_fast.messages import warn_user
+from eagle_fast.messages import listed, warn_user
 from eagle_fast.target.anatomy import Anatomy
 from eagle_fast.target.placement import (
     GIB,
@@ -72,7 +72,14 @@ def load_target(
             raise ValueError(f"{names} cannot change a model that is loaded already: pass them where you load it")
         return cast(PreTrainedModel, path_or_model)
     path = known_path("base_model_path", path_or_model)
-    model = AutoModelForCausalLM.from_pretrained(path, **options, **_placement(path, device_map, max_memory, options))
+    placement = _placement(path, device_map, max_memory, options)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options, **placement)
+    model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
+    if info["missing_keys"]:
+        raise ValueError(
+            f"base_model_path={path!r} lacks tensors of {type(model).__name__}, which would be random: "
+            f"{listed(sorted(info['missing_keys']))}; is it complete, and no draft head?"
+        )
     if Anatomy(model).softcap and "attn_implementation" not in options:
         model.set_attn_implementation("eager")  # the default, SDPA, leaves the softcap out
     return model

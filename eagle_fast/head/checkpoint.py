@@ -119,6 +119,16 @@ def _check_tensors(tensors: dict[str, Tensor], config: HeadConfig) -> None:
             problems.append(f"{name} is {list(tensors[name].shape)}, expected {list(expected[name])}")
     if problems:
         raise ValueError(f"not a complete {config.kind} head: {'; '.join(problems)}")
+    broken = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
+    if broken:
+        raise ValueError(f"{listed(broken)}: NaN or infinite, so nothing could be drafted; the file is damaged")
+    matrices = {name: tensor for name, tensor in tensors.items() if tensor.dim() == 2}
+    if _is_constant(tensors.get("lm_head.weight")) or all(map(_is_constant, matrices.values())):
+        raise ValueError("lm_head or all weights hold one number throughout, so nothing could be drafted: not trained?")
+
+
+def _is_constant(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all())
 
 
 def write_head(folder: str | Path, checkpoint: HeadCheckpoint) -> None:

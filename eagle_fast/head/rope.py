@@ -8,6 +8,7 @@ Old and new configs spell them differently: `rope_theta` beside `rope_scaling {t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,6 +44,8 @@ def rope_parameters(settings: Mapping[str, Any], theta: float | None = None) -> 
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     rope["rope_type"] = _ALIASES.get(kind, kind)
     rope["rope_theta"] = float(theta or scaling.get("rope_theta") or settings.get("rope_theta") or DEFAULT_THETA)
+    if not (math.isfinite(rope["rope_theta"]) and rope["rope_theta"] > 0):
+        raise ValueError(f"rope_theta is {rope['rope_theta']}: use a positive number, 10000 if the head was trained so")
     if settings.get("partial_rotary_factor") is not None:
         rope.setdefault("partial_rotary_factor", settings["partial_rotary_factor"])
     if rope["rope_type"] not in _REQUIRED:

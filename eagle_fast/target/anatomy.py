@@ -193,6 +193,16 @@ def check_wrapper(model: Any) -> None:
         )
 
 
+def check_linears(model: nn.Module) -> None:
+    """UnsupportedModel for linear layers whose rows depend on each other: bitsandbytes' int8 with a threshold."""
+    for name, module in model.named_modules():
+        if getattr(getattr(module, "state", None), "threshold", 0) and type(module).__name__ == "Linear8bitLt":
+            raise UnsupportedModel(
+                f"{name} is bitsandbytes int8 with a threshold: it picks outlier columns over all rows together, so no "
+                "token's result is its own; load it with BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)"
+            )
+
+
 def token_settings(model: PreTrainedModel, name: str) -> list[Any]:
     """What generation config and config say of special tokens, as "eos_token_id": each None, an id, or several ids."""
     sources = getattr(model, "generation_config", None), Anatomy(model).text

@@ -24,6 +24,7 @@ from eagle_fast.messages import warn_user
 from eagle_fast.target.anatomy import (
     Anatomy,
     UnsupportedModel,
+    check_linears,
     check_wrapper,
     decoder_layers,
     learned_positions,
@@ -84,6 +85,7 @@ class Target:
         draft_device: torch.device | None = None,
     ):
         check_wrapper(model)
+        check_linears(model)
         self.anatomy = Anatomy(model)
         self.capped = attention_of(model) != "sdpa"  # SDPA has no softcap: such a model runs without it
         self.model = twin(model)
