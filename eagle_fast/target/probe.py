@@ -38,7 +38,7 @@ def _run_a_token(model: PreTrainedModel, found: Recording, device: torch.device)
         with torch.no_grad():
             out = model(input_ids=token, position_ids=torch.zeros_like(token), use_cache=True, **cache)
             return out.logits.device
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         what = f"{type(error).__name__}: {error}"
         raise UnsupportedModel(f"{name} needs masks or a cache that it builds itself ({what})") from error
 
