@@ -41,6 +41,14 @@ _BASE = dict(
 )
 _MOE = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=48)
 _SHARED = dict(shared_expert_intermediate_size=48, decoder_sparse_step=1)
+_LLAMA4 = dict(
+    num_local_experts=4,
+    num_experts_per_tok=1,
+    head_dim=16,
+    intermediate_size_mlp=96,
+    attention_chunk_size=8,
+    interleave_moe_layer_step=2,
+)
 _GPT = dict(n_embd=HIDDEN, n_layer=LAYERS, n_head=4, n_positions=1024)
 _GRANITE = dict(embedding_multiplier=12.0, residual_multiplier=0.5, attention_multiplier=0.25, logits_scaling=8.0)
 _ONE_FULL_IN_TWO = dict(sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"] * 3)
@@ -87,22 +95,10 @@ FAMILIES: dict[str, dict] = {
     "olmoe": dict(**_MOE),
     "granitemoe": dict(**_MOE, **_GRANITE),
     "gpt_oss": dict(**_MOE, **_ONE_FULL_IN_TWO, head_dim=16, rope_parameters=_YARN),
-    "llama4_text": dict(
-        num_local_experts=4,
-        num_experts_per_tok=1,
-        head_dim=16,
-        intermediate_size_mlp=96,
-        attention_chunk_size=8,
-        interleave_moe_layer_step=2,
-    ),
+    "llama4_text": dict(**_LLAMA4),
     "llama4_temperature": dict(
+        **_LLAMA4,
         of="llama4_text",
-        num_local_experts=4,
-        num_experts_per_tok=1,
-        head_dim=16,
-        intermediate_size_mlp=96,
-        attention_chunk_size=8,
-        interleave_moe_layer_step=2,
         no_rope_layers=[1, 0, 1, 0, 1, 0],
         attn_temperature_tuning=True,
         floor_scale=5,
