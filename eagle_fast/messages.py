@@ -7,14 +7,19 @@ import warnings
 from collections.abc import Iterable
 
 PACKAGE = __name__.partition(".")[0]
+DECORATORS = ("contextlib", "torch.utils._contextlib")  # whose frames lie between ours
 
 
 def warn_user(message: str) -> None:
     """A UserWarning at the first line up the stack that is not this package's."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == PACKAGE:
+    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] == PACKAGE or module in DECORATORS
 
 
 def listed(names: Iterable[str], most: int = 8) -> str:

@@ -36,9 +36,17 @@ from eagle_fast.loading import (
     modern_options,
     runs_in_int8,
 )
+from eagle_fast.messages import warn_user
 from eagle_fast.target import Target
+from eagle_fast.target.check import checked_target
 from eagle_fast.target.interface import cache_argument
 from eagle_fast.target.placement import device_map_of, resolve_device, warn_if_slow
+from eagle_fast.target.turns import autocast_on, own_precision
+
+AUTOCAST = (
+    "torch.autocast is on and does not apply: the model decodes in the precision of its weights; load it with dtype= "
+    "for another"
+)
 
 
 class EaModel(HFGenerateMixin, nn.Module):
@@ -53,6 +61,7 @@ class EaModel(HFGenerateMixin, nn.Module):
     replaced modules and tensors, weights edited in place. A call under way goes on with what it began with.
     """
 
+    @own_precision()
     def __init__(
         self, base_model: PreTrainedModel, ea_layer: DraftHead, *, tree: TreeConfig | None = None, name: str = ""
     ):
@@ -71,6 +80,7 @@ class EaModel(HFGenerateMixin, nn.Module):
         warn_if_slow(base_model)
 
     @classmethod
+    @own_precision()
     def from_pretrained(
         cls,
         use_eagle3: bool | None = None,
@@ -256,12 +266,13 @@ class EaModel(HFGenerateMixin, nn.Module):
     # -- behind them -----------------------------------------------------------------------------------------------
 
     def _new_target(self) -> Target:
-        target = Target(self.base_model, tuple(self.ea_layer.config.feature_layers), self.ea_layer.device)
-        target.model.eval()  # the twin's mode; the user's model keeps its own
-        return target
+        boundaries = tuple(self.ea_layer.config.feature_layers)
+        return checked_target(self.base_model, boundaries, self.ea_layer.device, self.tree.total_token)
 
     def _follow(self) -> None:
         """Before a call: where base_model was changed since the last one, work with what it is now."""
+        if autocast_on():
+            warn_user(AUTOCAST)
         with self.target.turn():
             if self.target.is_current():
                 return

@@ -171,10 +171,13 @@ def placed_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def learned_positions(decoder: nn.Module) -> int | None:
-    """Rows of a learned position table, which bounds the sequence; None for relative or rotary positions."""
+    """Rows of a table of positions, learned or not, which bounds the sequence; None for those that are computed."""
     for name, module in decoder.named_modules():
         if name.rpartition(".")[2] in POSITION_TABLES and isinstance(module, nn.Embedding):
             return module.num_embeddings - getattr(module, "offset", 0)
+    for name, table in decoder.named_buffers():
+        if name.rpartition(".")[2] in POSITION_TABLES and table.dim() == 2:
+            return len(table)
     return None
 
 
@@ -299,6 +302,11 @@ def is_rotary(name: str, module: nn.Module) -> bool:
     return "rotary" in name.rpartition(".")[2] and not list(module.parameters())
 
 
+def recomputes_frequencies(module: Any) -> bool:
+    """Whether a rotary embedding sets its frequencies anew while it runs, by the length of the text."""
+    return any(kind in str(getattr(module, "rope_type", "")) for kind in ("longrope", "dynamic"))
+
+
 class LongRopeTables(NamedTuple):
     """The two sets of frequencies of a longrope module, and the factor on cos and sin."""
 
@@ -323,3 +331,13 @@ def longrope_tables(stock: Any, switch: int) -> LongRopeTables:
     long = stock.inv_freq.clone()
     stock(probe, torch.zeros(1, 1, dtype=torch.long, device=device))
     return LongRopeTables(stock.inv_freq.clone(), long, stock.attention_scaling)
+
+
+def alpha_rope_modules(model: nn.Module) -> Iterator[Any]:
+    """The rotary embeddings of Hunyuan: their config says "dynamic", but with an `alpha` their frequencies are fixed.
+    Before 5.23, transformers computes them anew all the same, past `max_position_embeddings`."""
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        rotary = type(module).__name__.startswith("HunYuan") and hasattr(module, "rope_type")
+        if rotary and config.rope_parameters.get("alpha"):
+            yield module

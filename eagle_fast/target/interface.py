@@ -85,6 +85,11 @@ def use_our_attention(model: PreTrainedModel) -> None:
     model.config._attn_implementation = _EAGLE
 
 
+def use_eager_attention(model: PreTrainedModel) -> None:
+    """Let a twin attend as its own plain code does."""
+    model.config._attn_implementation = "eager"
+
+
 def _eagle_attention(
     module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, sliding_window=None, **_
 ):
@@ -229,6 +234,45 @@ class RecordingCache(SlabCache):
         if isinstance(caller, nn.Module):
             self.asked_by.append(caller)
         return 0
+
+
+class PrefixCache(SlabCache):
+    """A cache as stock attention knows it, behind a prefix that nobody computed: the first rows of a slab of one
+    sequence. `length`: rows in front of the running forward, which its caller keeps."""
+
+    def __init__(self, slab: KVSlab, length: int):
+        super().__init__(slab, {}, {})
+        self.prefix = self.length = length
+        self.given: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # what came behind the prefix, by layer
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """Append k, v [B, Hkv, T, D]; returns all rows [B, Hkv, length + T, D]."""
+        keys, values = key_states, value_states
+        if layer_idx in self.given:
+            keys, values = _behind(self.given[layer_idx][0], keys), _behind(self.given[layer_idx][1], values)
+        self.given[layer_idx] = keys, values
+        return self._after_prefix(self.slab.keys[layer_idx], keys), self._after_prefix(
+            self.slab.values[layer_idx], values
+        )
+
+    def _after_prefix(self, stored: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return _behind(stored[:, :, : self.prefix].expand(len(rows), -1, -1, -1), rows)
+
+    def get_seq_length(self, *args, **kwargs) -> int:
+        return self.length
+
+    get_query_offset = get_seq_length
+
+    def get_mask_sizes(self, query_length: int, *args, **kwargs) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+
+def _behind(rows: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
+    return torch.cat([rows, more], 2)
 
 
 def cache_argument(module: nn.Module) -> str:

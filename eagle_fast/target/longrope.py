@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from eagle_fast.target.anatomy import longrope_modules, longrope_tables
+from eagle_fast.target.anatomy import alpha_rope_modules, longrope_modules, longrope_tables
 
 
 class LongRope(nn.Module):
@@ -46,3 +46,11 @@ def freeze_longrope(model: nn.Module, switch: int) -> None:
     """Replace every longrope module of `model`; switch: the length past which sequences use long frequencies."""
     for parent, name, stock in longrope_modules(model):
         parent._modules[name] = LongRope(stock, switch)
+
+
+def freeze_alpha_rope(model: nn.Module) -> bool:
+    """Keep a twin's rotary embeddings of Hunyuan's kind as they are, see `alpha_rope_modules`; False if it has none."""
+    found = list(alpha_rope_modules(model))
+    for module in found:
+        module.rope_type = "ntk_alpha"
+    return bool(found)

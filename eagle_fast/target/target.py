@@ -31,6 +31,7 @@ from eagle_fast.target.anatomy import (
     take_temperature,
 )
 from eagle_fast.target.experts import ExpertChoice
+from eagle_fast.target.features import Features
 from eagle_fast.target.fused import Handover, fuse_layers
 from eagle_fast.target.interface import (
     AttentionCall,
@@ -42,11 +43,19 @@ from eagle_fast.target.interface import (
     cache_argument,
     use_our_attention,
 )
-from eagle_fast.target.longrope import LongRope, freeze_longrope
+from eagle_fast.target.longrope import LongRope, freeze_alpha_rope, freeze_longrope
 from eagle_fast.target.probe import probe
 from eagle_fast.target.shards import Shard, connect, shards_of
 from eagle_fast.target.turns import Turns
-from eagle_fast.target.twin import drop_accelerate_hooks, execution_device, is_offloaded, is_touched, twin
+from eagle_fast.target.twin import (
+    drop_accelerate_hooks,
+    execution_device,
+    is_offloaded,
+    is_touched,
+    run_first_forward,
+    twin,
+    uncompiled,
+)
 from eagle_fast.target.watch import portrait
 
 NO_SOFTCAP = (
@@ -56,6 +65,10 @@ NO_SOFTCAP = (
 OFFLOADED = (
     "some of the weights lie on the CPU or on disk: accelerate brings them in for every forward, and rounds run many "
     "times slower, without CUDA graphs and fused layers"
+)
+CHANGES_ITSELF = (
+    "a hook changes the model on every forward, which a copy of its modules cannot follow: take the hook off, or let "
+    "it change hidden states only"
 )
 LAYER_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 
@@ -76,6 +89,7 @@ class Target:
     The model may lie on several devices, with one for each layer. `device` is that of the logits, `input_device` that
     of the embedding, `devices` are all of them, that of the logits first. Raises UnsupportedModel.
     turn: a context to launch forwards in, see `Turns`.
+    fuse: False leaves every decoder layer to the stock code.
     """
 
     def __init__(
@@ -83,9 +97,14 @@ class Target:
         model: PreTrainedModel,
         feature_layers: tuple[int, ...] = (),
         draft_device: torch.device | None = None,
+        *,
+        fuse: bool = True,
     ):
+        model = uncompiled(model)
         check_wrapper(model)
         check_linears(model)
+        run_first_forward(model)
+        before = portrait(model)
         self.anatomy = Anatomy(model)
         self.capped = attention_of(model) != "sdpa"  # SDPA has no softcap: such a model runs without it
         self.model = twin(model)
@@ -100,20 +119,22 @@ class Target:
         found = decoder_layers(self.decoder, self.anatomy.num_layers)
         calls, self.device = probe(self.model, found and found[1], self.input_device)
         self.transfers.forget()
+        if not self.offloaded and portrait(model) != before:
+            raise UnsupportedModel(CHANGES_ITSELF)
         self.devices = distinct([self.device, *devices])
         self.layer_shapes = [call.stored for call in calls]
         self.contexts = {device: AttentionContext() for device in distinct(shape.device for shape in self.layer_shapes)}
+        self.bindings: list[LayerBinding] = []  # of the layers
         self._bind(calls)
         self.handover = Handover()
         if not self.offloaded:
-            self.handover = fuse_layers(self._decoder_layers(), self.decoder, self.touched)
+            if fuse:
+                self.handover = fuse_layers(self.decoder_layers, self.decoder, self.touched)
             use_few_rows_linear(self.model)
         lm_head = model.get_output_embeddings()
         self.vocab_size, self.dtype = lm_head.weight.shape[0], lm_head.weight.dtype
         self.draft_device = draft_device or self.device
-        self._taken: dict[int, torch.Tensor] = {}
-        self._order = feature_layers
-        self._take_features()
+        self.features = Features(self.decoder, self.decoder_layers, feature_layers, self.transfers, self.draft_device)
         self.max_positions = learned_positions(self.decoder)
         self.turn = Turns([*self.devices, self.draft_device])
         self.stock, self._portrait = model, portrait(model)
@@ -123,7 +144,7 @@ class Target:
     def _check_rope(self) -> int | None:
         """The sequence length at which longrope models switch their frequencies; None for all others."""
         types = self.anatomy.rope_types
-        if "dynamic" in types:
+        if "dynamic" in types and not freeze_alpha_rope(self.model):
             raise UnsupportedModel(
                 "its rotary embedding is dynamic NTK: keys depend on the length at which they were computed, so there "
                 "is no single exact output; load it with another rope_type"
@@ -141,9 +162,9 @@ class Target:
             self.input_device = execution_device(self.model)
             return [self.input_device, torch.device("cpu")]
         drop_accelerate_hooks(self.model)
-        self.touched = {module for module in self.model.modules() if is_touched(module)}
+        self.touched: set[nn.Module] = {module for module in self.model.modules() if is_touched(module)}
         self.input_device = cast(torch.device, self.model.get_input_embeddings().weight.device)
-        self.shards = shards_of(self._decoder_layers())
+        self.shards = shards_of(self.decoder_layers)
         local = distinct([self.input_device, *(shard.device for shard in self.shards)])
         return connect(self.model, self.transfers, local)
 
@@ -161,7 +182,8 @@ class Target:
             chunk = self.anatomy.chunk if kind == "chunked_attention" else None
             context = self.contexts[call.stored.device]
             temperature = self.temperatures[call.module]
-            bind(call.module, LayerBinding(context, window or 0, chunk or 0, self.capped, temperature))
+            self.bindings.append(LayerBinding(context, window or 0, chunk or 0, self.capped, temperature))
+            bind(call.module, self.bindings[-1])
         use_our_attention(self.model)
 
     def _layer_kinds(self) -> list[str]:
@@ -171,40 +193,13 @@ class Target:
             raise UnsupportedModel(f"layers of type {unknown} keep a state that cannot branch into a tree")
         return kinds
 
-    def _decoder_layers(self) -> nn.ModuleList:
+    @property
+    def decoder_layers(self) -> nn.ModuleList:
+        """Of the twin. Raises UnsupportedModel where none are found."""
         found = decoder_layers(self.decoder, self.anatomy.num_layers)
         if found is None:
             raise UnsupportedModel("no list of decoder layers was found")
         return found[1]
-
-    def _take_features(self) -> None:
-        """Keep, on each forward, the hidden states that the draft head reads."""
-        layers = self._decoder_layers()
-
-        def keep(boundary, hidden):
-            self._taken[boundary] = self.transfers.to(hidden, self.draft_device)
-
-        def keep_input(boundary):
-            def hook(module, args, kwargs):
-                keep(boundary, args[0] if args else kwargs["hidden_states"])
-
-            return hook
-
-        def keep_output(module, args, output):
-            keep(len(layers), output[0] if isinstance(output, tuple) else output)
-
-        def keep_final(module, args, output):
-            keep(-1, output[0])
-
-        for boundary in set(self._order):
-            if not 0 <= boundary <= len(layers):
-                raise ValueError(f"feature layer {boundary}: the target has boundaries 0 to {len(layers)}")
-            if boundary == len(layers):
-                layers[-1].register_forward_hook(keep_output)
-            else:
-                layers[boundary].register_forward_pre_hook(keep_input(boundary), with_kwargs=True, prepend=True)
-        if not self._order:
-            self.decoder.register_forward_hook(keep_final)
 
     # -- each call -------------------------------------------------------------------------------------------------
 
@@ -276,7 +271,7 @@ class Target:
             self.transfers.forget()
             self.handover.clear()
             self.experts.restore()
-            self._taken = {}
+            self.features.clear()
 
     # -- behind them -----------------------------------------------------------------------------------------------
 
@@ -307,8 +302,4 @@ class Target:
         for local in positions.values():
             self.transfers.provide(first, local)
         out = module(input_ids=tokens, position_ids=first, use_cache=True, **{cache_argument(module): cache})
-        return out, self._features()
-
-    def _features(self) -> torch.Tensor:
-        taken = self._taken
-        return torch.cat([taken[k] for k in self._order], -1) if self._order else taken[-1]
+        return out, self.features.take()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -24,7 +24,7 @@ class Turns:
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """Hold the lock and launch. What was launched in earlier turns, on whatever streams, runs first."""
-        with self.lock:
+        with self.lock, own_precision():
             streams = {device: torch.cuda.current_stream(device) for device in self.launched}
             for device, stream in streams.items():
                 stream.wait_event(self.launched[device])
@@ -33,3 +33,17 @@ class Turns:
             finally:
                 for device, stream in streams.items():
                     self.launched[device].record(stream)
+
+
+@contextmanager
+def own_precision() -> Iterator[None]:
+    """Without `torch.autocast`: a model decodes in its own precision, and a captured round cannot have two."""
+    with ExitStack() as stack:
+        for device_type in autocast_on():
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
+
+
+def autocast_on() -> list[str]:
+    """The types of devices that `torch.autocast` is on for."""
+    return [device_type for device_type in ("cpu", "cuda") if torch.is_autocast_enabled(device_type)]

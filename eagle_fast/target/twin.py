@@ -11,6 +11,8 @@ import copy
 import functools
 import types
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 import torch
@@ -19,6 +21,7 @@ from transformers import PreTrainedModel
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 RECORDERS = "transformers.utils.output_capturing"
+COMPILED_FROM = "_torchdynamo_orig_callable"
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
@@ -27,6 +30,7 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _twin(module: nn.Module, modules: dict[int, nn.Module], configs: dict) -> Any:
+    module = uncompiled(module)
     if id(module) in modules:
         return modules[id(module)]
     clone = copy.copy(module)
@@ -38,14 +42,34 @@ def _twin(module: nn.Module, modules: dict[int, nn.Module], configs: dict) -> An
     state["_buffers"] = dict(module._buffers)
     for name in HOOKS:
         state[name] = OrderedDict(state[name])
+    state.pop("_compiled_call_impl", None)
     for name, value in list(state.items()):
+        value = state[name] = getattr(value, COMPILED_FROM, value) if name == "forward" else value
         if isinstance(value, types.MethodType) and value.__self__ is module:
             state[name] = types.MethodType(value.__func__, clone)
         elif isinstance(value, functools.partial) and value.args[:1] == (module,):
             state[name] = functools.partial(value.func, clone, *value.args[1:], **value.keywords)
+    if getattr(state.get("forward"), "__func__", None) is type(module).forward:
+        del state["forward"]  # it was compiled
     if hasattr(module, "config"):
         clone.config = copy.deepcopy(module.config, configs)
     return clone
+
+
+def uncompiled(module: Any) -> Any:
+    """What `torch.compile` was given, where it made a module of its own of it."""
+    while type(module).__name__ == "OptimizedModule":
+        module = module._orig_mod
+    return module
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a module, or one inside it, was given to `torch.compile`: their twin runs what they were made of."""
+    for module in model.modules():
+        inplace = vars(module).get("_compiled_call_impl") is not None
+        if inplace or uncompiled(module) is not module or hasattr(vars(module).get("forward"), COMPILED_FROM):
+            return True
+    return False
 
 
 def hooks_of(module: nn.Module) -> list[Any]:
@@ -54,9 +78,44 @@ def hooks_of(module: nn.Module) -> list[Any]:
     return [hook for hook in hooks if getattr(hook, "__module__", "") != RECORDERS]
 
 
+def global_hooks() -> list[Any]:
+    """Hooks of all modules there are."""
+    torchs = nn.modules.module
+    return [*torchs._global_forward_hooks.values(), *torchs._global_forward_pre_hooks.values()]
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a module does not run what its class was written with: a forward was put on it, or on its class."""
+    owner: Any = next(each for each in type(module).__mro__ if "forward" in vars(each))
+    return "forward" in vars(module) or owner.forward.__module__ != owner.__module__
+
+
 def is_touched(module: nn.Module) -> bool:
     """Whether a twin's module, or one inside it, has hooks or a forward of its own: code that only stock layers run."""
-    return any("forward" in vars(each) or hooks_of(each) for each in module.modules())
+    return bool(global_hooks()) or any(has_own_forward(each) or hooks_of(each) for each in module.modules())
+
+
+def run_first_forward(model: Any) -> None:
+    """Run a token through a model with hooks, before it has a twin: some hooks prepare it on its first forward and
+    leave it then (compressed-tensors unpacks weights so), and on a twin they would leave the wrong one."""
+    if is_offloaded(model) or not any(hooks_of(module) for module in model.modules()):
+        return
+    token = torch.ones(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    with torch.no_grad(), evaluating(model), suppress(Exception):  # what ails it, its twin says as well
+        model(input_ids=token, use_cache=False)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A user's model without dropout for the time of the block."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def is_offloaded(model: nn.Module) -> bool:
@@ -72,6 +131,11 @@ def execution_device(model: Any) -> torch.device:
 def stored_weight(module: Any) -> torch.Tensor:
     """A module's weight, wherever it is stored while no forward runs."""
     return module._hf_hook.weights_map["weight"] if module.weight.is_meta else module.weight
+
+
+def has_accelerate_hooks(model: nn.Module) -> bool:
+    """Whether accelerate moves the inputs of modules to where they are."""
+    return any("_hf_hook" in module.__dict__ for module in model.modules())
 
 
 def drop_accelerate_hooks(model: nn.Module) -> None:

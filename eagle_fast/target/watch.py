@@ -2,54 +2,70 @@
 
 A twin shares every weight, so weights that are edited in place are the twin's too. What it does not share is listed
 here, module by module: which modules there are, their hooks and own forwards, which tensors they hold, their plain
-attributes (the active adapters of PEFT are among them), and versions of the biases, of which fused layers hold copies.
+attributes (the active adapters of PEFT are among them), and versions of biases and rotary frequencies, of which twins
+may hold copies.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from eagle_fast.target.anatomy import is_rotary
-from eagle_fast.target.twin import hooks_of
+from eagle_fast.target.anatomy import recomputes_frequencies
+from eagle_fast.target.twin import global_hooks, hooks_of
 
 _PLAIN = (str, int, float, bool, type(None))
+_COPIED = ("bias", "inv_freq")
 _TORCHS_OWN = frozenset(vars(nn.Module())) - {"_parameters", "_buffers"}  # `training` among them
 
 
 def portrait(model: nn.Module) -> list[list[Any]]:
     """What must stay as it is. Two portraits are equal if the twin made at one is right at the other.
 
-    Rotary embeddings are left out, which stock forwards change; and so are what a whole model notes of its last call.
+    Left out are the frequencies that stock forwards set anew, and what a whole model notes of its last call.
     """
-    return [_of_module(module) for name, module in model.named_modules() if not is_rotary(name, module)]
+    found = [_of_module(module) for module in model.modules()]
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    return [global_hooks(), *found, *map(_of_config, configs.values())]
 
 
 def _of_module(module: nn.Module) -> list[Any]:
-    found: list[Any] = [id(module), *hooks_of(module)]  # the hooks themselves: an id may be used again
+    # the hooks and functions themselves: an id may be used again
+    found: list[Any] = [id(module), type(module).forward, *hooks_of(module), module.__dict__.get("forward")]
+    if recomputes_frequencies(module):
+        return found
     whole = isinstance(module, PreTrainedModel)
     for name, value in module.__dict__.items():
         if name in _TORCHS_OWN:
             continue
         if name in ("_parameters", "_buffers"):
             found += [_of_tensor(key, tensor) for key, tensor in value.items() if tensor is not None]
-        elif name == "forward":
-            found.append(value)
         elif whole:
             continue
-        elif isinstance(value, _PLAIN):
+        elif isinstance(value, _PLAIN) or callable(value):
             found.append((name, value))
         elif isinstance(value, (list, tuple, dict)):
             found.append((name, _plain(value)))
     return found
 
 
+def _of_config(config: Any) -> list[Any]:
+    found: list[Any] = []
+    for name, value in vars(config).items():
+        if isinstance(value, _PLAIN):
+            found.append((name, value))
+        elif isinstance(value, (list, tuple, dict)):
+            found.append((name, copy.deepcopy(value)))
+    return found
+
+
 def _of_tensor(name: str, tensor: torch.Tensor) -> tuple:
     place = tensor.data_ptr() if type(tensor.data) is torch.Tensor else 0
-    return name, id(tensor), place, tensor._version if name == "bias" else 0
+    return name, id(tensor), place, tensor._version if name.endswith(_COPIED) else 0
 
 
 def _plain(value: Any) -> Any:

@@ -38,7 +38,8 @@ PRIVATE_NAMES = {
     # accelerate, and torch's modules
     "target/twin.py": {
         "_hf_hook", "_old_forward", "_modules", "_buffers", "_forward_hooks", "_forward_hooks_with_kwargs",
-        "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+        "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_global_forward_hooks", "_global_forward_pre_hooks",
+        "_compiled_call_impl", "_orig_mod", "_torchdynamo_orig_callable",
     },
     # torch
     "decoding/graph.py": {"_cuda_endAllocateToPool", "_cuda_releasePool"},
@@ -49,6 +50,7 @@ PRIVATE_NAMES = {
     "target/anatomy.py": {"_modules", "_parameters"},
     "target/fused.py": {"_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"},
     "target/longrope.py": {"_modules"},
+    "target/reference.py": {"_buffers", "_parameters"},
     "target/shards.py": {"_modules", "_pytree"},
     "target/watch.py": {"_parameters", "_buffers", "_version"},
     # Python, and our own

@@ -122,6 +122,12 @@ FAMILIES: dict[str, dict] = {
     "glm4": dict(head_dim=16),
     "exaone4": dict(**_ONE_FULL_IN_TWO),
     "seed_oss": dict(head_dim=16),
+    "hunyuan_alpha": dict(
+        of="hunyuan_v1_dense",
+        head_dim=16,
+        max_position_embeddings=32768,
+        rope_parameters=dict(rope_type="dynamic", rope_theta=10000.0, factor=1.0, alpha=50.0),
+    ),
     "starcoder2": dict(sliding_window=None),
     "stablelm": {},
     "gpt2": dict(**_GPT),

@@ -19,7 +19,7 @@ def left_behind(target):
         *(each for each in [*contexts, target.handover.hidden, target.handover.normed] if each is not None),
         *(rope.long_rows for rope in target.long_ropes if rope.long_rows is not None),
         *target.transfers._sent,
-        *target._taken,
+        *target.features.taken,
     ]
 
 

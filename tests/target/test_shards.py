@@ -131,7 +131,7 @@ def test_copies_of_a_round(name, placement):
         assert {each.shape for each in hidden} == {(1, state.num_nodes, 64)}
         shards = decoder.target.shards
         boundaries = sum(before.device != after.device for before, after in itertools.pairwise(shards))
-        assert len(hidden) <= boundaries + 2 + len(decoder.target._order)
+        assert len(hidden) <= boundaries + 2 + len(decoder.target.features.order)
 
 
 def test_copies_of_a_prompt_chunk(monkeypatch):
@@ -197,7 +197,7 @@ def test_a_fault_inside_a_shard_leaves_the_model_usable():
         ids = prompt(11, torch.device("cpu"))
         expected = single.eagenerate(ids, max_new_tokens=8)
         for passes in (0, 1):
-            failing = decoder.target._decoder_layers()[4].register_forward_pre_hook(failing_after(passes))
+            failing = decoder.target.decoder_layers[4].register_forward_pre_hook(failing_after(passes))
             with pytest.raises(torch.OutOfMemoryError, match="fifth layer"):
                 decoder.eagenerate(ids, max_new_tokens=8)
             failing.remove()
