@@ -87,7 +87,7 @@ class Outputs(NamedTuple):
     """What a model computed of R rows."""
 
     layers: list[Tensor]  # [R, H] each
-    logits: Tensor  # [R or fewer, V]: those of the last rows
+    logits: Tensor  # [R - PROMPT, V]: those of the nodes
 
 
 class _Check:
@@ -118,10 +118,10 @@ class _Check:
     # -- what is computed ------------------------------------------------------------------------------------------
 
     def _of_the_model(self, model: Any, start: int, token_by_token: bool = False) -> Outputs:
-        """What a stock model says of the rows behind `start` others, in the twin's order."""
+        """What a stock model says of the rows behind `start` others, in the twin's order: see `_rows`."""
         paths = torch.stack([self.nodes[0, list(path)] for path in (ACCEPTED, OTHER)])
         texts = torch.cat([self.prompt.expand(2, -1), paths, self.after.expand(2, -1)], 1)
-        texts = texts.to(self.target.input_device)
+        texts = texts[: 1 if start else 2].to(self.target.input_device)
         cache = PrefixCache(self.cache.slab, start)
         parts = texts.split([PROMPT, *[1] * DECODED], 1) if token_by_token else [texts]
         layers = decoder_layers(model, self.target.anatomy.num_layers)
@@ -130,11 +130,13 @@ class _Check:
         with _outputs(layers[1]) as found:
             for part in parts:
                 positions = torch.arange(cache.length, cache.length + part.shape[1], device=part.device)
-                positions = positions.expand(2, -1)
+                positions = positions.expand(len(texts), -1)
                 out = model(input_ids=part, position_ids=positions, use_cache=True, **{cache_argument(model): cache})
                 logits.append(out.logits)
                 cache.length += part.shape[1]
-        return Outputs([torch.cat(each, 1)[TEXT, PLACE] for each in found], torch.cat(logits, 1)[TEXT, PLACE])
+        rows = _rows(start)
+        at = [TEXT[row] for row in rows], [PLACE[row] for row in rows]
+        return Outputs([torch.cat(each, 1)[at] for each in found], torch.cat(logits, 1)[at][PROMPT:])
 
     def _of_the_twin(self, start: int) -> Outputs:
         """What the twin says of a prompt behind `start` other rows, and of both trees: verify, compact, verify."""
@@ -148,9 +150,10 @@ class _Check:
             cache.slab.compact(path, torch.full_like(length, len(ACCEPTED)), length, target.transfers)
             target.transfers.forget()
             second = target.verify(*self._tree(self.after, range(-1, AFTER - 1), length + len(ACCEPTED)), cache)
-        counts = PROMPT, NODES, AFTER
-        layers = [torch.cat([out[0, :n] for out, n in zip(each, counts, strict=True)]) for each in found]
-        return Outputs(layers, torch.cat([first.logits[0, :NODES], second.logits[0, :AFTER]]))
+        counts, rows = (PROMPT, NODES, AFTER), _rows(start)
+        layers = [torch.cat([out[0, :n] for out, n in zip(each, counts, strict=True)])[rows] for each in found]
+        logits = torch.cat([first.logits[0, :NODES], second.logits[0, :AFTER]])
+        return Outputs(layers, logits[[row - PROMPT for row in rows if row >= PROMPT]])
 
     def _tree(self, tokens: Tensor, parents: Any, lengths: Tensor) -> tuple[Tensor, TreeStep]:
         """(tokens [1, T], step) of a tree whose first nodes are given; the rest are children of the root."""
@@ -218,12 +221,17 @@ class _Check:
     def _distances(self, ours: Outputs, theirs: Outputs) -> list[list[float]]:
         """Of each layer's rows and of the logits', relative to their length; nothing of rows that overflow."""
         pairs = [*zip(ours.layers, theirs.layers, strict=True)]
-        pairs.append((ours.logits, theirs.logits[-len(ours.logits) :]))
+        pairs.append((ours.logits, theirs.logits))
         return [distance.tolist() for distance in [_distance(*pair) for pair in pairs]]
 
     def _typical(self, distances: list[float]) -> float:
         """The largest; where rows are routed to experts the median, as a rounding may send a row elsewhere."""
         return sorted(distances)[len(distances) // 2] if self.routed else max(distances)
+
+
+def _rows(start: int) -> list[int]:
+    """Those of the twin's rows that are compared: all at the start of a text, else the accepted path's."""
+    return [row for row, text in enumerate(TEXT) if not (start and text)]
 
 
 def _runnable(target: Target) -> PreTrainedModel:
@@ -245,8 +253,8 @@ def _distance(ours: Tensor, theirs: Tensor) -> Tensor:
 
 
 def _message(name: str, rows: list[float], bound: float, start: int) -> str:
-    worst = max(range(len(rows)), key=rows.__getitem__)
-    row = worst + PROMPT + NODES + AFTER - len(rows)
+    worst = max(range(len(rows)), key=rows.__getitem__) - len(rows)
+    row = _rows(start)[worst]
     part = "a prompt" if row < PROMPT else "a tree" if row < PROMPT + NODES else "a tree after a compaction"
     return (
         f"{name} computes something else in {part} at position {start + PLACE[row]} than in the model itself: its "
