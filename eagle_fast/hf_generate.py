@@ -24,22 +24,27 @@ from transformers.generation.stopping_criteria import (
     StopStringCriteria,
 )
 
-from eagle_fast.decoding.generation import Decoding, Generation
+from eagle_fast.decoding.generation import Decoding
 from eagle_fast.decoding.processors import split_warpers
+from eagle_fast.decoding.records import NOT_RECORDED
 from eagle_fast.decoding.request import make_request, pad_id, padded
 from eagle_fast.decoding.validate import check_hooks, check_prompts, id_list
 from eagle_fast.target import Target
 from eagle_fast.target.anatomy import generating_model
 from eagle_fast.target.interface import CACHE_ARGUMENTS
 
-RECORDS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+RECORDS = ("output_scores", "output_logits", *NOT_RECORDED)  # of a generation config
 NO_TEXT = ("pixel_values", "pixel_values_videos", "input_features", "input_values")  # images, videos and sounds
 NOT_TAKEN = (
     *("assistant_model", "custom_generate", "inputs_embeds", "position_ids", "token_type_ids"),
     *CACHE_ARGUMENTS,
     *NO_TEXT,
 )
-PREPARED = ("attention_mask", "position_ids", "cache_position", "logits_to_keep", "use_cache", *CACHE_ARGUMENTS)
+PREPARED = (
+    *("attention_mask", "position_ids", "cache_position", "logits_to_keep", "use_cache"),
+    *CACHE_ARGUMENTS,
+    *NOT_RECORDED,  # make_request says more
+)
 
 
 class HFGenerateMixin:
@@ -60,17 +65,21 @@ class HFGenerateMixin:
         tokenizer=None,
         seed: int | list[int] | None = None,
         shared_noise: bool = True,
+        output_logprobs: bool = False,
         **kwargs,
     ):
-        """Like `PreTrainedModel.generate` for greedy search and sampling; also takes `seed` and `shared_noise`.
+        """Like `PreTrainedModel.generate` for greedy search and sampling; also takes `seed`, `shared_noise` and
+        `output_logprobs`.
 
         Returns ids [B, L + longest], or a `Generation` with return_dict_in_generate=True, on the model's device. A
-        sequence that has ended goes on as padding, also where a stopping criterion has ended it.
+        sequence that has ended goes on as padding, also where a stopping criterion has ended it. output_scores and
+        output_logits give the tensors of transformers up to each sequence's end, and `Generation` says what behind it;
+        without return_dict_in_generate=True they are a ValueError.
         Processors and criteria see what transformers shows them, but one sequence at a time, and not after its end.
         A streamer gets the prompt, then one call for every step with a token of each sequence. stop_strings use
-        tokenizer=, by default the target's own. Beam search, assisted decoding, recorded scores and inputs other than
-        token ids are ValueErrors. As in transformers, sampling is limited to the best 50 tokens unless top_k= says
-        otherwise.
+        tokenizer=, by default the target's own. Beam search, assisted decoding, attentions, hidden states and inputs
+        other than token ids are ValueErrors. As in transformers, sampling is limited to the best 50 tokens unless
+        top_k= says otherwise.
         """
         taken = [name for name in NOT_TAKEN if not _says_nothing(kwargs.get(name))]
         if taken:
@@ -93,6 +102,7 @@ class HFGenerateMixin:
             ef_streamer=streamer,
             seed=seed,
             shared_noise=shared_noise,
+            output_logprobs=output_logprobs,
             **kwargs,
         )
 
@@ -121,6 +131,7 @@ class HFGenerateMixin:
         generation_config,
         seed=None,
         shared_noise=True,
+        output_logprobs=False,
         ef_streamer=None,
         **model_kwargs,
     ):
@@ -153,7 +164,10 @@ class HFGenerateMixin:
             logits_processor=processors,
             stopping_criteria=[e for e in stopping_criteria if type(e) not in (EosTokenCriteria, MaxLengthCriteria)],
             show_padding=True,
-            **(settings if generation_config.do_sample else {}),
+            return_dict_in_generate=generation_config.return_dict_in_generate,
+            output_logprobs=output_logprobs,
+            **{name: getattr(generation_config, name, False) for name in RECORDS},
+            **(settings if generation_config.do_sample else {}),  # type: ignore[arg-type]  # of the sampler only
         )
         pad = getattr(generation_config, "_pad_token_tensor", None)
         pad = pad_id(self.base_model) if pad is None else int(pad)
@@ -165,7 +179,7 @@ class HFGenerateMixin:
         if streamer is not None:
             streamer.end()
         sequences = padded(ids, decoding.new_tokens, pad).to(input_ids.device)
-        return Generation(sequences, decoding.statistics) if generation_config.return_dict_in_generate else sequences
+        return decoding.result(sequences, pad) if generation_config.return_dict_in_generate else sequences
 
 
 def _check_supported(generation_config) -> None:
@@ -175,9 +189,6 @@ def _check_supported(generation_config) -> None:
             f"{mode.value} (num_beams={generation_config.num_beams}): eagle_fast decodes greedily or by sampling; "
             "call base_model.generate"
         )
-    wanted = [name for name in RECORDS if getattr(generation_config, name, None)]
-    if wanted:
-        raise ValueError(f"{', '.join(wanted)}: not recorded during speculative decoding; call base_model.generate")
 
 
 def _says_nothing(value: Any) -> bool:

@@ -18,8 +18,9 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from eagle_fast.config import TreeConfig
-from eagle_fast.decoding.generation import Decoding, Generation
+from eagle_fast.decoding.generation import Decoding
 from eagle_fast.decoding.graph import WARMUP_STEPS
+from eagle_fast.decoding.records import Keeps
 from eagle_fast.decoding.request import Request, end_of_turn, make_request, pad_id, padded, special_ids
 from eagle_fast.decoding.states import IdleStates
 from eagle_fast.decoding.tune import pick_total_token
@@ -166,7 +167,11 @@ class EaModel(HFGenerateMixin, nn.Module):
             eos_token_id    stop ids instead of those of the model's generation_config; [] for none
             logits_processor, stopping_criteria   lists as for transformers' generate; they run on the host, see one
                             sequence at a time, without padding, and with a state of its own for each
-            return_dict_in_generate
+            return_dict_in_generate   True: a `Generation`, which holds the ids and how the rounds went
+            output_scores, output_logits   with it, True: also what each token was chosen from, and the target's own
+                            logits, [B, V] for each new token as in transformers; see `Generation`
+            output_logprobs with it, True: also each token's log-probability [B, longest] by the target's own logits,
+                            before processors, temperature and warpers; needs little memory, and no time to speak of
             use_distributed accepted for older scripts and without effect: a model over several GPUs needs no option
         A text ends before max_new_tokens at max_length, or where a model with learned positions has no more of them.
         Raises ValueError for arguments that cannot be meant, NaNLogitsError.
@@ -206,7 +211,11 @@ class EaModel(HFGenerateMixin, nn.Module):
         is_llama3: bool = False,
         **options,
     ) -> Iterator[torch.Tensor]:
-        """`eagenerate` as a generator: yields the ids so far after each round. It may be closed early."""
+        """`eagenerate` as a generator: yields the ids so far after each round. It may be closed early.
+
+        With return_dict_in_generate=True it yields a `Generation` of what there is so far, with the statistics, scores,
+        logits and log-probabilities that were asked for.
+        """
         return self._stream(True, input_ids, 
             temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, max_length=max_length,
             is_llama3=is_llama3, **options,
@@ -224,7 +233,7 @@ class EaModel(HFGenerateMixin, nn.Module):
         is_llama3: bool = False,
         **options,
     ) -> Iterator[torch.Tensor]:
-        """`naivegenerate` as a generator: yields the ids so far after each token."""
+        """`naivegenerate` as a generator: yields the ids so far after each token. See `ea_generate`."""
         return self._stream(False, input_ids, 
             temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, max_length=max_length,
             is_llama3=is_llama3, **options,
@@ -301,7 +310,8 @@ class EaModel(HFGenerateMixin, nn.Module):
     def _rounds(self, speculative: bool, request: Request, max_length: int = 0) -> abc.Generator[Decoding, None, None]:
         """Run a request; yields its `Decoding` with the tokens of each round, and frees the state when closed."""
         longest = max(request.longest, max_length)
-        with self.states.lease(speculative, len(request.prompts), longest) as (state, step, _):
+        keeps = Keeps.NOTHING if request.processors else request.record.keeps
+        with self.states.lease(speculative, len(request.prompts), longest, keeps) as (state, step, _):
             decoding = Decoding(state, step, request)
             decoding.begin()
             while not decoding.finished:
@@ -309,23 +319,26 @@ class EaModel(HFGenerateMixin, nn.Module):
                     yield decoding
 
     def _collect(self, speculative: bool, log: bool, input_ids, return_dict_in_generate: bool = False, **options):
-        request, ids = self._prepare(input_ids, **options)
+        request, ids = self._prepare(input_ids, return_dict_in_generate=return_dict_in_generate, **options)
         with closing(self._rounds(speculative, request)) as running:
             for decoding in running:  # noqa: B007  # the last one holds all tokens
                 pass
-        sequences = padded(ids, decoding.new_tokens, pad_id(self.base_model)).to(input_ids.device)
+        pad = pad_id(self.base_model)
+        sequences = padded(ids, decoding.new_tokens, pad).to(input_ids.device)
         statistics = decoding.statistics
         if return_dict_in_generate:
-            return Generation(sequences, statistics)
+            return decoding.result(sequences, pad)
         return (sequences, sum(statistics.new_tokens), statistics.rounds - 1) if log else sequences
 
-    def _stream(self, speculative: bool, input_ids, **options):
-        request, ids = self._prepare(input_ids, **options)
+    def _stream(self, speculative: bool, input_ids, return_dict_in_generate: bool = False, **options):
+        request, ids = self._prepare(input_ids, return_dict_in_generate=return_dict_in_generate, **options)
+        pad = pad_id(self.base_model)
 
         def rounds():
             with closing(self._rounds(speculative, request)) as running:
                 for decoding in running:
-                    yield padded(ids, decoding.new_tokens, pad_id(self.base_model)).to(input_ids.device)
+                    sequences = padded(ids, decoding.new_tokens, pad).to(input_ids.device)
+                    yield decoding.result(sequences, pad) if return_dict_in_generate else sequences
 
         return rounds()
 

@@ -10,6 +10,7 @@ sampling     the next token as a deterministic function of logits, seed and posi
 processors   logits processors on a tree, on the host: each node sees its own prefix
 request, validate   what a call asks for, checked
 generation, reports the host launches a round before it has read the last; stop conditions, statistics
+records      logits, scores and log-probabilities of the emitted tokens, for calls that ask for them
 graph, states       one CUDA graph per round; buffers and graphs kept between calls
 tune         the number of tree nodes that pays best here
 """

@@ -10,6 +10,7 @@ token that is kept and in order, as in transformers' own loop. With them, a roun
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ import torch
 from transformers.utils import ModelOutput
 
 from eagle_fast.decoding.processors import copies_for_rows, walk_processed
+from eagle_fast.decoding.records import Records
 from eagle_fast.decoding.reports import ReportRing
 from eagle_fast.decoding.request import Request
 from eagle_fast.decoding.round import Round
@@ -66,10 +68,21 @@ class Generation(ModelOutput):
     """Result of a generating call with return_dict_in_generate=True.
 
     sequences [B, L + longest]: the prompts as given, then each sequence's new tokens, padded behind like transformers'.
+    The others where they were asked for, float32, on the device of the sequences:
+        scores    a tensor [B, V] for each of the longest new tokens: what each token was chosen from, after processors,
+                  temperature and warpers; -inf is what they removed
+        logits    the same of the target's own logits
+        logprobs  [B, longest]: log_softmax(logits) at each new token, so of the target's own distribution whatever
+                  the token was chosen by
+    Behind a sequence's end its pad token has score and logit 0 and all others -inf, and its logprob is 0: padding is
+    certain, and adds nothing to sums.
     """
 
     sequences: torch.Tensor
     statistics: Statistics = None  # type: ignore[assignment]  # ModelOutput wants a default of None
+    scores: tuple[torch.Tensor, ...] | None = None
+    logits: tuple[torch.Tensor, ...] | None = None
+    logprobs: torch.Tensor | None = None
 
 
 class NaNLogitsError(RuntimeError):
@@ -79,7 +92,7 @@ class NaNLogitsError(RuntimeError):
 def rounds_under_way(request: Request, device: torch.device) -> int:
     """How many rounds may be launched before the first of them is read."""
     host_decides = bool(request.processors or request.criteria)
-    return 1 if host_decides or device.type == "cpu" else ROUNDS_UNDER_WAY
+    return 1 if host_decides or request.record.rows or device.type == "cpu" else ROUNDS_UNDER_WAY
 
 
 class Decoding:
@@ -99,6 +112,7 @@ class Decoding:
         self.stopped: list[int] = []  # sequences that ended earlier, and that the device does not know of
         self.ahead = rounds_under_way(request, state.report.device)
         self.reports = ReportRing(state.report, self.ahead)
+        self.records = Records(request.record, state.kept, state.sampling, batch, self.ahead)
         self.padding = request.padding or [[] for _ in range(batch)]
         self.processors = copies_for_rows(request.processors, batch)
         self.criteria = copies_for_rows(request.criteria, batch)
@@ -112,6 +126,10 @@ class Decoding:
     def new_tokens(self) -> list[list[int]]:
         """Each sequence's text so far, without its prompt."""
         return [text[start:] for text, start in zip(self.texts, self.starts, strict=True)]
+
+    def result(self, sequences: torch.Tensor, pad: int) -> Generation:
+        """What there is so far: sequences [B, L + longest], padded behind with pad."""
+        return Generation(sequences, copy.deepcopy(self.statistics), **self.records.results(self.done, pad))
 
     def begin(self) -> None:
         """Load the sampling settings and prefill."""
@@ -188,6 +206,7 @@ class Decoding:
         while len(self.reports) < self.ahead and min(rooms) > 0 and max(rooms) > len(self.reports):
             self.step()
             self.reports.send()
+            self.records.send()
 
     def _rooms(self) -> list[int]:
         """Of every live sequence, how many tokens its text lacks to the length at which the device stops it."""
@@ -196,15 +215,20 @@ class Decoding:
 
     def _read(self) -> None:
         """Take in the oldest round under way. What it emitted for a sequence that had ended is dropped."""
-        for row, (count, *emitted) in enumerate(self.reports.read()):
+        reports = self.reports.read()
+        if self.request.record:
+            with self.state.target.turn():
+                self.records.fetch([count for count, *_ in reports], self.state.emitted)
+        for row, (count, *emitted) in enumerate(reports):
             if not self.done[row]:
-                for token in emitted[:count]:
+                for place, token in enumerate(emitted[:count]):
+                    self.records.take(row, place)
                     if not self._take(row, token):
                         break
 
     def _accept_processed(self, tree: Tree, logits: torch.Tensor) -> torch.Tensor:
         """`Round.accept` with logits processors, which choose every token on the host."""
-        return walk_processed(self.state, tree, logits, self._process, self._take)
+        return walk_processed(self.state, tree, logits, self._process, self._take_processed)
 
     # -- tokens ----------------------------------------------------------------------------------------------------
 
@@ -216,22 +240,30 @@ class Decoding:
         text.append(token)
         stopped = token in self.request.stop_ids
         if self.criteria:
-            stopped |= bool(self.criteria[row](self._seen(row), None).all())  # type: ignore[arg-type]
+            stopped |= bool(self.criteria[row](self._seen(row), self.records.scores_of(row)).all())  # type: ignore[arg-type]
         full = len(text) >= self.ends[row]  # which the device knows
         if stopped and not full:
             self.stopped.append(row)
         self.done[row] = stopped or full
         return not self.done[row]
 
+    def _take_processed(self, row: int, token: int) -> bool:
+        """`_take` of a token that was chosen from what `_process` gave last."""
+        if self.request.record:
+            self.records.take_processed(row, *self.processed, token)
+        return self._take(row, token)
+
     def _process(self, row: int, logits: torch.Tensor) -> torch.Tensor:
         """logits [1, V] of a sequence's next token after its processors."""
         assert self.processors is not None
+        own = logits.clone() if self.request.record else logits  # processors may work in place
         scores = self.processors[row](self._seen(row), logits)  # type: ignore[arg-type]
         if scores.shape != logits.shape:
             raise ValueError(
                 f"the logits processors made scores of shape {list(scores.shape)} from {list(logits.shape)}: they see "
                 "one sequence at a time; decode the prompts one by one if they need the whole batch"
             )
+        self.processed = own, scores
         return scores
 
     def _seen(self, row: int) -> torch.Tensor:

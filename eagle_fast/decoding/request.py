@@ -9,6 +9,7 @@ import torch
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
 from eagle_fast.config import SamplingParams
+from eagle_fast.decoding.records import Wanted, check_wanted
 from eagle_fast.decoding.validate import check_hooks, check_prompts, check_seeds, check_stop_ids, id_list, token_budgets
 from eagle_fast.target import Target
 from eagle_fast.target.anatomy import token_settings
@@ -29,6 +30,7 @@ class Request:
     processors: LogitsProcessorList | None = None
     criteria: StoppingCriteriaList | None = None
     padding: list[list[int]] | None = None
+    record: Wanted = field(default_factory=Wanted)
 
     @property
     def longest(self) -> int:
@@ -53,6 +55,12 @@ def make_request(
     logits_processor=None,
     stopping_criteria=None,
     show_padding: bool = False,
+    return_dict_in_generate: bool = False,
+    output_scores: bool = False,
+    output_logits: bool = False,
+    output_logprobs: bool = False,
+    output_attentions: bool = False,
+    output_hidden_states: bool = False,
 ) -> tuple[Request, torch.Tensor]:
     """Check everything that a call brings: the request, and input_ids on the CPU. Raises ValueError."""
     ids, prompts, padding = check_prompts(input_ids, attention_mask, target.vocab_size)
@@ -65,6 +73,15 @@ def make_request(
         processors=LogitsProcessorList(check_hooks("logits_processor", logits_processor)),
         criteria=StoppingCriteriaList(check_hooks("stopping_criteria", stopping_criteria)),
         padding=padding if show_padding else None,
+        record=check_wanted(
+            return_dict_in_generate,
+            input_ids.device,
+            output_scores=output_scores,
+            output_logits=output_logits,
+            output_logprobs=output_logprobs,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        ),
     )
     return request, ids
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from eagle_fast.config import ROOT_ALONE, TreeConfig
 from eagle_fast.decoding.draft import Drafter, NoHead
+from eagle_fast.decoding.records import Keeps, Kept
 from eagle_fast.decoding.sampling import SamplingTensors
 from eagle_fast.decoding.tree import Tree
 from eagle_fast.head import DraftHead
@@ -37,11 +38,19 @@ PREFILL_CHUNK = 8192  # prompt rows of all sequences that one forward takes: bou
 class Round:
     """Decoding state of B sequences of up to `max_length` tokens, and the step that advances it by one round.
 
-    Without a head it decodes plainly, one token per round, whatever `tree` says.
+    Without a head it decodes plainly, one token per round, whatever `tree` says. `kept` is what it keeps of the logits.
     """
 
-    def __init__(self, target: Target, head: DraftHead | None, tree: TreeConfig, batch: int, max_length: int):
-        self.target, self.batch, self.max_length = target, batch, max_length
+    def __init__(
+        self,
+        target: Target,
+        head: DraftHead | None,
+        tree: TreeConfig,
+        batch: int,
+        max_length: int,
+        keeps: Keeps = Keeps.NOTHING,
+    ):
+        self.target, self.batch, self.max_length, self.keeps = target, batch, max_length, keeps
         self.tree = tree if head else ROOT_ALONE
         capacity = -(-(max_length + self.tree.num_slots) // 64) * 64
         self.cache = target.new_cache(batch, capacity)
@@ -56,6 +65,8 @@ class Round:
         self.ends = torch.zeros_like(self.lengths)  # length at which a sequence is done
         self.report = torch.zeros(batch, 1 + self.max_path, dtype=torch.long, device=device)  # what the host reads
         self.counts, self.emitted = self.report[:, 0], self.report[:, 1:]
+        nothing = keeps is Keeps.NOTHING
+        self.kept = None if nothing else Kept(keeps, batch, self.max_path, target.vocab_size, device)
 
     @property
     def num_nodes(self) -> int:
@@ -78,6 +89,8 @@ class Round:
         tree = self.draft()
         logits, features = self.verify(tree)
         path = (accept or self.accept)(tree, logits)
+        if self.kept is not None:
+            self.kept.take(logits, path, self.emitted)
         self.compact(path)
         self.absorb(path, features)
 

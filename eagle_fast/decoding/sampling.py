@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from eagle_fast_kernels.sample import sample
+from eagle_fast_kernels.sample_warp import warp
 
 from eagle_fast.config import MAX_SEED, SamplingParams
 
@@ -99,3 +100,15 @@ class SamplingTensors:
             self.seeds[one], self.sequences[one],
         )  # fmt: skip
         return int(token)
+
+    def warp(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """What tokens [B, T] were chosen from: logits [B, T, V] over the temperature, -inf at what the warpers remove;
+        of greedy sequences the logits."""
+        return warp(logits, tokens, self.temperature, self.top_k, self.top_p, self.min_p)
+
+    def warp_row(self, scores: torch.Tensor, row: int, token: int) -> torch.Tensor:
+        """The same for one sequence and one node: scores [1, V] -> [1, V]."""
+        one = slice(row, row + 1)
+        tokens = torch.full((1, 1), token, dtype=torch.long, device=scores.device)
+        settings = self.temperature[one], self.top_k[one], self.top_p[one], self.min_p[one]
+        return warp(scores[:, None], tokens, *settings)[:, 0]

@@ -10,6 +10,7 @@ import torch
 
 from eagle_fast.config import TreeConfig
 from eagle_fast.decoding.graph import GraphedStep
+from eagle_fast.decoding.records import Keeps
 from eagle_fast.decoding.round import Round
 from eagle_fast.head import DraftHead
 from eagle_fast.target import Target
@@ -38,19 +39,21 @@ class IdleStates:
             self._drop(self.idle.copy())
 
     @contextmanager
-    def lease(self, speculative: bool, batch: int, max_length: int) -> Iterator[Lease]:
+    def lease(self, speculative: bool, batch: int, max_length: int, keeps: Keeps = Keeps.NOTHING) -> Iterator[Lease]:
         """A state for `batch` sequences of up to `max_length` tokens: an idle one, or a new one in place of one too
         small. It is idle again after the block, even with a round under way: the next one comes behind it."""
+        wanted = speculative, batch, max_length, keeps
         with self.target.turn():
-            leased = self._take(speculative, batch, max_length) or self._new(speculative, batch, max_length)
+            leased = self._take(*wanted) or self._new(*wanted)
         try:
             yield leased
         finally:
             self.idle.append(leased)
 
-    def _take(self, speculative: bool, batch: int, max_length: int) -> Lease | None:
+    def _take(self, speculative: bool, batch: int, max_length: int, keeps: Keeps) -> Lease | None:
         """An idle state that is large enough; those too small are dropped if there is none."""
-        alike = [each for each in self.idle if each.state.batch == batch and each.speculative == speculative]
+        kind = speculative, batch, keeps
+        alike = [each for each in self.idle if (each.speculative, each.state.batch, each.state.keeps) == kind]
         large = next((each for each in alike if each.state.max_length >= max_length), None)
         if large is None:
             self._drop(alike)
@@ -64,9 +67,9 @@ class IdleStates:
             self.idle.remove(each)
             each.step.close()
 
-    def _new(self, speculative: bool, batch: int, max_length: int) -> Lease:
+    def _new(self, speculative: bool, batch: int, max_length: int, keeps: Keeps) -> Lease:
         rounded = -(-max_length // LENGTH_STEP) * LENGTH_STEP
-        arguments = self.target, self.head if speculative else None, self.tree, batch, rounded
+        arguments = self.target, self.head if speculative else None, self.tree, batch, rounded, keeps
         state = None
         try:
             state = Round(*arguments)

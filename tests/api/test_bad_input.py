@@ -145,7 +145,36 @@ CALLS = {
     "generate, lookup": (lambda c: c.generate(prompt_lookup_num_tokens=3), ValueError, r"assisted_generation"),
     "generate, assistant": (lambda c: c.generate(assistant_model=c.model.base_model), ValueError, r"assistant_model"),
     "generate, dola": (lambda c: c.generate(dola_layers="low"), ValueError, r"dola_generation"),
-    "generate, scores": (lambda c: c.generate(output_scores=True), ValueError, r"output_scores: not recorded"),
+    "generate, scores": (
+        lambda c: c.generate(output_scores=True),
+        ValueError,
+        r"output_scores: pass return_dict_in_generate=True",
+    ),
+    "generate, attentions": (
+        lambda c: c.generate(output_attentions=True, return_dict_in_generate=True),
+        ValueError,
+        r"output_attentions: not recorded.*base_model on the finished text",
+    ),
+    "logprobs without a dictionary": (
+        lambda c: c.ea(output_logprobs=True, output_scores=True),
+        ValueError,
+        r"output_scores, output_logprobs: pass return_dict_in_generate=True",
+    ),
+    "logits without a dictionary, stream": (
+        lambda c: c.model.naive_generate(c.ids, output_logits=True),
+        ValueError,
+        r"output_logits: pass return_dict_in_generate=True",
+    ),
+    "hidden states": (
+        lambda c: c.ea(output_hidden_states=True, return_dict_in_generate=True),
+        ValueError,
+        r"output_hidden_states: not recorded",
+    ),
+    "scores of a number": (
+        lambda c: c.ea(output_scores=2, return_dict_in_generate=True),
+        ValueError,
+        r"output_scores=2: use True or False",
+    ),
     "generate, paged": (lambda c: c.generate(cache_implementation="paged"), ValueError, r"'paged' would bypass"),
     "generate, embeddings": (
         lambda c: c.model.generate(inputs_embeds=c.ids[..., None] * 1.0),

@@ -91,6 +91,21 @@ def check_lossless(model, placement, writer=write_often_right_head):
     return out.statistics.tau
 
 
+@pytest.mark.parametrize("placement", ["halves", "rest elsewhere"])
+def test_records_are_those_of_one_gpu(placement):
+    with saved(make("llama")) as folders:
+        single, decoder = EaModel.from_pretrained(**folders, device_map=0), spread(folders, placement)
+    ids, mask = batch_of([5, 19, 1], HOME)
+    options = {"attention_mask": mask, "max_new_tokens": NEW, "temperature": 1.0, "top_p": 0.95, "seed": 7}
+    options |= dict.fromkeys(["return_dict_in_generate", "output_scores", "output_logits", "output_logprobs"], True)
+    out, expected = decoder.eagenerate(ids, **options), single.eagenerate(ids, **options)
+    assert torch.equal(out.logprobs, expected.logprobs)
+    for mine, other in zip((*out.scores, *out.logits), (*expected.scores, *expected.logits), strict=True):
+        assert mine.device == HOME
+        assert torch.equal(mine, other)
+    assert all(step.graph is not None for _, step, _ in decoder.states.idle)
+
+
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_lossless(name, placement):

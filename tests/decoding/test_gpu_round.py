@@ -67,6 +67,58 @@ def test_no_host_sync_in_the_loop(method, temperature, batch, tmp_path):
     assert len(seen) == most if method == "naive_generate" else len(seen) < most
 
 
+ROWS = {"output_scores": True, "output_logits": True}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt_oss"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("records", [{}, ROWS], ids=["logprobs", "rows"])
+def test_rounds_that_record_are_captured(name, batch, records, tmp_path):
+    """The figures are those of the very tokens, eager or replayed: stock's own, and the argmax of greedy rows."""
+    model = decoder(name, tmp_path)
+    ids = torch.randint(3, 130, (batch, 19), generator=torch.Generator().manual_seed(1)).cuda()
+    options = {"max_new_tokens": 60, "return_dict_in_generate": True}
+    own = model.base_model.generate(ids, do_sample=False, output_logits=True, **options)
+    own = torch.stack(own.logits, 1).log_softmax(-1)
+    for settings in ({}, {"temperature": 1.3, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "seed": 3}):
+        plain = model.eagenerate(ids, max_new_tokens=60, **settings)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="rounds run without a CUDA graph")
+            out = model.eagenerate(ids, output_logprobs=True, **records, **options, **settings)
+        assert torch.equal(out.sequences, plain)
+        new = out.sequences[:, 19:, None]
+        if not settings:
+            torch.testing.assert_close(out.logprobs[..., None], own.gather(-1, new), rtol=1e-2, atol=1e-2)
+        if records:
+            logits, scores = torch.stack(out.logits, 1), torch.stack(out.scores, 1)
+            assert logits.device == scores.device == ids.device
+            found = logits.log_softmax(-1).gather(-1, new)
+            torch.testing.assert_close(out.logprobs[..., None], found, rtol=0, atol=1e-5)
+            if settings:
+                assert scores.gather(-1, new).isfinite().all()
+                assert ((scores > -torch.inf).sum(-1) <= 40).all()
+            else:
+                assert torch.equal(logits.argmax(-1), new[..., 0])
+                assert torch.equal(scores, logits)
+    assert len(model.states.idle) == 2
+    assert all(step.graph is not None for _, step, _ in model.states.idle)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_logprobs_cost_no_host_sync(batch, tmp_path):
+    """They travel with the reports, two rounds under way."""
+    model = decoder("llama", tmp_path)
+    ids = torch.randint(3, 130, (batch, 19), generator=torch.Generator().manual_seed(1))
+    options = {"max_new_tokens": 128, "return_dict_in_generate": True, "output_logprobs": True}
+    expected = list(model.ea_generate(ids, **options))  # captures
+    stream = model.ea_generate(ids, **options)
+    seen = [next(stream)]
+    with host_syncs_forbidden():
+        seen += stream
+    assert torch.equal(seen[-1].logprobs, expected[-1].logprobs)
+    assert len(seen) == len(expected) < 128
+
+
 def random_pair(**shape):
     """A Llama of these shapes with random bf16 weights, built on the GPU, and an EAGLE-3 head for it."""
     from transformers import LlamaConfig, LlamaForCausalLM
