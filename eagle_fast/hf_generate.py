@@ -145,8 +145,6 @@ class HFGenerateMixin:
         _check_supported(generation_config)
         _check_inputs(model_kwargs)
         self._follow()
-        if ef_streamer is not None:
-            ef_streamer.put(input_ids.cpu())
         streamer = _streamer_of_generate() if ef_streamer is None else ef_streamer
         processors, settings = split_warpers(logits_processor)
         length = input_ids.shape[1]
@@ -169,6 +167,8 @@ class HFGenerateMixin:
             **{name: getattr(generation_config, name, False) for name in RECORDS},
             **(settings if generation_config.do_sample else {}),  # type: ignore[arg-type]  # of the sampler only
         )
+        if ef_streamer is not None:
+            ef_streamer.put(input_ids.cpu())
         pad = getattr(generation_config, "_pad_token_tensor", None)
         pad = pad_id(self.base_model) if pad is None else int(pad)
         steps = 0

@@ -57,6 +57,15 @@ def check_like_stock(ours, theirs, stops, start, names=("scores", "logits")):
                     assert (here[row] > -torch.inf).sum() == 1
 
 
+def check_logprobs(out, start):
+    """logprobs are log_softmax(logits) at the tokens, and 0 where padding follows."""
+    expected = torch.stack(out.logits, 1).log_softmax(-1).gather(-1, out.sequences[:, start:, None])[..., 0]
+    assert out.logprobs.dtype == torch.float32
+    assert out.logprobs.device == out.sequences.device
+    torch.testing.assert_close(out.logprobs, expected, rtol=0, atol=2e-6)
+    assert (out.logprobs <= 0).all()
+
+
 CASES = {
     "plain": {},
     "processors": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
@@ -74,11 +83,13 @@ def test_greedy_equals_stock(name, lengths, model, device):
     options |= {"eos_token_id": stops} if stops else {}
     theirs = stock(model, ids, **options)
     assert not stops or len(lengths) == 1 or len(set(ends(theirs.sequences, stops, ids.shape[1]))) > 1
+    options |= {"do_sample": False, "output_logprobs": True}
     for ours in (
-        model.generate(ids, do_sample=False, **options),
-        model.base_model.generate(ids, do_sample=False, custom_generate=model.custom_generate, **options),
+        model.generate(ids, **options),
+        model.base_model.generate(ids, custom_generate=model.custom_generate, **options),
     ):
         check_like_stock(ours, theirs, stops, ids.shape[1])
+        check_logprobs(ours, ids.shape[1])
         sums = [
             model.base_model.compute_transition_scores(out.sequences, out.scores, normalize_logits=True)
             for out in (ours, theirs)
@@ -131,15 +142,6 @@ def test_sampled_equals_stock_at_every_step(name, model, device):
         assert torch.equal(naive.sequences, ours.sequences)
         for mine, theirs in zip(ours.scores, naive.scores, strict=True):
             torch.testing.assert_close(mine, theirs, **CLOSE)
-
-
-def check_logprobs(out, start):
-    """logprobs are log_softmax(logits) at the tokens, and 0 where padding follows."""
-    expected = torch.stack(out.logits, 1).log_softmax(-1).gather(-1, out.sequences[:, start:, None])[..., 0]
-    assert out.logprobs.dtype == torch.float32
-    assert out.logprobs.device == out.sequences.device
-    torch.testing.assert_close(out.logprobs, expected, rtol=0, atol=2e-6)
-    assert (out.logprobs <= 0).all()
 
 
 @pytest.mark.parametrize("method", ["eagenerate", "naivegenerate"])

@@ -64,6 +64,24 @@ def test_plain_decoding_runs_ahead_and_launches_no_more_than_it_needs(model, und
     assert under_way == [2] * (NEW - 1) + [1]
 
 
+def test_logprobs_travel_with_the_reports_and_rows_are_taken_at_once(model, under_way, wait, device):
+    ids, mask = batch_of([11, 3, 20], device)
+    options = {"attention_mask": mask, "max_new_tokens": NEW, "return_dict_in_generate": True, "output_logprobs": True}
+    text = model.eagenerate(ids, **options).sequences
+    options["eos_token_id"] = [int(text[row, 20 + place]) for row, place in enumerate((4, 11, 8))]
+    under_way.clear()
+    ahead = model.eagenerate(ids, **options)
+    assert max(under_way) == 2
+    assert under_way[::2] == under_way[1::2]
+    under_way.clear()
+    rows = model.eagenerate(ids, output_logits=True, **options)
+    assert max(under_way) == 1
+    wait()
+    for other in (rows, model.eagenerate(ids, **options)):
+        assert torch.equal(ahead.sequences, other.sequences)
+        torch.testing.assert_close(ahead.logprobs, other.logprobs, rtol=0, atol=1e-5)
+
+
 def test_a_round_is_launched_before_the_one_before_is_read(model, under_way, device):
     _, statistics = run(model, prompt(11, device), max_new_tokens=60)
     assert len(under_way) == statistics.rounds
