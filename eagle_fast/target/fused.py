@@ -113,27 +113,32 @@ class FusedLayer(nn.Module):
 
 
 def merged(*linears: Any) -> FewRowsLinear:
-    """One layer of the rows of several; their own parameters become views into its weight."""
-    weights = [linear.weight.detach() for linear in linears]
-    weight = _stacked(weights)
-    if weight is None:
-        weight = torch.cat(weights)
-    for linear, part in zip(linears, weight.split([len(each) for each in weights]), strict=True):
-        linear.weight.data = part
+    """One layer of the rows of several; their own parameters become views into its weight and bias."""
     biases = [linear.bias for linear in linears if linear.bias is not None]
     assert len(biases) in (0, len(linears))
-    return FewRowsLinear.of(weight, torch.cat([bias.detach() for bias in biases]) if biases else None)
+    return FewRowsLinear.of(_merge([linear.weight for linear in linears]), _merge(biases) if biases else None)
 
 
-def _stacked(weights: list[torch.Tensor]) -> torch.Tensor | None:
-    """The stack that these weights are the views of already, if they are: a model may get a second target."""
-    first, offset = weights[0], weights[0].storage_offset()
-    for weight in weights:
-        same = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not same or not weight.is_contiguous() or weight.storage_offset() != offset:
+def _merge(parameters: list[nn.Parameter]) -> torch.Tensor:
+    """The rows of several parameters in one tensor, of which they are views from now on."""
+    parts = [parameter.detach() for parameter in parameters]
+    whole = _stacked(parts)
+    if whole is None:
+        whole = torch.cat(parts)
+    for parameter, part in zip(parameters, whole.split([len(each) for each in parts]), strict=True):
+        parameter.data = part
+    return whole
+
+
+def _stacked(parts: list[torch.Tensor]) -> torch.Tensor | None:
+    """The stack that these are the views of already, if they are: a model may get a second target."""
+    first, offset = parts[0], parts[0].storage_offset()
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or not part.is_contiguous() or part.storage_offset() != offset:
             return None
-        offset += weight.numel()
-    return first.as_strided((sum(map(len, weights)), first.shape[1]), first.stride())
+        offset += part.numel()
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
 
 
 def can_fuse(stock: LlamaLayer) -> bool:

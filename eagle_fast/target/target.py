@@ -104,7 +104,8 @@ class Target:
         check_wrapper(model)
         check_linears(model)
         run_first_forward(model)
-        before = portrait(model)
+        self.stock, self.offloaded = model, is_offloaded(model)
+        before = self._stock_portrait()
         self.anatomy = Anatomy(model)
         self.capped = attention_of(model) != "sdpa"  # SDPA has no softcap: such a model runs without it
         self.model = twin(model)
@@ -112,14 +113,13 @@ class Target:
         self.experts = ExpertChoice(self.model)
         self.rope_switch = self._check_rope()
         self.transfers = Transfers()
-        self.offloaded = is_offloaded(model)
         devices = self._connect()
         self.long_ropes = [module for module in self.model.modules() if isinstance(module, LongRope)]
         self.temperatures = {module: take_temperature(module) for module in self.model.modules()}
         found = decoder_layers(self.decoder, self.anatomy.num_layers)
         calls, self.device = probe(self.model, found and found[1], self.input_device)
         self.transfers.forget()
-        if not self.offloaded and portrait(model) != before:
+        if self._stock_portrait() != before:
             raise UnsupportedModel(CHANGES_ITSELF)
         self.devices = distinct([self.device, *devices])
         self.layer_shapes = [call.stored for call in calls]
@@ -137,7 +137,7 @@ class Target:
         self.features = Features(self.decoder, self.decoder_layers, feature_layers, self.transfers, self.draft_device)
         self.max_positions = learned_positions(self.decoder)
         self.turn = Turns([*self.devices, self.draft_device])
-        self.stock, self._portrait = model, portrait(model)
+        self._portrait = self._stock_portrait()
 
     # -- once, at load ---------------------------------------------------------------------------------------------
 
@@ -204,8 +204,8 @@ class Target:
     # -- each call -------------------------------------------------------------------------------------------------
 
     def is_current(self) -> bool:
-        """Whether the stock model is what it was, see `watch`; always of offloaded ones, whose tensors come and go."""
-        return self.offloaded or portrait(self.stock) == self._portrait
+        """Whether the stock model is what it was, see `watch`; whatever the tensors of offloaded ones."""
+        return self._stock_portrait() == self._portrait
 
     def new_cache(self, batch: int, capacity: int) -> SlabCache:
         """Keys and values of `batch` sequences of up to `capacity` rows."""
@@ -274,6 +274,9 @@ class Target:
             self.features.clear()
 
     # -- behind them -----------------------------------------------------------------------------------------------
+
+    def _stock_portrait(self) -> list:
+        return portrait(self.stock, tensors=not self.offloaded)
 
     def _step_devices(self) -> list[torch.device]:
         """Where positions are needed: under the embedding, and under every attention layer."""

@@ -2,8 +2,8 @@
 
 A twin shares every weight, so weights that are edited in place are the twin's too. What it does not share is listed
 here, module by module: which modules there are, their hooks and own forwards, which tensors they hold, their plain
-attributes (the active adapters of PEFT are among them), and versions of biases and rotary frequencies, of which twins
-may hold copies.
+attributes (the active adapters of PEFT are among them), and versions of rotary frequencies, of which twins may hold
+copies.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from eagle_fast.target.anatomy import recomputes_frequencies
 from eagle_fast.target.twin import global_hooks, hooks_of
 
 _PLAIN = (str, int, float, bool, type(None))
-_COPIED = ("bias", "inv_freq")
 _TORCHS_OWN = frozenset(vars(nn.Module())) - {"_parameters", "_buffers"}  # `training` among them
 
 
-def portrait(model: nn.Module) -> list[list[Any]]:
+def portrait(model: nn.Module, tensors: bool = True) -> list[list[Any]]:
     """What must stay as it is. Two portraits are equal if the twin made at one is right at the other.
+
+    tensors: False leaves them out, as those of offloaded models come and go.
 
     Left out are the frequencies that stock forwards set anew, and what a whole model notes of its last call.
     """
-    found = [_of_module(module) for module in model.modules()]
+    found = [_of_module(module, tensors) for module in model.modules()]
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     return [global_hooks(), *found, *map(_of_config, configs.values())]
 
 
-def _of_module(module: nn.Module) -> list[Any]:
+def _of_module(module: nn.Module, tensors: bool) -> list[Any]:
     # the hooks and functions themselves: an id may be used again
     found: list[Any] = [id(module), type(module).forward, *hooks_of(module), module.__dict__.get("forward")]
     if recomputes_frequencies(module):
@@ -43,7 +44,8 @@ def _of_module(module: nn.Module) -> list[Any]:
         if name in _TORCHS_OWN:
             continue
         if name in ("_parameters", "_buffers"):
-            found += [_of_tensor(key, tensor) for key, tensor in value.items() if tensor is not None]
+            held = value.items() if tensors else ()
+            found += [_of_tensor(key, tensor) for key, tensor in held if tensor is not None]
         elif whole:
             continue
         elif isinstance(value, _PLAIN) or callable(value):
@@ -65,7 +67,7 @@ def _of_config(config: Any) -> list[Any]:
 
 def _of_tensor(name: str, tensor: torch.Tensor) -> tuple:
     place = tensor.data_ptr() if type(tensor.data) is torch.Tensor else 0
-    return name, id(tensor), place, tensor._version if name.endswith(_COPIED) else 0
+    return name, id(tensor), place, tensor._version if name.endswith("inv_freq") else 0
 
 
 def _plain(value: Any) -> Any:

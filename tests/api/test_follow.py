@@ -119,7 +119,7 @@ def test_merged_biases_are_followed(device):
     with torch.no_grad():
         for layer in model.base_model.model.layers:
             layer.self_attn.q_proj.bias.add_(3.0)
-            layer.self_attn.k_proj.bias.mul_(-2.0)
+            layer.self_attn.k_proj.bias.data.mul_(-2.0)
     assert not torch.allclose(logits(model, ids), before, atol=0.1)
     check(model, ids)
 

@@ -244,3 +244,9 @@ def test_disk_entries_keep_the_hooks_of_accelerate(pair, tmp_path):
     assert torch.equal(out.sequences, make("llama").generate(ids, do_sample=False, max_new_tokens=24))
     assert torch.equal(out.sequences, stock(model, ids, max_new_tokens=24)), "base_model is as it was"
     assert out.statistics.tau > 3
+    target = model.target
+    model.base_model.model.layers[4].mlp.register_forward_hook(lambda module, args, output: -output)
+    expected = stock(model, ids, max_new_tokens=24)
+    assert not torch.equal(out.sequences, expected)
+    assert torch.equal(model.eagenerate(ids, max_new_tokens=24), expected), "hooks are followed here too"
+    assert model.target is not target
