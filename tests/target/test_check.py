@@ -14,9 +14,10 @@ from eagle_fast import EaModel
 from eagle_fast.layers.slab import KVSlab
 from eagle_fast.target import Target, UnsupportedModel
 from eagle_fast.target import target as target_module
-from eagle_fast.target.check import DEEP, check_target
+from eagle_fast.target.check import check_target
 from eagle_fast.target.fused import FusedLayer
 from eagle_fast.target.interface import LayerBinding
+from eagle_fast.target.rehearsal import DEEP
 
 DTYPES = [torch.float32, torch.bfloat16]
 pytestmark = pytest.mark.filterwarnings("ignore:the model caps its attention scores")
@@ -356,3 +357,18 @@ def test_hunyuan_with_alpha_is_exact(device):
     model, ids = decoder("hunyuan_alpha", device), prompt(11, device)
     for method in (model.eagenerate, model.naivegenerate):
         assert torch.equal(method(ids, max_new_tokens=40), stock(model, ids, max_new_tokens=40))
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe"])
+def test_rows_that_a_rounding_sends_to_another_expert_are_no_fault(name, seed, device):
+    model = make(name, seed=seed, sharp=False, num_experts=32, num_local_experts=32, num_experts_per_tok=4)
+    check_target(Target(model.to(device, torch.bfloat16), (2,)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+def test_a_fault_in_a_model_of_experts_is_found(dtype, device, monkeypatch):
+    target = Target(make("qwen3_moe").to(device, dtype), (2,))
+    monkeypatch.setattr(KVSlab, "compact", lambda *_: None)
+    with pytest.raises(UnsupportedModel, match="in a tree after a compaction"):
+        check_target(target)
