@@ -18,6 +18,7 @@ from itertools import zip_longest
 import torch
 from transformers.utils import ModelOutput
 
+from eagle_fast.decoding.hooks import processed, verdict
 from eagle_fast.decoding.processors import copies_for_rows, walk_processed
 from eagle_fast.decoding.reports import ReportRing
 from eagle_fast.decoding.request import Request
@@ -216,7 +217,7 @@ class Decoding:
         text.append(token)
         stopped = token in self.request.stop_ids
         if self.criteria:
-            stopped |= bool(self.criteria[row](self._seen(row), None).all())  # type: ignore[arg-type]
+            stopped |= verdict(self.criteria[row], self._seen(row), None)
         full = len(text) >= self.ends[row]  # which the device knows
         if stopped and not full:
             self.stopped.append(row)
@@ -226,13 +227,7 @@ class Decoding:
     def _process(self, row: int, logits: torch.Tensor) -> torch.Tensor:
         """logits [1, V] of a sequence's next token after its processors."""
         assert self.processors is not None
-        scores = self.processors[row](self._seen(row), logits)  # type: ignore[arg-type]
-        if scores.shape != logits.shape:
-            raise ValueError(
-                f"the logits processors made scores of shape {list(scores.shape)} from {list(logits.shape)}: they see "
-                "one sequence at a time; decode the prompts one by one if they need the whole batch"
-            )
-        return scores
+        return processed(self.processors[row], self._seen(row), logits)
 
     def _seen(self, row: int) -> torch.Tensor:
         """[1, length]: a sequence as processors and criteria see it."""

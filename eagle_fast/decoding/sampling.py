@@ -60,7 +60,7 @@ class SamplingTensors:
         self.draft_gain.fill_(gain)
         self.draft_share.fill_(share)
         self.top_k.fill_(params.top_k)
-        self.top_p.fill_(params.top_p or 1.0)
+        self.top_p.fill_(max(params.top_p, torch.finfo(torch.float32).tiny) if params.top_p else 1.0)
         self.min_p.fill_(params.min_p)
         if isinstance(params.seed, tuple):
             if len(params.seed) != batch:
