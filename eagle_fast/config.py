@@ -111,7 +111,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "top_k", "min_p"):
             value = plain_number(getattr(self, name))
-            if value is None or isinstance(value, float) and not math.isfinite(value):
+            if value is None or (isinstance(value, float) and not math.isfinite(value)):
                 raise ValueError(f"{name}={shown(getattr(self, name))}: use a finite number")
             object.__setattr__(self, name, value)
         if self.temperature < 0:
@@ -134,12 +134,15 @@ class SamplingParams:
             warn_user("top_k, top_p and min_p change nothing at temperature=0 (greedy decoding)")
 
     def _check_seed(self) -> None:
-        given = self.seed.tolist() if getattr(self.seed, "ndim", 0) == 1 else self.seed  # type: ignore[union-attr]
+        given: Any = self.seed
+        if getattr(given, "ndim", 0) == 1:
+            given = given.tolist()
         if given is None:
             return
         several = isinstance(given, Sequence) and not isinstance(given, (str, bytes))
-        seeds = [whole_number(each) for each in (given if several else [given])]
-        for seed, each in zip(seeds, given if several else [given], strict=True):
+        listed = list(given) if several else [given]
+        seeds = [whole_number(each) for each in listed]
+        for seed, each in zip(seeds, listed, strict=True):
             if seed is None or not 0 <= seed <= MAX_SEED:
                 raise ValueError(f"seed={shown(each)}: use an integer from 0 to 2**63 - 1, or one for each sequence")
         object.__setattr__(self, "seed", tuple(seeds) if several else seeds[0])

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections import abc
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import GenerationMode
 from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
@@ -25,9 +26,13 @@ from transformers.generation.stopping_criteria import (
 )
 
 from eagle_fast.decoding.generation import Decoding, Generation
+from eagle_fast.decoding.hooks import StopsComeOut
+from eagle_fast.decoding.memory import check_memory
 from eagle_fast.decoding.processors import split_warpers
 from eagle_fast.decoding.request import make_request, pad_id, padded
-from eagle_fast.decoding.validate import check_hooks, check_prompts, id_list
+from eagle_fast.decoding.states import IdleStates
+from eagle_fast.decoding.validate import check_flags, check_hooks, check_prompts, id_list
+from eagle_fast.messages import shown
 from eagle_fast.target import Target
 from eagle_fast.target.anatomy import generating_model
 from eagle_fast.target.interface import CACHE_ARGUMENTS
@@ -47,6 +52,7 @@ class HFGenerateMixin:
 
     base_model: PreTrainedModel
     target: Target
+    states: IdleStates
     tokenizer: Any
     _follow: Callable[[], None]
     _rounds: Callable[..., abc.Generator[Decoding, None, None]]
@@ -77,24 +83,41 @@ class HFGenerateMixin:
             raise ValueError(f"{', '.join(taken)}: not possible with speculative decoding; call base_model.generate")
         if kwargs.get("cache_implementation") == "paged":
             raise ValueError("cache_implementation='paged' would bypass eagle_fast: leave it out")
-        if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
-            raise ValueError(f"streamer is a {type(streamer).__name__}: pass an object with put() and end()")
+        _check_generate(generation_config, streamer)
+        shared_noise = check_flags(shared_noise=shared_noise)[0]
         given = inputs if inputs is not None else kwargs.get("input_ids")
         if given is not None:
             check_prompts(given, kwargs.get("attention_mask"), self.target.vocab_size)
         kwargs["stopping_criteria"], generation_config = self._stop_strings(generation_config, tokenizer, kwargs)
         device = self.target.device
         kwargs = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in kwargs.items()}
+        entered = False
+
+        @functools.wraps(self.custom_generate)  # whose arguments transformers looks up
+        def loop(*args, **options):
+            nonlocal entered
+            entered = True
+            return self.custom_generate(*args, **options)
+
         stock_generate: Any = self.base_model.generate
-        return stock_generate(
-            None if inputs is None else inputs.to(device),
-            generation_config,
-            custom_generate=self.custom_generate,
-            ef_streamer=streamer,
-            seed=seed,
-            shared_noise=shared_noise,
-            **kwargs,
-        )
+        try:
+            return stock_generate(
+                None if inputs is None else inputs.to(device),
+                generation_config,
+                custom_generate=loop,
+                ef_streamer=streamer,
+                seed=seed,
+                shared_noise=shared_noise,
+                **kwargs,
+            )
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+            if entered or isinstance(error, torch.OutOfMemoryError):
+                raise
+            options = kwargs if generation_config is None else kwargs | {"generation_config": generation_config}
+            raise ValueError(
+                f"transformers' generate cannot use what it was given ({type(error).__name__}: {error}): "
+                + ", ".join(f"{name}={shown(value)}" for name, value in options.items())
+            ) from error
 
     def _stop_strings(self, config: GenerationConfig | None, tokenizer, kwargs: dict):
         """Stopping criteria that include the stop strings, and a config without: transformers does not hand the
@@ -107,8 +130,11 @@ class HFGenerateMixin:
             config.stop_strings = None
         if self.base_model.generation_config.stop_strings is not None:
             raise ValueError("stop_strings in base_model.generation_config: set them to None there, pass stop_strings=")
-        if strings:
-            tokenizer = tokenizer or self.tokenizer
+        if strings is not None:
+            _check_stop_strings(strings)
+            tokenizer = self.tokenizer if tokenizer is None else tokenizer
+            if not isinstance(tokenizer, PreTrainedTokenizerBase):
+                raise ValueError(f"tokenizer is {shown(tokenizer)}: pass the target's tokenizer, for stop_strings")
             criteria.append(StopStringCriteria(tokenizer, strings))
         return criteria, config
 
@@ -129,13 +155,16 @@ class HFGenerateMixin:
         transformers 5 does not hand a streamer on to a callable: it is looked up in the calling frame, or passed as
         ef_streamer=. Nor does it hand on a tokenizer, so stop_strings work with `EaModel.generate` only.
         """
-        if model not in (self.base_model, generating_model(self.base_model)):
+        if not isinstance(generation_config, GenerationConfig):
+            raise ValueError(
+                f"generation_config is a {type(generation_config).__name__}: transformers calls custom_generate itself, "
+                "as in base_model.generate(input_ids, custom_generate=model.custom_generate)"
+            )
+        if not any(model is each for each in (self.base_model, generating_model(self.base_model))):
             raise ValueError("this EaModel decodes its own base_model: call base_model.generate(...)")
         _check_supported(generation_config)
         _check_inputs(model_kwargs)
         self._follow()
-        if ef_streamer is not None:
-            ef_streamer.put(input_ids.cpu())
         streamer = _streamer_of_generate() if ef_streamer is None else ef_streamer
         processors, settings = split_warpers(logits_processor)
         length = input_ids.shape[1]
@@ -155,10 +184,14 @@ class HFGenerateMixin:
             show_padding=True,
             **(settings if generation_config.do_sample else {}),
         )
+        lengths = {"max_new_tokens": longest - length, "max_length": longest}
+        check_memory(self.states, True, len(request.prompts), request.longest, lengths)
         pad = getattr(generation_config, "_pad_token_tensor", None)
         pad = pad_id(self.base_model) if pad is None else int(pad)
+        if ef_streamer is not None:
+            ef_streamer.put(input_ids.cpu())
         steps = 0
-        with closing(self._rounds(True, request)) as running:
+        with StopsComeOut(), closing(self._rounds(True, request)) as running:
             for decoding in running:
                 if streamer is not None:
                     steps = _stream(streamer, decoding, steps, pad)
@@ -166,6 +199,25 @@ class HFGenerateMixin:
             streamer.end()
         sequences = padded(ids, decoding.new_tokens, pad).to(input_ids.device)
         return Generation(sequences, decoding.statistics) if generation_config.return_dict_in_generate else sequences
+
+
+def _check_generate(generation_config, streamer) -> None:
+    """What transformers would stumble over, or use without a look."""
+    if generation_config is not None and not isinstance(generation_config, GenerationConfig):
+        raise ValueError(
+            f"generation_config is a {type(generation_config).__name__}: pass a GenerationConfig, or its settings as "
+            "arguments"
+        )
+    if isinstance(streamer, type):
+        raise ValueError(f"streamer is the class {streamer.__name__}: pass an object of it, {streamer.__name__}(...)")
+    if streamer is not None and not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
+        raise ValueError(f"streamer is a {type(streamer).__name__}: pass an object with put() and end()")
+
+
+def _check_stop_strings(strings) -> None:
+    several = isinstance(strings, (list, tuple)) and len(strings) > 0
+    if not all(isinstance(each, str) and each for each in (strings if several else [strings])):
+        raise ValueError(f"stop_strings={shown(strings)}: pass a text or a list of texts, none of them empty")
 
 
 def _check_supported(generation_config) -> None:

@@ -1,11 +1,11 @@
 """What logits processors and stopping criteria give back, checked: they are code of the user, called one by one.
 
-V vocabulary. What they raise comes out as it is.
+V vocabulary. What they raise comes out as it is; a StopIteration needs help, since decoding is a generator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -14,17 +14,42 @@ from transformers import LogitsProcessorList
 from eagle_fast.messages import shown
 
 
+class HookStopped(ValueError):
+    """A processor or criterion raised StopIteration, which cannot pass through a generator."""
+
+
+class StopsComeOut:
+    """A context in which a StopIteration of a hook comes out as what it is, once it has left the generators."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if isinstance(error, HookStopped) and error.__cause__ is not None:
+            raise error.__cause__
+
+
 def processed(processors: LogitsProcessorList, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     """scores [1, V] of the token after ids [1, L], after the processors; raises ValueError for what are no scores."""
     for each in processors:
-        given = LogitsProcessorList([each])(ids, scores)  # type: ignore[arg-type]
+        given = _call(each, LogitsProcessorList([each]), ids, scores)
         scores = _check_scores(f"the logits processor {_name(each)}", given, scores)
     return scores
 
 
 def verdict(criteria: Iterable, ids: torch.Tensor, scores: torch.Tensor | None) -> bool:
     """Whether one of the criteria ends the text ids [1, L]; all of them are asked."""
-    return any([_check_verdict(each, each(ids, scores)) for each in criteria])
+    return any([_check_verdict(each, _call(each, each, ids, scores)) for each in criteria])
+
+
+def _call(hook, call: Callable, ids: torch.Tensor, scores: torch.Tensor | None):
+    try:
+        return call(ids, scores)
+    except StopIteration as stop:
+        raise HookStopped(
+            f"{_name(hook)} raised StopIteration, which ends loops without a word and cannot come out of a generator: "
+            "let it raise another exception"
+        ) from stop
 
 
 def _check_scores(who: str, given, before: torch.Tensor) -> torch.Tensor:

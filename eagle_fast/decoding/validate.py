@@ -6,9 +6,11 @@ import inspect
 from typing import Any, NamedTuple
 
 import torch
+from transformers import Cache
 
-from eagle_fast.config import plain_number, whole_number
+from eagle_fast.config import whole_number
 from eagle_fast.messages import shown
+from eagle_fast.target import Target
 
 _ID_DTYPES = (
     *(torch.int64, torch.int32, torch.int16, torch.int8),
@@ -47,6 +49,41 @@ def check_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, 
         )
     rows = list(zip(ids, mask, strict=True))
     return Prompts(ids, [row[seen].tolist() for row, seen in rows], [row[~seen].tolist() for row, seen in rows])
+
+
+def check_forward(input_ids, attention_mask, past_key_values, position_ids, target: Target) -> None:
+    """What a forward of the target alone is given: input_ids [B, L], a mask [B, past + L] of any kind, a cache."""
+    ids = check_prompts(input_ids, None, target.vocab_size).ids
+    if past_key_values is not None and not isinstance(past_key_values, Cache):
+        raise ValueError(f"past_key_values is a {type(past_key_values).__name__}: pass a Cache of transformers")
+    length = ids.shape[1] + (0 if past_key_values is None else past_key_values.get_seq_length())
+    if target.max_positions is not None and length > target.max_positions:
+        raise ValueError(
+            f"the text has {length} tokens, the model has positions for {target.max_positions}: shorten it"
+        )
+    if attention_mask is not None:
+        _check_tensor("attention_mask", attention_mask)
+        if attention_mask.dim() != 4 and attention_mask.shape != (len(ids), length):
+            raise ValueError(
+                f"attention_mask is {list(attention_mask.shape)}: pass [{len(ids)}, {length}], a 1 for every token that "
+                "is seen, those of past_key_values included"
+            )
+    if position_ids is not None:
+        _check_tensor("position_ids", position_ids)
+        if position_ids.dtype not in _ID_DTYPES or position_ids.shape not in (ids.shape, (1, ids.shape[1])):
+            raise ValueError(
+                f"position_ids is {list(position_ids.shape)} of {position_ids.dtype}: pass {list(ids.shape)} of "
+                "torch.long"
+            )
+        least, most = int(position_ids.min()), int(position_ids.max())
+        if least < 0 or (target.max_positions is not None and most >= target.max_positions):
+            raise ValueError(f"position_ids go from {least} to {most}: pass the positions that the tokens stand at")
+
+
+def _check_tensor(name: str, value) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{name} is a {type(value).__name__}: pass a tensor")
+    _check_layout(name, value, "pass a plain one")
 
 
 def _check_layout(name: str, tensor: torch.Tensor, unnested: str) -> None:

@@ -30,7 +30,7 @@ CONFIG_FIELDS = {
 }  # fmt: skip
 PRIVATE_NAMES = {
     # transformers
-    "decoding/processors.py": {"_prefix_allowed_tokens_fn"},
+    "decoding/processors.py": {"_num_beams", "_prefix_allowed_tokens_fn"},
     "hf_generate.py": {"_pad_token_tensor", "_getframe"},
     "target/experts.py": {"_experts_implementation"},
     "target/interface.py": {"_attn_implementation", "_getframe"},
