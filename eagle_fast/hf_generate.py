@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import GenerationMode
 from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
@@ -25,6 +25,7 @@ from transformers.generation.stopping_criteria import (
     StopStringCriteria,
 )
 
+from eagle_fast.config import whole_number
 from eagle_fast.decoding.generation import Decoding, Generation
 from eagle_fast.decoding.hooks import StopsComeOut
 from eagle_fast.decoding.memory import check_memory
@@ -44,6 +45,8 @@ NOT_TAKEN = (
     *CACHE_ARGUMENTS,
     *NO_TEXT,
 )
+OF_OTHER_MODES = ("num_beams", "penalty_alpha", "prompt_lookup_num_tokens", "dola_layers", "assistant_early_exit")
+MAX_NGRAM = 2**20
 PREPARED = ("attention_mask", "position_ids", "cache_position", "logits_to_keep", "use_cache", *CACHE_ARGUMENTS)
 
 
@@ -83,14 +86,13 @@ class HFGenerateMixin:
             raise ValueError(f"{', '.join(taken)}: not possible with speculative decoding; call base_model.generate")
         if kwargs.get("cache_implementation") == "paged":
             raise ValueError("cache_implementation='paged' would bypass eagle_fast: leave it out")
-        _check_generate(generation_config, streamer)
+        _check_generate(generation_config, streamer, kwargs)
         shared_noise = check_flags(shared_noise=shared_noise)[0]
         given = inputs if inputs is not None else kwargs.get("input_ids")
         if given is not None:
             check_prompts(given, kwargs.get("attention_mask"), self.target.vocab_size)
         kwargs["stopping_criteria"], generation_config = self._stop_strings(generation_config, tokenizer, kwargs)
         device = self.target.device
-        kwargs = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in kwargs.items()}
         entered = False
 
         @functools.wraps(self.custom_generate)  # whose arguments transformers looks up
@@ -101,6 +103,9 @@ class HFGenerateMixin:
 
         stock_generate: Any = self.base_model.generate
         try:
+            there = {
+                key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in kwargs.items()
+            }
             return stock_generate(
                 None if inputs is None else inputs.to(device),
                 generation_config,
@@ -108,16 +113,14 @@ class HFGenerateMixin:
                 ef_streamer=streamer,
                 seed=seed,
                 shared_noise=shared_noise,
-                **kwargs,
+                **there,
             )
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
-            if entered or isinstance(error, torch.OutOfMemoryError):
-                raise
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             options = kwargs if generation_config is None else kwargs | {"generation_config": generation_config}
-            raise ValueError(
-                f"transformers' generate cannot use what it was given ({type(error).__name__}: {error}): "
-                + ", ".join(f"{name}={shown(value)}" for name, value in options.items())
-            ) from error
+            clear = isinstance(error, ValueError) and any(name in str(error) for name in options)
+            if entered or clear or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(_cannot_use(error, options)) from error
 
     def _stop_strings(self, config: GenerationConfig | None, tokenizer, kwargs: dict):
         """Stopping criteria that include the stop strings, and a config without: transformers does not hand the
@@ -157,11 +160,12 @@ class HFGenerateMixin:
         """
         if not isinstance(generation_config, GenerationConfig):
             raise ValueError(
-                f"generation_config is a {type(generation_config).__name__}: transformers calls custom_generate itself, "
-                "as in base_model.generate(input_ids, custom_generate=model.custom_generate)"
+                f"generation_config is a {type(generation_config).__name__}: transformers calls custom_generate "
+                "itself, as in base_model.generate(input_ids, custom_generate=model.custom_generate)"
             )
         if not any(model is each for each in (self.base_model, generating_model(self.base_model))):
             raise ValueError("this EaModel decodes its own base_model: call base_model.generate(...)")
+        as_dict = check_flags(return_dict_in_generate=generation_config.return_dict_in_generate)[0]
         _check_supported(generation_config)
         _check_inputs(model_kwargs)
         self._follow()
@@ -198,16 +202,19 @@ class HFGenerateMixin:
         if streamer is not None:
             streamer.end()
         sequences = padded(ids, decoding.new_tokens, pad).to(input_ids.device)
-        return Generation(sequences, decoding.statistics) if generation_config.return_dict_in_generate else sequences
+        return Generation(sequences, decoding.statistics) if as_dict else sequences
 
 
-def _check_generate(generation_config, streamer) -> None:
+def _check_generate(config, streamer, options: dict[str, Any]) -> None:
     """What transformers would stumble over, or use without a look."""
-    if generation_config is not None and not isinstance(generation_config, GenerationConfig):
+    if config is not None and not isinstance(config, GenerationConfig):
         raise ValueError(
-            f"generation_config is a {type(generation_config).__name__}: pass a GenerationConfig, or its settings as "
-            "arguments"
+            f"generation_config is a {type(config).__name__}: pass a GenerationConfig, or its settings as arguments"
         )
+    for name in ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"):
+        size = whole_number(options.get(name, getattr(config, name, None)))
+        if size is not None and size > MAX_NGRAM:  # transformers loops over it
+            raise ValueError(f"{name}={shown(size)}: no text repeats so many tokens; leave it out")
     if isinstance(streamer, type):
         raise ValueError(f"streamer is the class {streamer.__name__}: pass an object of it, {streamer.__name__}(...)")
     if streamer is not None and not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
@@ -220,12 +227,25 @@ def _check_stop_strings(strings) -> None:
         raise ValueError(f"stop_strings={shown(strings)}: pass a text or a list of texts, none of them empty")
 
 
+def _cannot_use(error: Exception, options: dict) -> str:
+    """What transformers said of these options of `generate` before anything was decoded."""
+    given = ", ".join(
+        f"{name}={shown(value)}" for name, value in options.items() if name not in ("input_ids", "inputs")
+    )
+    return f"transformers' generate cannot use {given}: {type(error).__name__}: {error}"
+
+
 def _check_supported(generation_config) -> None:
     mode = generation_config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        settings = {name: getattr(generation_config, name, None) for name in OF_OTHER_MODES}
+        causes = ", ".join(
+            f"{name}={shown(value)}"
+            for name, value in settings.items()
+            if (value != 1 if name == "num_beams" else value is not None)
+        )
         raise ValueError(
-            f"{mode.value} (num_beams={generation_config.num_beams}): eagle_fast decodes greedily or by sampling; "
-            "call base_model.generate"
+            f"{mode.value} ({causes}): eagle_fast decodes greedily or by sampling; call base_model.generate"
         )
     wanted = [name for name in RECORDS if getattr(generation_config, name, None)]
     if wanted:
@@ -243,10 +263,13 @@ def _check_inputs(model_kwargs: dict) -> None:
     """Inputs of the model that would change its text, and that rounds don't have."""
     names = [name for name, value in model_kwargs.items() if name not in PREPARED and not _says_nothing(value)]
     for name in CACHE_ARGUMENTS:
-        if model_kwargs.get(name) is not None and model_kwargs[name].get_seq_length():
+        cache = model_kwargs.get(name)
+        if cache is not None and (not isinstance(cache, Cache) or cache.get_seq_length()):
             names.append(name)
     mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
-    if positions is not None:  # transformers passes its own along, which count the tokens, and drops a mask of ones
+    if positions is not None and not isinstance(positions, torch.Tensor):
+        names.append("position_ids")
+    elif positions is not None:  # transformers passes its own along, which count the tokens, and drops a mask of ones
         mask = torch.ones_like(positions) if mask is None else mask
         if ((positions != mask.cumsum(-1) - 1) & (mask != 0)).any():
             names.append("position_ids")

@@ -128,7 +128,10 @@ class EaModel(HFGenerateMixin, nn.Module):
         """The target's tokenizer, loaded on first use."""
         if self._tokenizer is None:
             if not self._name:
-                raise ValueError("the base model came without a name: load its tokenizer yourself and pass tokenizer=")
+                raise ValueError(
+                    "the base model came without a name: load its tokenizer yourself, and pass it to generate as "
+                    "tokenizer=, or its stop ids as eos_token_id= in place of is_llama3"
+                )
             try:
                 self._tokenizer = AutoTokenizer.from_pretrained(self._name, **self._tokenizer_options)
             except (AttributeError, KeyError, OSError, TypeError) as error:
@@ -239,6 +242,7 @@ class EaModel(HFGenerateMixin, nn.Module):
         """
         check_forward(input_ids, attention_mask, past_key_values, position_ids, self.target)
         output_orig = check_flags(output_orig=output_orig)[0]
+        input_ids = input_ids.to(self.target.input_device, torch.long)
         kept = {}
 
         def keep(module, args, output):

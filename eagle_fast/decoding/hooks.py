@@ -50,6 +50,15 @@ def _call(hook, call: Callable, ids: torch.Tensor, scores: torch.Tensor | None):
             f"{_name(hook)} raised StopIteration, which ends loops without a word and cannot come out of a generator: "
             "let it raise another exception"
         ) from stop
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        # transformers' own, made from an option of `generate`: users have no such code to look into
+        if isinstance(error, torch.OutOfMemoryError) or type(hook).__module__.partition(".")[0] != "transformers":
+            raise
+        settings = ", ".join(f"{name}={shown(value)}" for name, value in vars(hook).items() if name != "model")
+        raise ValueError(
+            f"transformers' {_name(hook)} cannot work with {settings}: {type(error).__name__}: {error}; change the "
+            "option that it was made from"
+        ) from error
 
 
 def _check_scores(who: str, given, before: torch.Tensor) -> torch.Tensor:

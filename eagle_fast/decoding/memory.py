@@ -33,8 +33,8 @@ def check_memory(states: IdleStates, speculative: bool, batch: int, max_length: 
         if free is not None and tokens * each > free + held[device]:
             names = ", ".join(f"{name}={shown(value)}" for name, value in asked.items())
             raise ValueError(
-                f"{names}: the keys and values of {batch} sequence{'s' * (batch > 1)} of {shown(max_length)} tokens "
-                f"take {_gib(tokens * each)} GiB, which are allocated at once, and {device} has "
+                f"{names}: the keys and values of {shown(batch)} sequence{'s' * (batch > 1)} of {shown(max_length)} "
+                f"tokens take {_gib(tokens * each)} GiB, which are allocated at once, and {device} has "
                 f"{_gib(free + held[device])} GiB free: about {(free + held[device]) // (each * batch)} tokens fit; "
                 f"lower {' or '.join(asked)}"
             )

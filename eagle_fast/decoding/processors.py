@@ -17,6 +17,7 @@ from torch import nn
 from transformers import (
     EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
+    LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
     PrefixConstrainedLogitsProcessor,
@@ -30,6 +31,8 @@ from transformers import (
 
 from eagle_fast.decoding.round import Round
 from eagle_fast.decoding.tree import Tree
+from eagle_fast.decoding.validate import check_takes_two
+from eagle_fast.messages import shown
 
 _ORDER = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 _NAMES = ("temperature", "top_k", "top_p", "min_p")
@@ -91,13 +94,39 @@ def copies_for_rows(hooks: HookList | None, batch: int) -> list[HookList] | None
     return rows
 
 
+class Allowed(LogitsProcessor):
+    """`PrefixConstrainedLogitsProcessor` for a sequence of one prompt, which gives its function the prompt's index."""
+
+    def __init__(self, function: Callable, prompt: int):
+        if not callable(function):
+            raise ValueError(f"prefix_allowed_tokens_fn is {shown(function)}: pass a function of (batch_id, ids)")
+        check_takes_two("prefix_allowed_tokens_fn", function, "(batch_id, ids)")
+        self.function, self.prompt = function, prompt
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        given = self.function(self.prompt, input_ids[0])
+        try:
+            allowed = torch.as_tensor(given)
+        except (RuntimeError, TypeError, ValueError):
+            allowed = torch.empty(())
+        whole = not (allowed.is_floating_point() or allowed.is_complex()) and allowed.dim() == 1
+        size = scores.shape[-1]
+        if not allowed.numel() and allowed.dim() == 1:
+            whole = True  # of which transformers says so
+        elif whole and allowed.dtype != torch.bool:
+            whole = -size <= int(allowed.min()) and int(allowed.max()) < size
+        if not whole:
+            raise ValueError(
+                f"prefix_allowed_tokens_fn({self.prompt}, ids) returned {shown(given)}: return a list of token ids "
+                f"below {size}"
+            )
+        return PrefixConstrainedLogitsProcessor(lambda *_: allowed, 1)(input_ids, scores)  # type: ignore[arg-type,return-value]
+
+
 def _of_row(hook, row: int, batch: int):
     """A processor of transformers that holds something of every sequence, with what it holds of this one."""
     if isinstance(hook, PrefixConstrainedLogitsProcessor):
-        prompt = row // hook._num_beams  # as many sequences each prompt has
-        if (prompt, hook._num_beams) == (0, 1):
-            return hook
-        return PrefixConstrainedLogitsProcessor(_of_prompt(hook._prefix_allowed_tokens_fn, prompt), 1)
+        return Allowed(hook._prefix_allowed_tokens_fn, row // hook._num_beams)  # as many sequences each prompt has
     held: dict[str, Any] = {}
     if isinstance(hook, EncoderNoRepeatNGramLogitsProcessor):
         held = {"generated_ngrams": _one(hook.generated_ngrams, row, batch), "batch_size": 1}
@@ -121,14 +150,12 @@ def _one(values, row: int, batch: int):
     """The slice of one sequence of what is held for each prompt, which may have several sequences; None of None."""
     if values is None:
         return None
+    if not isinstance(values, (list, torch.Tensor)) or len(values) == 0:
+        raise ValueError(f"a logits processor holds {shown(values)} as prompts: pass token ids [B, L]")
     if batch % len(values):
         raise ValueError(f"a logits processor was made for {len(values)} prompts, and {batch} sequences are decoded")
     place = row * len(values) // batch
     return values[place : place + 1]
-
-
-def _of_prompt(prefix_allowed_tokens_fn: Callable, prompt: int) -> Callable:
-    return lambda _, ids: prefix_allowed_tokens_fn(prompt, ids)
 
 
 def walk_processed(

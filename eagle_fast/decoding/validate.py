@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -65,8 +66,8 @@ def check_forward(input_ids, attention_mask, past_key_values, position_ids, targ
         _check_tensor("attention_mask", attention_mask)
         if attention_mask.dim() != 4 and attention_mask.shape != (len(ids), length):
             raise ValueError(
-                f"attention_mask is {list(attention_mask.shape)}: pass [{len(ids)}, {length}], a 1 for every token that "
-                "is seen, those of past_key_values included"
+                f"attention_mask is {list(attention_mask.shape)}: pass [{len(ids)}, {length}], a 1 for every token "
+                "that is seen, those of past_key_values included"
             )
     if position_ids is not None:
         _check_tensor("position_ids", position_ids)
@@ -135,7 +136,8 @@ def token_budgets(
         raise ValueError(f"the prompt has {longest} tokens, the model has positions for {max_positions}: shorten it")
     if longest >= max_length:
         raise ValueError(
-            f"the prompt has {longest} tokens, max_length={shown(max_length)} leaves no room to generate: raise max_length"
+            f"the prompt has {longest} tokens, max_length={shown(max_length)} leaves no room to generate: raise "
+            "max_length"
         )
     limit = max_length if max_positions is None else min(max_length, max_positions + 1)
     return [min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
@@ -191,7 +193,7 @@ def check_stop_ids(stop_ids, vocab_size: int) -> frozenset[int]:
     """Stop ids that the model can emit; others can never be sampled and are dropped."""
     ids = frozenset(id_list(stop_ids))
     if any(each < 0 for each in ids):
-        raise ValueError(f"stop token ids {shown(sorted(ids))}: a token id cannot be negative")
+        raise ValueError(f"eos_token_id={shown(sorted(ids))}: a token id cannot be negative")
     return frozenset(each for each in ids if each < vocab_size)
 
 
@@ -206,11 +208,12 @@ def check_hooks(name: str, hooks) -> list:
             raise ValueError(f"{name} holds the class {each.__name__}: pass an object of it, {each.__name__}(...)")
         if not callable(each):
             raise ValueError(f"{name} holds a {type(each).__name__}, which cannot be called: pass objects or functions")
-        _check_takes_two(name, each)
+        check_takes_two(name, each, "(input_ids, scores)")
     return list(hooks)
 
 
-def _check_takes_two(name: str, hook) -> None:
+def check_takes_two(name: str, hook: Callable, arguments: str) -> None:
+    """A function of the user that is called with two arguments, as far as can be known before."""
     try:
         signature = inspect.signature(hook)
     except (TypeError, ValueError):  # of what is not written in Python
@@ -219,4 +222,4 @@ def _check_takes_two(name: str, hook) -> None:
         signature.bind(None, None)
     except TypeError as error:
         what = getattr(hook, "__name__", type(hook).__name__)
-        raise ValueError(f"{name} holds {what}{signature}, which cannot take (input_ids, scores): {error}") from error
+        raise ValueError(f"{name}: {what}{signature} is called with {arguments}: {error}") from error
