@@ -87,7 +87,6 @@ class HFGenerateMixin:
         if kwargs.get("cache_implementation") == "paged":
             raise ValueError("cache_implementation='paged' would bypass eagle_fast: leave it out")
         _check_generate(generation_config, streamer, kwargs)
-        shared_noise = check_flags(shared_noise=shared_noise)[0]
         given = inputs if inputs is not None else kwargs.get("input_ids")
         if given is not None:
             check_prompts(given, kwargs.get("attention_mask"), self.target.vocab_size)
@@ -255,6 +254,8 @@ def _check_supported(generation_config) -> None:
 def _says_nothing(value: Any) -> bool:
     """Whether an input is as good as none: what wrappers of several modalities get with text alone."""
     if isinstance(value, torch.Tensor):
+        if value.is_meta or value.layout != torch.strided:
+            return False
         return not value.is_floating_point() and not value.any()  # token types of text
     return value is None or value == {}
 
@@ -291,5 +292,5 @@ def _stream(streamer, decoding: Decoding, steps: int, pad: int) -> int:
     made = [len(text) for text, done in zip(texts, decoding.done, strict=True) if not done]
     ready = min(made) if made else max(len(text) for text in texts)
     for step in range(steps, ready):
-        streamer.put(torch.tensor([text[step] if step < len(text) else pad for text in texts]))
+        streamer.put(torch.tensor([text[step] if step < len(text) else pad for text in texts], device="cpu"))
     return max(steps, ready)

@@ -154,12 +154,13 @@ class Decoding:
 
     def _prefill(self) -> None:
         """Prefill the texts so far. With longrope, no further than the switch: past it, all keys are recomputed."""
-        lengths = torch.tensor([len(text) for text in self.texts])
-        tokens = torch.zeros(len(self.texts), int(lengths.max()), dtype=torch.long)
+        cpu = torch.device("cpu")  # whatever the default device is
+        lengths = torch.tensor([len(text) for text in self.texts], device=cpu)
+        tokens = torch.zeros(len(self.texts), int(lengths.max()), dtype=torch.long, device=cpu)
         for row, text in enumerate(self.texts):
-            tokens[row, : len(text)] = torch.tensor(text)
+            tokens[row, : len(text)] = torch.tensor(text, device=cpu)
         ends = [self._end(row) for row in range(len(self.texts))]
-        self.state.begin(tokens, lengths, torch.tensor(ends))
+        self.state.begin(tokens, lengths, torch.tensor(ends, device=cpu))
         self.limits = [end + 1 for end in ends]
 
     def _end(self, row: int) -> int:

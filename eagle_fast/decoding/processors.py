@@ -106,9 +106,9 @@ class Allowed(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
         given = self.function(self.prompt, input_ids[0])
         try:
-            allowed = torch.as_tensor(given)
+            allowed = torch.as_tensor(given, device=scores.device)
         except (RuntimeError, TypeError, ValueError):
-            allowed = torch.empty(())
+            allowed = scores[0, 0]
         whole = not (allowed.is_floating_point() or allowed.is_complex()) and allowed.dim() == 1
         size = scores.shape[-1]
         if not allowed.numel() and allowed.dim() == 1:
@@ -187,8 +187,8 @@ def walk_processed(
             chosen.append(token)
             node = children.get((node, token)) if take(row, token) else None
         state.counts[row] = len(nodes)
-        path[row, : len(nodes)] = torch.tensor(nodes, dtype=torch.long)
-        state.emitted[row, : len(nodes)] = torch.tensor(chosen, dtype=torch.long)
+        path[row, : len(nodes)] = torch.tensor(nodes, dtype=torch.long, device=path.device)
+        state.emitted[row, : len(nodes)] = torch.tensor(chosen, dtype=torch.long, device=path.device)
         if chosen:
             state.roots[row] = chosen[-1]
     return path

@@ -37,7 +37,7 @@ sys.path.append(str(Path(__file__).parent.parent / "support"))
 import torch
 import transformers
 from api_cases import CPU, SETTINGS, Own, make_call
-from decoders import decoder, prompt
+from decoders import decoder, prompt, stock
 
 from eagle_fast import EaModel, NaNLogitsError, TreeConfig, UnsupportedModel
 from eagle_fast.config import plain_number
@@ -104,7 +104,7 @@ def judge_error(error: BaseException, method: str, call: dict[str, Any]) -> tupl
         return "raw", text + "\n" + "".join(traceback.format_tb(error.__traceback__)[-3:])
     named = any(
         name.replace("_", " ") in text.lower().replace("_", " ")
-        for name in [*call, *SETTINGS, "attention_mask", "processor", "criterion"]
+        for name in [*call, *SETTINGS, "attention_mask", "cache", "processor", "criterion"]
     )
     return ("refused" if named and len(text.split()) > 4 else "vague"), text
 
@@ -140,12 +140,15 @@ def judge_generate(model: EaModel, call: dict[str, Any], text: torch.Tensor) -> 
     if call.get("do_sample") or getattr(config, "do_sample", False):
         same = call.get("seed") is None or torch.equal(text, text_of(run(model, "generate", call)))
         return ("right" if same else "wrong"), "sampled again"
+    mask = call.get("attention_mask")
+    if mask is not None and mask.ndim == 2 and not mask[:, -1].all():
+        return "right", "padded behind, where stock generate goes on behind the padding"
     options = {name: value for name, value in call.items() if name not in NOT_OF_STOCK}
     try:
-        stock = text_of(model.base_model.generate(call["input_ids"], config, **options))
+        expected = text_of(model.base_model.generate(call["input_ids"], config, **options))
     except Exception as error:
         return "right", f"stock generate cannot: {type(error).__name__}: {error}"
-    return ("right" if torch.equal(text, stock) else "wrong"), f"{text.tolist()}, stock {stock.tolist()}"
+    return ("right" if torch.equal(text, expected) else "wrong"), f"{text.tolist()}, stock {expected.tolist()}"
 
 
 def judge_greedy(model: EaModel, call: dict[str, Any], text: torch.Tensor) -> tuple[str, str]:
@@ -160,11 +163,12 @@ def judge_greedy(model: EaModel, call: dict[str, Any], text: torch.Tensor) -> tu
         alone = ids[row, mask[row].bool()][None]
         room = int(min(plain_number(call["max_new_tokens"]), plain_number(call["max_length"]) - alone.shape[1]))
         hooks = {name: list(call.get(name) or []) for name in ("logits_processor", "stopping_criteria")}
-        expected = model.base_model.generate(
-            alone, attention_mask=torch.ones_like(alone), max_new_tokens=room, do_sample=False,
-            eos_token_id=stops or None, pad_token_id=0,
-            **{name: type_of_list(name)(value) for name, value in hooks.items()},
-        )  # fmt: skip
+        options = {name: type_of_list(name)(value) for name, value in hooks.items()}
+        options |= {"attention_mask": torch.ones_like(alone), "eos_token_id": stops or None, "pad_token_id": 0}
+        try:
+            expected = stock(model, alone, max_new_tokens=room, **options)
+        except (TypeError, RuntimeError) as error:  # it takes no bool of NumPy from a criterion
+            return "right", f"stock generate cannot: {type(error).__name__}: {error}"
         new = text[row, ids.shape[1] :].tolist()
         wanted = expected[0, alone.shape[1] :].tolist()
         if (

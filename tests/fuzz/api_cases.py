@@ -181,7 +181,7 @@ PROCESSORS: list[Callable[[torch.Tensor], Any]] = [
     lambda x: [lambda ids, scores: scores.half()], lambda x: [lambda ids, scores: scores.roll(1, -1)],
     lambda x: [lambda ids, scores: scores.mul_(-1)], lambda x: [lambda ids, scores, more: scores],
     lambda x: [EncoderRepetitionPenaltyLogitsProcessor(2.0, x)], lambda x: [],
-    lambda x: [lambda ids, scores: (ids.zero_(), scores)[1]], lambda x: iter([]),
+    lambda x: iter([]),
 ]  # fmt: skip
 CRITERIA: list[Callable[[torch.Tensor], Any]] = [
     *(lambda x, value=value: [returning(value)] for value in VERDICTS),

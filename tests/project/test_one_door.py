@@ -20,7 +20,7 @@ BY_NAME = {"getattr", "hasattr", "setattr", "delattr"}
 CONFIG_FIELDS = {
     "doctor/plan.py": {"dtype"},  # of the weights to come
     "hf_generate.py": {  # of a generation config
-        "?", "_pad_token_tensor", "do_sample", "get_generation_mode", "num_beams", "return_dict_in_generate",
+        "?", "_pad_token_tensor", "do_sample", "get_generation_mode", "return_dict_in_generate",
         "stop_strings",
     },
     "pairs.py": {"eos_token_id", "pad_token_id", "quantization_config"},  # written, of the demo's model
