@@ -5,13 +5,42 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
-from eagle_fast.messages import warn_user
+from eagle_fast.messages import shown, warn_user
 
 MAX_TREE_NODES = 256
 MAX_TOP_K = 16
 MAX_DEPTH = 16
 MAX_SEED = 2**63 - 1
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-4, 1e6
+
+
+def plain_number(value: Any) -> int | float | None:
+    """A number as Python has it: of NumPy, and of arrays and tensors without dimensions, too. None for what is none,
+    for truth values, and for tensors without values."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        try:
+            value = value.item()
+        except RuntimeError:  # on the meta device
+            return None
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, Integral):
+        return int(value)
+    if not isinstance(value, Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # of a fraction
+        return math.inf
+
+
+def whole_number(value: Any) -> int | None:
+    """`plain_number` of integers, None for all else, 2.0 included."""
+    number = plain_number(value)
+    return number if isinstance(number, int) else None
 
 
 @dataclass(frozen=True)
@@ -30,13 +59,16 @@ class TreeConfig:
 
     def __post_init__(self) -> None:
         for name, low, high in (("top_k", 1, MAX_TOP_K), ("depth", 0, MAX_DEPTH)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise ValueError(f"{name}={value!r}: use an integer from {low} to {high}")
-        total, least = self.total_token, 1 if (self.depth, self.top_k) == (0, 1) else 2
-        is_count = isinstance(total, int) and not isinstance(total, bool)
-        if not is_count or (total != -1 and not least <= total <= MAX_TREE_NODES):
-            raise ValueError(f"total_token={total!r}: use 2 to {MAX_TREE_NODES}, or -1 to pick from measured times")
+            value = whole_number(getattr(self, name))
+            if value is None or not low <= value <= high:
+                raise ValueError(f"{name}={shown(getattr(self, name))}: use an integer from {low} to {high}")
+            object.__setattr__(self, name, value)
+        total, least = whole_number(self.total_token), 1 if (self.depth, self.top_k) == (0, 1) else 2
+        if total is None or (total != -1 and not least <= total <= MAX_TREE_NODES):
+            raise ValueError(
+                f"total_token={shown(self.total_token)}: use 2 to {MAX_TREE_NODES}, or -1 to pick from measured times"
+            )
+        object.__setattr__(self, "total_token", total)
         if total > 1 + self.num_candidates:
             raise ValueError(
                 f"total_token={total} is more than the {1 + self.num_candidates} nodes that depth={self.depth} and "
@@ -78,29 +110,39 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "top_k", "min_p"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ValueError(f"{name}={value!r}: use a finite number")
+            value = plain_number(getattr(self, name))
+            if value is None or (isinstance(value, float) and not math.isfinite(value)):
+                raise ValueError(f"{name}={shown(getattr(self, name))}: use a finite number")
+            object.__setattr__(self, name, value)
         if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature}: use 0 for greedy decoding or a positive number")
-        if 0 < self.temperature < 1e-4:
+            raise ValueError(f"temperature={shown(self.temperature)}: use 0 for greedy decoding or a positive number")
+        if 0 < self.temperature < MIN_TEMPERATURE:
             raise ValueError(f"temperature={self.temperature}: too small to divide by; use 0 for greedy decoding")
+        if self.temperature > MAX_TEMPERATURE:
+            raise ValueError(
+                f"temperature={shown(self.temperature)}: all tokens would be equally likely; use at most "
+                f"{MAX_TEMPERATURE:g}"
+            )
         for name in ("top_p", "min_p"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}: use a probability from 0 to 1")
+                raise ValueError(f"{name}={shown(getattr(self, name))}: use a probability from 0 to 1")
         if self.top_k < 0 or self.top_k != int(self.top_k):
-            raise ValueError(f"top_k={self.top_k}: use a whole number of tokens, 0 for no limit")
-        object.__setattr__(self, "top_k", int(self.top_k))
+            raise ValueError(f"top_k={shown(self.top_k)}: use a whole number of tokens, 0 for no limit")
+        object.__setattr__(self, "top_k", min(int(self.top_k), MAX_SEED))  # more than any vocabulary: no limit
         self._check_seed()
         if self.temperature == 0 and (self.top_k or 0 < self.top_p < 1 or self.min_p):
             warn_user("top_k, top_p and min_p change nothing at temperature=0 (greedy decoding)")
 
     def _check_seed(self) -> None:
-        if self.seed is None:
+        given: Any = self.seed
+        if getattr(given, "ndim", 0) == 1:
+            given = given.tolist()
+        if given is None:
             return
-        seeds = self.seed if isinstance(self.seed, Sequence) else (self.seed,)
-        for seed in seeds:
-            if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
-                raise ValueError(f"seed={seed!r}: use an integer from 0 to 2**63 - 1, or one for each sequence")
-        if isinstance(self.seed, Sequence):
-            object.__setattr__(self, "seed", tuple(self.seed))
+        several = isinstance(given, Sequence) and not isinstance(given, (str, bytes))
+        listed = list(given) if several else [given]
+        seeds = [whole_number(each) for each in listed]
+        for seed, each in zip(seeds, listed, strict=True):
+            if seed is None or not 0 <= seed <= MAX_SEED:
+                raise ValueError(f"seed={shown(each)}: use an integer from 0 to 2**63 - 1, or one for each sequence")
+        object.__setattr__(self, "seed", tuple(seeds) if several else seeds[0])

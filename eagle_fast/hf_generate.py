@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections import abc
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import GenerationMode
 from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
@@ -24,11 +25,16 @@ from transformers.generation.stopping_criteria import (
     StopStringCriteria,
 )
 
+from eagle_fast.config import whole_number
 from eagle_fast.decoding.generation import Decoding
+from eagle_fast.decoding.hooks import StopsComeOut
+from eagle_fast.decoding.memory import check_memory
 from eagle_fast.decoding.processors import split_warpers
 from eagle_fast.decoding.records import NOT_RECORDED
 from eagle_fast.decoding.request import make_request, pad_id, padded
-from eagle_fast.decoding.validate import check_hooks, check_prompts, id_list
+from eagle_fast.decoding.states import IdleStates
+from eagle_fast.decoding.validate import check_flags, check_hooks, check_prompts, id_list
+from eagle_fast.messages import shown
 from eagle_fast.target import Target
 from eagle_fast.target.anatomy import generating_model
 from eagle_fast.target.interface import CACHE_ARGUMENTS
@@ -40,6 +46,8 @@ NOT_TAKEN = (
     *CACHE_ARGUMENTS,
     *NO_TEXT,
 )
+OF_OTHER_MODES = ("num_beams", "penalty_alpha", "prompt_lookup_num_tokens", "dola_layers", "assistant_early_exit")
+MAX_NGRAM = 2**20
 PREPARED = (
     *("attention_mask", "position_ids", "cache_position", "logits_to_keep", "use_cache"),
     *CACHE_ARGUMENTS,
@@ -52,6 +60,7 @@ class HFGenerateMixin:
 
     base_model: PreTrainedModel
     target: Target
+    states: IdleStates
     tokenizer: Any
     _follow: Callable[[], None]
     _rounds: Callable[..., abc.Generator[Decoding, None, None]]
@@ -86,25 +95,41 @@ class HFGenerateMixin:
             raise ValueError(f"{', '.join(taken)}: not possible with speculative decoding; call base_model.generate")
         if kwargs.get("cache_implementation") == "paged":
             raise ValueError("cache_implementation='paged' would bypass eagle_fast: leave it out")
-        if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
-            raise ValueError(f"streamer is a {type(streamer).__name__}: pass an object with put() and end()")
+        _check_generate(generation_config, streamer, kwargs)
         given = inputs if inputs is not None else kwargs.get("input_ids")
         if given is not None:
             check_prompts(given, kwargs.get("attention_mask"), self.target.vocab_size)
         kwargs["stopping_criteria"], generation_config = self._stop_strings(generation_config, tokenizer, kwargs)
         device = self.target.device
-        kwargs = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in kwargs.items()}
+        entered = False
+
+        @functools.wraps(self.custom_generate)  # whose arguments transformers looks up
+        def loop(*args, **options):
+            nonlocal entered
+            entered = True
+            return self.custom_generate(*args, **options)
+
         stock_generate: Any = self.base_model.generate
-        return stock_generate(
-            None if inputs is None else inputs.to(device),
-            generation_config,
-            custom_generate=self.custom_generate,
-            ef_streamer=streamer,
-            seed=seed,
-            shared_noise=shared_noise,
-            output_logprobs=output_logprobs,
-            **kwargs,
-        )
+        try:
+            there = {
+                key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in kwargs.items()
+            }
+            return stock_generate(
+                None if inputs is None else inputs.to(device),
+                generation_config,
+                custom_generate=loop,
+                ef_streamer=streamer,
+                seed=seed,
+                shared_noise=shared_noise,
+                output_logprobs=output_logprobs,
+                **there,
+            )
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            options = kwargs if generation_config is None else kwargs | {"generation_config": generation_config}
+            clear = isinstance(error, ValueError) and any(name in str(error) for name in options)
+            if entered or clear or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(_cannot_use(error, options)) from error
 
     def _stop_strings(self, config: GenerationConfig | None, tokenizer, kwargs: dict):
         """Stopping criteria that include the stop strings, and a config without: transformers does not hand the
@@ -117,8 +142,11 @@ class HFGenerateMixin:
             config.stop_strings = None
         if self.base_model.generation_config.stop_strings is not None:
             raise ValueError("stop_strings in base_model.generation_config: set them to None there, pass stop_strings=")
-        if strings:
-            tokenizer = tokenizer or self.tokenizer
+        if strings is not None:
+            _check_stop_strings(strings)
+            tokenizer = self.tokenizer if tokenizer is None else tokenizer
+            if not isinstance(tokenizer, PreTrainedTokenizerBase):
+                raise ValueError(f"tokenizer is {shown(tokenizer)}: pass the target's tokenizer, for stop_strings")
             criteria.append(StopStringCriteria(tokenizer, strings))
         return criteria, config
 
@@ -140,8 +168,14 @@ class HFGenerateMixin:
         transformers 5 does not hand a streamer on to a callable: it is looked up in the calling frame, or passed as
         ef_streamer=. Nor does it hand on a tokenizer, so stop_strings work with `EaModel.generate` only.
         """
-        if model not in (self.base_model, generating_model(self.base_model)):
+        if not isinstance(generation_config, GenerationConfig):
+            raise ValueError(
+                f"generation_config is a {type(generation_config).__name__}: transformers calls custom_generate "
+                "itself, as in base_model.generate(input_ids, custom_generate=model.custom_generate)"
+            )
+        if not any(model is each for each in (self.base_model, generating_model(self.base_model))):
             raise ValueError("this EaModel decodes its own base_model: call base_model.generate(...)")
+        as_dict = check_flags(return_dict_in_generate=generation_config.return_dict_in_generate)[0]
         _check_supported(generation_config)
         _check_inputs(model_kwargs)
         self._follow()
@@ -162,38 +196,77 @@ class HFGenerateMixin:
             logits_processor=processors,
             stopping_criteria=[e for e in stopping_criteria if type(e) not in (EosTokenCriteria, MaxLengthCriteria)],
             show_padding=True,
-            return_dict_in_generate=generation_config.return_dict_in_generate,
+            return_dict_in_generate=as_dict,
             output_logprobs=output_logprobs,
             **{name: getattr(generation_config, name, False) for name in RECORDS},
             **(settings if generation_config.do_sample else {}),  # type: ignore[arg-type]  # of the sampler only
         )
-        if ef_streamer is not None:
-            ef_streamer.put(input_ids.cpu())
+        lengths = {"max_new_tokens": longest - length, "max_length": longest}
+        check_memory(self.states, True, len(request.prompts), request.longest, lengths)
         pad = getattr(generation_config, "_pad_token_tensor", None)
         pad = pad_id(self.base_model) if pad is None else int(pad)
+        if ef_streamer is not None:
+            ef_streamer.put(input_ids.cpu())
         steps = 0
-        with closing(self._rounds(True, request)) as running:
+        with StopsComeOut(), closing(self._rounds(True, request)) as running:
             for decoding in running:
                 if streamer is not None:
                     steps = _stream(streamer, decoding, steps, pad)
         if streamer is not None:
             streamer.end()
         sequences = padded(ids, decoding.new_tokens, pad).to(input_ids.device)
-        return decoding.result(sequences, pad) if generation_config.return_dict_in_generate else sequences
+        return decoding.result(sequences, pad) if as_dict else sequences
+
+
+def _check_generate(config, streamer, options: dict[str, Any]) -> None:
+    """What transformers would stumble over, or use without a look."""
+    if config is not None and not isinstance(config, GenerationConfig):
+        raise ValueError(
+            f"generation_config is a {type(config).__name__}: pass a GenerationConfig, or its settings as arguments"
+        )
+    for name in ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"):
+        size = whole_number(options.get(name, getattr(config, name, None)))
+        if size is not None and size > MAX_NGRAM:  # transformers loops over it
+            raise ValueError(f"{name}={shown(size)}: no text repeats so many tokens; leave it out")
+    if isinstance(streamer, type):
+        raise ValueError(f"streamer is the class {streamer.__name__}: pass an object of it, {streamer.__name__}(...)")
+    if streamer is not None and not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
+        raise ValueError(f"streamer is a {type(streamer).__name__}: pass an object with put() and end()")
+
+
+def _check_stop_strings(strings) -> None:
+    several = isinstance(strings, (list, tuple)) and len(strings) > 0
+    if not all(isinstance(each, str) and each for each in (strings if several else [strings])):
+        raise ValueError(f"stop_strings={shown(strings)}: pass a text or a list of texts, none of them empty")
+
+
+def _cannot_use(error: Exception, options: dict) -> str:
+    """What transformers said of these options of `generate` before anything was decoded."""
+    given = ", ".join(
+        f"{name}={shown(value)}" for name, value in options.items() if name not in ("input_ids", "inputs")
+    )
+    return f"transformers' generate cannot use {given}: {type(error).__name__}: {error}"
 
 
 def _check_supported(generation_config) -> None:
     mode = generation_config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        settings = {name: getattr(generation_config, name, None) for name in OF_OTHER_MODES}
+        causes = ", ".join(
+            f"{name}={shown(value)}"
+            for name, value in settings.items()
+            if (value != 1 if name == "num_beams" else value is not None)
+        )
         raise ValueError(
-            f"{mode.value} (num_beams={generation_config.num_beams}): eagle_fast decodes greedily or by sampling; "
-            "call base_model.generate"
+            f"{mode.value} ({causes}): eagle_fast decodes greedily or by sampling; call base_model.generate"
         )
 
 
 def _says_nothing(value: Any) -> bool:
     """Whether an input is as good as none: what wrappers of several modalities get with text alone."""
     if isinstance(value, torch.Tensor):
+        if value.is_meta or value.layout != torch.strided:
+            return False
         return not value.is_floating_point() and not value.any()  # token types of text
     return value is None or value == {}
 
@@ -202,10 +275,13 @@ def _check_inputs(model_kwargs: dict) -> None:
     """Inputs of the model that would change its text, and that rounds don't have."""
     names = [name for name, value in model_kwargs.items() if name not in PREPARED and not _says_nothing(value)]
     for name in CACHE_ARGUMENTS:
-        if model_kwargs.get(name) is not None and model_kwargs[name].get_seq_length():
+        cache = model_kwargs.get(name)
+        if cache is not None and (not isinstance(cache, Cache) or cache.get_seq_length()):
             names.append(name)
     mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
-    if positions is not None:  # transformers passes its own along, which count the tokens, and drops a mask of ones
+    if positions is not None and not isinstance(positions, torch.Tensor):
+        names.append("position_ids")
+    elif positions is not None:  # transformers passes its own along, which count the tokens, and drops a mask of ones
         mask = torch.ones_like(positions) if mask is None else mask
         if ((positions != mask.cumsum(-1) - 1) & (mask != 0)).any():
             names.append("position_ids")
@@ -227,5 +303,5 @@ def _stream(streamer, decoding: Decoding, steps: int, pad: int) -> int:
     made = [len(text) for text, done in zip(texts, decoding.done, strict=True) if not done]
     ready = min(made) if made else max(len(text) for text in texts)
     for step in range(steps, ready):
-        streamer.put(torch.tensor([text[step] if step < len(text) else pad for text in texts]))
+        streamer.put(torch.tensor([text[step] if step < len(text) else pad for text in texts], device="cpu"))
     return max(steps, ready)

@@ -1,4 +1,5 @@
-"""How messages to the user are put: warnings that point at the user's own line, lists of names that stay short."""
+"""How messages to the user are put: warnings that point at the user's own line, values and lists of
+names that stay short."""
 
 from __future__ import annotations
 
@@ -20,6 +21,15 @@ def warn_user(message: str) -> None:
 
 def _is_ours(module: str) -> bool:
     return module.partition(".")[0] == PACKAGE or module in DECORATORS
+
+
+def shown(value: object, most: int = 60) -> str:
+    """repr of whatever a user passed, cut behind `most` characters; the name of its type where it has none."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # of the object's own, or an int of more digits than Python writes
+        return f"<a {type(value).__name__}>"
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def listed(names: Iterable[str], most: int = 8) -> str:

@@ -15,16 +15,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel
 
 from eagle_fast.config import TreeConfig
 from eagle_fast.decoding.generation import Decoding
 from eagle_fast.decoding.graph import WARMUP_STEPS
+from eagle_fast.decoding.hooks import StopsComeOut
+from eagle_fast.decoding.memory import check_memory
 from eagle_fast.decoding.records import Keeps
 from eagle_fast.decoding.request import Request, end_of_turn, make_request, pad_id, padded, special_ids
 from eagle_fast.decoding.states import IdleStates
 from eagle_fast.decoding.tune import pick_total_token
-from eagle_fast.decoding.validate import check_positive
+from eagle_fast.decoding.validate import check_flags, check_forward, check_positive
 from eagle_fast.head import DraftHead
 from eagle_fast.hf_generate import HFGenerateMixin
 from eagle_fast.loading import (
@@ -39,6 +41,7 @@ from eagle_fast.loading import (
     runs_in_int8,
 )
 from eagle_fast.messages import warn_user
+from eagle_fast.options import option_names, refuse_unknown
 from eagle_fast.target import Target
 from eagle_fast.target.check import checked_target
 from eagle_fast.target.interface import cache_argument
@@ -70,6 +73,8 @@ class EaModel(HFGenerateMixin, nn.Module):
         super().__init__()
         self.base_model, self.ea_layer = base_model, ea_layer
         self.config = base_model.config
+        if tree is not None and not isinstance(tree, TreeConfig):
+            raise ValueError(f"tree is a {type(tree).__name__}: pass TreeConfig(total_token, depth, top_k)")
         self.tree = tree or TreeConfig()
         self.target = self._new_target()
         self.device_map = device_map_of(base_model)
@@ -136,8 +141,14 @@ class EaModel(HFGenerateMixin, nn.Module):
         """The target's tokenizer, loaded on first use."""
         if self._tokenizer is None:
             if not self._name:
-                raise ValueError("the base model came without a name: load its tokenizer yourself and pass tokenizer=")
-            self._tokenizer = AutoTokenizer.from_pretrained(self._name, **self._tokenizer_options)
+                raise ValueError(
+                    "the base model came without a name: load its tokenizer yourself, and pass it to generate as "
+                    "tokenizer=, or its stop ids as eos_token_id= in place of is_llama3"
+                )
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(self._name, **self._tokenizer_options)
+            except (AttributeError, KeyError, OSError, TypeError) as error:
+                raise ValueError(f"{self._name!r} has no tokenizer that can be loaded: {error}") from error
         return self._tokenizer
 
     def get_tokenizer(self):
@@ -178,6 +189,7 @@ class EaModel(HFGenerateMixin, nn.Module):
         A text ends before max_new_tokens at max_length, or where a model with learned positions has no more of them.
         Raises ValueError for arguments that cannot be meant, NaNLogitsError.
         """
+        self._refuse_unknown("eagenerate", options)
         return self._collect(True, log, input_ids, 
             temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, max_length=max_length,
             is_llama3=is_llama3, **options,
@@ -196,6 +208,7 @@ class EaModel(HFGenerateMixin, nn.Module):
         **options,
     ):
         """The same without speculation, one token per round: the same text for the same seed. See `eagenerate`."""
+        self._refuse_unknown("naivegenerate", options)
         return self._collect(False, log, input_ids, 
             temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, max_length=max_length,
             is_llama3=is_llama3, **options,
@@ -218,7 +231,8 @@ class EaModel(HFGenerateMixin, nn.Module):
         With return_dict_in_generate=True it yields a `Generation` of what there is so far, with the statistics, scores,
         logits and log-probabilities that were asked for.
         """
-        return self._stream(True, input_ids, 
+        self._refuse_unknown("ea_generate", options)
+        return self._stream(True, log, input_ids, 
             temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, max_length=max_length,
             is_llama3=is_llama3, **options,
         )  # fmt: skip
@@ -236,7 +250,8 @@ class EaModel(HFGenerateMixin, nn.Module):
         **options,
     ) -> Iterator[torch.Tensor]:
         """`naivegenerate` as a generator: yields the ids so far after each token. See `ea_generate`."""
-        return self._stream(False, input_ids, 
+        self._refuse_unknown("naive_generate", options)
+        return self._stream(False, log, input_ids, 
             temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, max_length=max_length,
             is_llama3=is_llama3, **options,
         )  # fmt: skip
@@ -244,8 +259,11 @@ class EaModel(HFGenerateMixin, nn.Module):
     def forward(self, input_ids=None, attention_mask=None, past_key_values=None, output_orig=False, position_ids=None):
         """The target alone, as in SafeAILab/EAGLE: (outputs, hidden), or (outputs, logits, hidden) with output_orig.
 
-        hidden [B, L, H] is the last hidden state after the final norm, logits [B, L, V].
+        hidden [B, L, H] is the last hidden state after the final norm, logits [B, L, V]. Raises ValueError.
         """
+        check_forward(input_ids, attention_mask, past_key_values, position_ids, self.target)
+        output_orig = check_flags(output_orig=output_orig)[0]
+        input_ids = input_ids.to(self.target.input_device, torch.long)
         kept = {}
 
         def keep(module, args, output):
@@ -267,9 +285,10 @@ class EaModel(HFGenerateMixin, nn.Module):
 
     def warmup(self, batch: int = 1, max_length: int = 2048) -> None:
         """Before the clock: compile kernels and capture graphs for `batch` sequences of up to `max_length` tokens."""
-        check_positive(batch=batch, max_length=max_length)
+        batch, max_length = check_positive(batch=batch, max_length=max_length)
         self._follow()
         for speculative in (True, False):
+            check_memory(self.states, speculative, batch, max_length, {"batch": batch, "max_length": max_length})
             budget = (WARMUP_STEPS + 2) * (self.tree.max_path if speculative else 1)
             for _ in self._rounds(speculative, Request([[0, 0]] * batch, [budget] * batch), max_length):
                 pass
@@ -296,16 +315,34 @@ class EaModel(HFGenerateMixin, nn.Module):
             self.states.clear()
             self.target, self.states = target, IdleStates(target, self.ea_layer, self.tree)
 
+    def _refuse_unknown(self, method: str, options: dict[str, Any]) -> None:
+        if not options:
+            return
+        behind = self._stream if method in ("ea_generate", "naive_generate") else self._collect
+        taken = option_names(getattr(self, method), behind, self._prepare, make_request)
+        refuse_unknown(method, options, taken, option_names(self.generate, GenerationMixin.generate))
+
     def _prepare(
-        self, input_ids, *, is_llama3=False, eos_token_id=None, use_distributed=False, **options
+        self,
+        speculative: bool,
+        input_ids: torch.Tensor,
+        *,
+        is_llama3: bool = False,
+        eos_token_id=None,
+        use_distributed: bool = False,
+        **options,
     ) -> tuple[Request, torch.Tensor]:
         """Check everything a call brings: the request, and input_ids on the CPU."""
+        is_llama3, _ = check_flags(is_llama3=is_llama3, use_distributed=use_distributed)
         self._follow()
         if eos_token_id is None:
             eos_token_id = special_ids(self.base_model, "eos_token_id")
             if is_llama3:
                 eos_token_id = [*eos_token_id, end_of_turn(self.tokenizer)]
-        return make_request(self.target, input_ids, eos_token_id=eos_token_id, **options)
+        request, ids = make_request(self.target, input_ids, eos_token_id=eos_token_id, **options)
+        lengths = {name: options[name] for name in ("max_new_tokens", "max_length")}
+        check_memory(self.states, speculative, len(request.prompts), request.longest, lengths)
+        return request, ids
 
     @torch.inference_mode(False)  # buffers live longer than a call, and an inference tensor can't be written outside
     @torch.no_grad()
@@ -321,8 +358,9 @@ class EaModel(HFGenerateMixin, nn.Module):
                     yield decoding
 
     def _collect(self, speculative: bool, log: bool, input_ids, return_dict_in_generate: bool = False, **options):
-        request, ids = self._prepare(input_ids, return_dict_in_generate=return_dict_in_generate, **options)
-        with closing(self._rounds(speculative, request)) as running:
+        log, return_dict_in_generate = check_flags(log=log, return_dict_in_generate=return_dict_in_generate)
+        request, ids = self._prepare(speculative, input_ids, return_dict_in_generate=return_dict_in_generate, **options)
+        with StopsComeOut(), closing(self._rounds(speculative, request)) as running:
             for decoding in running:  # noqa: B007  # the last one holds all tokens
                 pass
         pad = pad_id(self.base_model)
@@ -332,8 +370,9 @@ class EaModel(HFGenerateMixin, nn.Module):
             return decoding.result(sequences, pad)
         return (sequences, sum(statistics.new_tokens), statistics.rounds - 1) if log else sequences
 
-    def _stream(self, speculative: bool, input_ids, return_dict_in_generate: bool = False, **options):
-        request, ids = self._prepare(input_ids, return_dict_in_generate=return_dict_in_generate, **options)
+    def _stream(self, speculative: bool, log: bool, input_ids, return_dict_in_generate: bool = False, **options):
+        _, return_dict_in_generate = check_flags(log=log, return_dict_in_generate=return_dict_in_generate)
+        request, ids = self._prepare(speculative, input_ids, return_dict_in_generate=return_dict_in_generate, **options)
         pad = pad_id(self.base_model)
 
         def rounds():

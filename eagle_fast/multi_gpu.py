@@ -7,7 +7,11 @@
 from __future__ import annotations
 
 import os
+import warnings
 
+from eagle_fast.config import SamplingParams
+from eagle_fast.decoding.validate import check_positive
+from eagle_fast.messages import shown
 from eagle_fast.model import EaModel
 
 Path = str | os.PathLike
@@ -60,10 +64,18 @@ def run_multi_gpu_inference(
     """
     if not isinstance(input_text, str):
         raise ValueError(f"input_text is a {type(input_text).__name__}: pass a str")
+    if not input_text:
+        raise ValueError("input_text is empty: there is no token to continue from")
+    with warnings.catch_warnings():  # before the minutes of loading; the call itself warns
+        warnings.simplefilter("ignore")
+        SamplingParams(temperature, top_p)
+    check_positive(max_new_tokens=max_new_tokens, max_length=max_length)
     model = setup_multi_gpu_inference(
         base_model_path, device_map, use_eagle3, ea_model_path, total_token, depth, top_k, threshold, **options
     )
     tokenizer = model.get_tokenizer()
     input_ids = tokenizer.encode(input_text, return_tensors="pt")
+    if not input_ids.numel():
+        raise ValueError(f"input_text={shown(input_text)} has no tokens: there is nothing to continue from")
     output_ids = model.eagenerate(input_ids, temperature, top_p, max_new_tokens=max_new_tokens, max_length=max_length)
     return tokenizer.decode(output_ids[0], skip_special_tokens=True)

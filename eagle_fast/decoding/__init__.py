@@ -8,7 +8,8 @@ round        the algorithm: draft, verify, accept, compact, absorb; and the stat
 tree, draft  the tree as tensors; how the head grows it and absorbs what was accepted
 sampling     the next token as a deterministic function of logits, seed and position; the draft's scores
 processors   logits processors on a tree, on the host: each node sees its own prefix
-request, validate   what a call asks for, checked
+request, validate, memory   what a call asks for, checked
+hooks        what processors and criteria give back, checked
 generation, reports the host launches a round before it has read the last; stop conditions, statistics
 records      logits, scores and log-probabilities of the emitted tokens, for calls that ask for them
 graph, states       one CUDA graph per round; buffers and graphs kept between calls

@@ -72,7 +72,7 @@ class Drafter(NoHead):
         words = -(-(tree.depth + 1) * k // 64)
         # the root as a beam: score, candidate, ancestors
         self.root = (
-            torch.zeros(batch, 1, device=device),
+            torch.zeros(batch, 1, dtype=torch.float32, device=device),
             torch.full((batch, 1), -1, device=device),
             torch.zeros(batch, 1, words, dtype=torch.long, device=device),
         )
@@ -85,7 +85,7 @@ class Drafter(NoHead):
         k, batch = self.tree.top_k, roots.numel()
         size = (batch, self.tree.num_candidates)
         candidate_tokens, parents = torch.empty(2, *size, dtype=torch.long, device=self.device)
-        candidates = torch.empty(size, device=self.device), candidate_tokens, parents
+        candidates = torch.empty(size, dtype=torch.float32, device=self.device), candidate_tokens, parents
         positions, slots = lengths + self.level_offsets  # [depth + 1, B]
         best = self._propose(self.states[:, None], lengths, sampling)
         tokens, scores, beam, rows, masks = grow(*best, *self.root, 0, *candidates)

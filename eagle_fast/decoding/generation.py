@@ -19,6 +19,7 @@ from itertools import zip_longest
 import torch
 from transformers.utils import ModelOutput
 
+from eagle_fast.decoding.hooks import processed, verdict
 from eagle_fast.decoding.processors import copies_for_rows, walk_processed
 from eagle_fast.decoding.records import Records
 from eagle_fast.decoding.reports import ReportRing
@@ -171,12 +172,13 @@ class Decoding:
 
     def _prefill(self) -> None:
         """Prefill the texts so far. With longrope, no further than the switch: past it, all keys are recomputed."""
-        lengths = torch.tensor([len(text) for text in self.texts])
-        tokens = torch.zeros(len(self.texts), int(lengths.max()), dtype=torch.long)
+        cpu = torch.device("cpu")  # whatever the default device is
+        lengths = torch.tensor([len(text) for text in self.texts], device=cpu)
+        tokens = torch.zeros(len(self.texts), int(lengths.max()), dtype=torch.long, device=cpu)
         for row, text in enumerate(self.texts):
-            tokens[row, : len(text)] = torch.tensor(text)
+            tokens[row, : len(text)] = torch.tensor(text, device=cpu)
         ends = [self._end(row) for row in range(len(self.texts))]
-        self.state.begin(tokens, lengths, torch.tensor(ends))
+        self.state.begin(tokens, lengths, torch.tensor(ends, device=cpu))
         self.limits = [end + 1 for end in ends]
 
     def _end(self, row: int) -> int:
@@ -240,7 +242,7 @@ class Decoding:
         text.append(token)
         stopped = token in self.request.stop_ids
         if self.criteria:
-            stopped |= bool(self.criteria[row](self._seen(row), self.records.scores_of(row)).all())  # type: ignore[arg-type]
+            stopped |= verdict(self.criteria[row], self._seen(row), self.records.scores_of(row))
         full = len(text) >= self.ends[row]  # which the device knows
         if stopped and not full:
             self.stopped.append(row)
@@ -257,12 +259,7 @@ class Decoding:
         """logits [1, V] of a sequence's next token after its processors."""
         assert self.processors is not None
         own = logits.clone() if self.request.record else logits  # processors may work in place
-        scores = self.processors[row](self._seen(row), logits)  # type: ignore[arg-type]
-        if scores.shape != logits.shape:
-            raise ValueError(
-                f"the logits processors made scores of shape {list(scores.shape)} from {list(logits.shape)}: they see "
-                "one sequence at a time; decode the prompts one by one if they need the whole batch"
-            )
+        scores = processed(self.processors[row], self._seen(row), logits)
         self.processed = own, scores
         return scores
 

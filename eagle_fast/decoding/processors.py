@@ -10,11 +10,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from transformers import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
     PrefixConstrainedLogitsProcessor,
@@ -23,10 +26,13 @@ from transformers import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
 from eagle_fast.decoding.round import Round
 from eagle_fast.decoding.tree import Tree
+from eagle_fast.decoding.validate import check_takes_two
+from eagle_fast.messages import shown
 
 _ORDER = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 _NAMES = ("temperature", "top_k", "top_p", "min_p")
@@ -63,8 +69,9 @@ def copies_for_rows(hooks: HookList | None, batch: int) -> list[HookList] | None
     """Processors or criteria for each sequence, None for none.
 
     Sequences advance at their own pace, so a state is kept for each: the first one has the originals, the others deep
-    copies made at the start, which share the models and tokenizers in them. `prefix_allowed_tokens_fn` gets the index
-    of its sequence as in transformers. Raises ValueError for what cannot be copied.
+    copies made at the start, which share the models and tokenizers in them. Processors of transformers that hold the
+    prompts get their own, and `prefix_allowed_tokens_fn` the index of its prompt. Raises ValueError for what cannot be
+    copied.
     """
     if not hooks:
         return None
@@ -74,7 +81,7 @@ def copies_for_rows(hooks: HookList | None, batch: int) -> list[HookList] | None
         for value in getattr(each, "__dict__", {}).values()
         if isinstance(value, (nn.Module, PreTrainedTokenizerBase))
     }
-    rows = [_penalties_of_row(hooks, 0, batch)]
+    rows = [type(hooks)(_of_row(each, 0, batch) for each in hooks)]
     for row in range(1, batch):
         try:
             copied = copy.deepcopy(hooks, dict(shared))
@@ -83,26 +90,72 @@ def copies_for_rows(hooks: HookList | None, batch: int) -> list[HookList] | None
                 f"{type(hooks).__name__} cannot be copied for each of {batch} sequences ({error}): decode the prompts "
                 "one by one"
             ) from error
-        for place, each in enumerate(copied):
-            if isinstance(each, PrefixConstrainedLogitsProcessor):
-                copied[place] = PrefixConstrainedLogitsProcessor(_of_row(each._prefix_allowed_tokens_fn, row), 1)
-        rows.append(_penalties_of_row(copied, row, batch))
+        rows.append(type(hooks)(_of_row(each, row, batch) for each in copied))
     return rows
 
 
-def _penalties_of_row(hooks: HookList, row: int, batch: int) -> HookList:
-    """Repetition penalties of transformers from 5.18 on hold the padding of every sequence: leave this one's."""
-    taken = type(hooks)(hooks)
-    for place, each in enumerate(taken):
-        ignored = getattr(each, "prompt_ignore_length", None)
-        if isinstance(ignored, torch.Tensor) and len(ignored) == batch:
-            taken[place] = copy.copy(each)
-            taken[place].prompt_ignore_length = ignored[row : row + 1]
-    return taken
+class Allowed(LogitsProcessor):
+    """`PrefixConstrainedLogitsProcessor` for a sequence of one prompt, which gives its function the prompt's index."""
+
+    def __init__(self, function: Callable, prompt: int):
+        if not callable(function):
+            raise ValueError(f"prefix_allowed_tokens_fn is {shown(function)}: pass a function of (batch_id, ids)")
+        check_takes_two("prefix_allowed_tokens_fn", function, "(batch_id, ids)")
+        self.function, self.prompt = function, prompt
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        given = self.function(self.prompt, input_ids[0])
+        try:
+            allowed = torch.as_tensor(given, device=scores.device)
+        except (RuntimeError, TypeError, ValueError):
+            allowed = scores[0, 0]
+        whole = not (allowed.is_floating_point() or allowed.is_complex()) and allowed.dim() == 1
+        size = scores.shape[-1]
+        if not allowed.numel() and allowed.dim() == 1:
+            whole = True  # of which transformers says so
+        elif whole and allowed.dtype != torch.bool:
+            whole = -size <= int(allowed.min()) and int(allowed.max()) < size
+        if not whole:
+            raise ValueError(
+                f"prefix_allowed_tokens_fn({self.prompt}, ids) returned {shown(given)}: return a list of token ids "
+                f"below {size}"
+            )
+        return PrefixConstrainedLogitsProcessor(lambda *_: allowed, 1)(input_ids, scores)  # type: ignore[arg-type,return-value]
 
 
-def _of_row(prefix_allowed_tokens_fn: Callable, row: int) -> Callable:
-    return lambda _, ids: prefix_allowed_tokens_fn(row, ids)
+def _of_row(hook, row: int, batch: int):
+    """A processor of transformers that holds something of every sequence, with what it holds of this one."""
+    if isinstance(hook, PrefixConstrainedLogitsProcessor):
+        return Allowed(hook._prefix_allowed_tokens_fn, row // hook._num_beams)  # as many sequences each prompt has
+    held: dict[str, Any] = {}
+    if isinstance(hook, EncoderNoRepeatNGramLogitsProcessor):
+        held = {"generated_ngrams": _one(hook.generated_ngrams, row, batch), "batch_size": 1}
+    elif isinstance(hook, EncoderRepetitionPenaltyLogitsProcessor):
+        held = {"encoder_input_ids": _one(hook.encoder_input_ids, row, batch)}
+    elif isinstance(hook, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+        context = dict(hook.unconditional_context)
+        for name in ("input_ids", "attention_mask"):
+            context[name] = _one(context[name], row, batch)
+        held = {"unconditional_context": context}
+    elif isinstance(getattr(hook, "prompt_ignore_length", None), torch.Tensor):  # of penalties, from 5.18 on
+        held = {"prompt_ignore_length": _one(hook.prompt_ignore_length, row, batch)}
+    if not held:
+        return hook
+    mine = copy.copy(hook)
+    vars(mine).update(held)
+    return mine
+
+
+def _one(values, row: int, batch: int):
+    """The slice of one sequence of what is held for each prompt, which may have several sequences; None of None."""
+    if values is None:
+        return None
+    if not isinstance(values, (list, torch.Tensor)) or len(values) == 0:
+        raise ValueError(f"a logits processor holds {shown(values)} as prompts: pass token ids [B, L]")
+    if batch % len(values):
+        raise ValueError(f"a logits processor was made for {len(values)} prompts, and {batch} sequences are decoded")
+    place = row * len(values) // batch
+    return values[place : place + 1]
 
 
 def walk_processed(
@@ -134,8 +187,8 @@ def walk_processed(
             chosen.append(token)
             node = children.get((node, token)) if take(row, token) else None
         state.counts[row] = len(nodes)
-        path[row, : len(nodes)] = torch.tensor(nodes, dtype=torch.long)
-        state.emitted[row, : len(nodes)] = torch.tensor(chosen, dtype=torch.long)
+        path[row, : len(nodes)] = torch.tensor(nodes, dtype=torch.long, device=path.device)
+        state.emitted[row, : len(nodes)] = torch.tensor(chosen, dtype=torch.long, device=path.device)
         if chosen:
             state.roots[row] = chosen[-1]
     return path

@@ -21,7 +21,7 @@ class ReportRing:
 
     def __init__(self, report: torch.Tensor, slots: int):
         self.report = report
-        self.slots = torch.empty(slots, *report.shape, dtype=report.dtype, pin_memory=report.is_cuda)
+        self.slots = torch.empty(slots, *report.shape, dtype=report.dtype, device="cpu", pin_memory=report.is_cuda)
         # with more rounds under way the host may sleep until it is woken, some 50 us late; else it spins
         self.arrived = [torch.cuda.Event(blocking=slots > 1) for _ in range(slots if report.is_cuda else 0)]
         self.num_sent = self.num_read = 0

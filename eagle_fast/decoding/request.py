@@ -10,7 +10,15 @@ from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaL
 
 from eagle_fast.config import SamplingParams
 from eagle_fast.decoding.records import Wanted, check_wanted
-from eagle_fast.decoding.validate import check_hooks, check_prompts, check_seeds, check_stop_ids, id_list, token_budgets
+from eagle_fast.decoding.validate import (
+    check_flags,
+    check_hooks,
+    check_prompts,
+    check_seeds,
+    check_stop_ids,
+    id_list,
+    token_budgets,
+)
 from eagle_fast.target import Target
 from eagle_fast.target.anatomy import token_settings
 
@@ -68,7 +76,7 @@ def make_request(
         prompts=prompts,
         budgets=token_budgets(prompts, max_new_tokens, max_length, target.max_positions),
         sampling=SamplingParams(temperature, top_p, top_k, min_p, check_seeds(seed, len(prompts))),  # type: ignore[arg-type]  # top_k: 50.0 is 50
-        shared_noise=shared_noise,
+        shared_noise=check_flags(shared_noise=shared_noise)[0],
         stop_ids=check_stop_ids(eos_token_id, target.vocab_size),
         processors=LogitsProcessorList(check_hooks("logits_processor", logits_processor)),
         criteria=StoppingCriteriaList(check_hooks("stopping_criteria", stopping_criteria)),
@@ -108,17 +116,18 @@ def end_of_turn(tokenizer) -> int:
 def pad_left(prompts: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
     """input_ids and attention_mask [B, longest] of prompts, padded in front."""
     longest = max(len(prompt) for prompt in prompts)
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long, device="cpu")
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(list(prompt))
+        ids[row, longest - len(prompt) :] = torch.tensor(list(prompt), device="cpu")
         mask[row, longest - len(prompt) :] = 1
     return {"input_ids": ids, "attention_mask": mask}
 
 
 def padded(ids: torch.Tensor, texts: list[list[int]], pad: int) -> torch.Tensor:
     """[B, L + longest text] on the CPU: prompts ids [B, L] as given, then the texts, padded behind."""
-    new = torch.full((len(texts), max(len(text) for text in texts)), pad, dtype=torch.long)
+    longest = max(len(text) for text in texts)
+    new = torch.full((len(texts), longest), pad, dtype=torch.long, device="cpu")
     for row, text in enumerate(texts):
-        new[row, : len(text)] = torch.tensor(text, dtype=torch.long)
+        new[row, : len(text)] = torch.tensor(text, dtype=torch.long, device="cpu")
     return torch.cat([ids, new], 1)

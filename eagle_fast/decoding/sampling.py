@@ -44,12 +44,12 @@ class SamplingTensors:
     """Per-sequence settings [B]; `draft_gain` and `draft_share` are those of `DraftScales`."""
 
     def __init__(self, batch: int, device: torch.device):
-        self.temperature = torch.zeros(batch, device=device)
-        self.draft_gain = torch.ones(batch, device=device)
-        self.draft_share = torch.zeros(batch, device=device)
+        self.temperature = torch.zeros(batch, dtype=torch.float32, device=device)
+        self.draft_gain = torch.ones(batch, dtype=torch.float32, device=device)
+        self.draft_share = torch.zeros(batch, dtype=torch.float32, device=device)
         self.top_k = torch.zeros(batch, dtype=torch.long, device=device)
-        self.top_p = torch.ones(batch, device=device)
-        self.min_p = torch.zeros(batch, device=device)
+        self.top_p = torch.ones(batch, dtype=torch.float32, device=device)
+        self.min_p = torch.zeros(batch, dtype=torch.float32, device=device)
         self.seeds = torch.zeros(batch, dtype=torch.long, device=device)
         self.sequences = torch.zeros(batch, dtype=torch.long, device=device)
 
@@ -61,7 +61,7 @@ class SamplingTensors:
         self.draft_gain.fill_(gain)
         self.draft_share.fill_(share)
         self.top_k.fill_(params.top_k)
-        self.top_p.fill_(params.top_p or 1.0)
+        self.top_p.fill_(max(params.top_p, torch.finfo(torch.float32).tiny) if params.top_p else 1.0)
         self.min_p.fill_(params.min_p)
         if isinstance(params.seed, tuple):
             if len(params.seed) != batch:
@@ -71,7 +71,7 @@ class SamplingTensors:
         else:
             seed = params.seed
             if seed is None:  # the default generator is only asked where its answer is used
-                seed = int(torch.randint(MAX_SEED, ()).item()) if params.temperature > 0 else 0
+                seed = int(torch.randint(MAX_SEED, (), device="cpu").item()) if params.temperature > 0 else 0
             self.seeds.fill_(seed)
             self.sequences.copy_(torch.arange(batch, device=device))
 

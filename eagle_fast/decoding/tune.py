@@ -34,7 +34,9 @@ def round_seconds(target: Target, head: DraftHead, tree: TreeConfig) -> float:
     max_length = PROMPT + (WARMUP_STEPS + 2 + ROUNDS) * tree.max_path
     state = Round(target, head, tree, 1, max_length)
     step = GraphedStep(state.step, state.devices)
-    state.begin(torch.ones(1, PROMPT, dtype=torch.long), torch.tensor([PROMPT]), torch.tensor([max_length - 1]))
+    cpu = torch.device("cpu")  # whatever the default device is
+    tokens = torch.ones(1, PROMPT, dtype=torch.long, device=cpu)
+    state.begin(tokens, torch.tensor([PROMPT], device=cpu), torch.tensor([max_length - 1], device=cpu))
     for _ in range(WARMUP_STEPS + 1):
         step()
     _wait(target.device)

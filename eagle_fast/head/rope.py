@@ -126,7 +126,7 @@ def rope_table(
     frequencies depend on the sequence length (dynamic, longrope) get in row p those of a sequence that ends there, as
     decoding token by token uses them, so that the table never changes under keys that are already written.
     """
-    positions = torch.arange(num_positions)
+    positions = torch.arange(num_positions, device="cpu")
     config = LlamaConfig(
         hidden_size=head_dim,
         num_attention_heads=1,
@@ -146,7 +146,7 @@ def _frequencies(config: LlamaConfig, positions: torch.Tensor, head_dim: int) ->
     rope: Any = config.rope_parameters
     if rope["rope_type"] == "default":
         rotated = int(head_dim * rope.get("partial_rotary_factor", 1.0))
-        return 1.0 / rope["rope_theta"] ** (torch.arange(0, rotated, 2).float() / rotated), 1.0
+        return 1.0 / rope["rope_theta"] ** (torch.arange(0, rotated, 2, device="cpu").float() / rotated), 1.0
     init = ROPE_INIT_FUNCTIONS[rope["rope_type"]]
     cpu = torch.device("cpu")
     if rope["rope_type"] == "dynamic":

@@ -10,10 +10,12 @@ from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SynthIDTextWatermarkingConfig,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
     TypicalLogitsWarper,
+    WatermarkingConfig,
 )
 
 from eagle_fast.decoding.processors import copies_for_rows, split_warpers
@@ -67,6 +69,45 @@ def test_greedy_equals_stock_generate(name, device):
     expected = stock(model, ids, **options)
     assert not torch.equal(expected, stock(model, ids, max_new_tokens=NEW)), "this processor does nothing here"
     assert torch.equal(model.generate(ids, do_sample=False, **options), expected)
+
+
+OF_BATCHES = {
+    **GREEDY,
+    "encoder_repetition_penalty": {"encoder_repetition_penalty": 3.0},
+    "encoder_no_repeat_ngram": {"encoder_no_repeat_ngram_size": 1},
+    "negative prompts": {
+        "guidance_scale": 1.5,
+        "negative_prompt_ids": torch.tensor([[7, 8, 9], [90, 80, 70], [3, 4, 5]]),
+    },
+    "guidance without a cache": {"guidance_scale": 1.5, "use_cache": False},
+    "watermark": {"watermarking_config": WatermarkingConfig(bias=6.0)},
+    "synth id": {"watermarking_config": SynthIDTextWatermarkingConfig(keys=[1, 2, 3, 4], ngram_len=3)},
+}
+
+
+@pytest.mark.parametrize("name", OF_BATCHES)
+def test_processors_of_a_batch_hold_what_is_their_sequences(name, device):
+    """Whatever transformers makes of a GenerationConfig may hold the prompts of all sequences, or count them."""
+    model = decoder("llama", device)
+    ids, mask = batch_of([11, 4, 9], device)
+    options = {"max_new_tokens": NEW, "eos_token_id": 77, "pad_token_id": 0, "attention_mask": mask, **OF_BATCHES[name]}
+    options = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in options.items()}
+    assert torch.equal(model.generate(ids, do_sample=False, **options), stock(model, ids, **options))
+
+
+def test_sequences_of_one_prompt_have_its_index(device):
+    model, seen = decoder("llama", device), set()
+    ids = torch.cat([prompt(9, device, 1), prompt(9, device, 2)])
+
+    def allowed(prompt, text):
+        seen.add((prompt, text[0].item()))
+        return [prompt + 5]
+
+    out = model.generate(
+        ids, do_sample=True, num_return_sequences=3, prefix_allowed_tokens_fn=allowed, max_new_tokens=3, seed=1
+    )
+    assert out[:, 9:].tolist() == [[5] * 3] * 3 + [[6] * 3] * 3
+    assert seen == {(0, int(ids[0, 0])), (1, int(ids[1, 0]))}
 
 
 def test_min_new_tokens_equals_stock_generate(device):

@@ -20,7 +20,7 @@ BY_NAME = {"getattr", "hasattr", "setattr", "delattr"}
 CONFIG_FIELDS = {
     "doctor/plan.py": {"dtype"},  # of the weights to come
     "hf_generate.py": {  # of a generation config
-        "?", "_pad_token_tensor", "do_sample", "get_generation_mode", "num_beams", "return_dict_in_generate",
+        "?", "_pad_token_tensor", "do_sample", "get_generation_mode", "return_dict_in_generate",
         "stop_strings",
     },
     "pairs.py": {"eos_token_id", "pad_token_id", "quantization_config"},  # written, of the demo's model
@@ -30,7 +30,7 @@ CONFIG_FIELDS = {
 }  # fmt: skip
 PRIVATE_NAMES = {
     # transformers
-    "decoding/processors.py": {"_prefix_allowed_tokens_fn"},
+    "decoding/processors.py": {"_num_beams", "_prefix_allowed_tokens_fn"},
     "hf_generate.py": {"_pad_token_tensor", "_getframe"},
     "target/experts.py": {"_experts_implementation"},
     "target/interface.py": {"_attn_implementation", "_getframe"},

@@ -1,0 +1,14 @@
+"""A fixed sample of `api_calls.py`, and calls that are odd in ways of their own."""
+
+import pytest
+from api_calls import FAULTS, outcome, quiet
+
+PARTS, CALLS = 8, 40
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_odd_calls_are_refused_or_right(part):
+    quiet()
+    for number in range(part * CALLS, (part + 1) * CALLS):
+        found = outcome(11, number)
+        assert found.verdict not in FAULTS, f"--seed 11 --only {number}: {found.verdict} {found.note}"
