@@ -7,6 +7,7 @@ In reading order:
 
 module       the head's forward, for training and drafting alike: its caller says how rows attend
 layer        one of its decoder layers, with merged weights
+activation   the gate of its MLP
 config       what a head is made of: one frozen record, and the tensors that follow from it
 checkpoint   `read_head`, `write_head`
 files        where a checkpoint lies, and its tensors as they are stored

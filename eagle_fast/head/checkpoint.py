@@ -157,7 +157,7 @@ def _settings(config: HeadConfig, dtype: str) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "architectures": ["LlamaForCausalLMEagle3" if eagle3 else "LlamaForCausalLM"],
         "model_type": "qwen3" if config.qk_norm else "llama",
-        "hidden_act": "silu",
+        "hidden_act": config.activation,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
         "num_attention_heads": config.num_heads,

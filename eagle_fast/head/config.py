@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from eagle_fast.head.activation import activation_name
 from eagle_fast.head.rope import DEFAULT_THETA
 
 
@@ -34,6 +35,7 @@ class HeadConfig:
     num_target_layers: int
     feature_layers: tuple[int, ...] = ()
     uses_final_hidden: bool = False
+    activation: str = "silu"  # of the MLP's gate, by transformers' name
     rms_norm_eps: float = 1e-6
     rope: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": DEFAULT_THETA})
     rope_interleaved: bool = False
@@ -61,6 +63,7 @@ class HeadConfig:
     def __post_init__(self):
         if self.kind not in ("eagle", "eagle3"):
             raise ValueError(f"kind is {self.kind!r}: use 'eagle' (EAGLE-1 and -2) or 'eagle3'")
+        activation_name(self.activation)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{self.num_heads} query heads do not divide into {self.num_kv_heads} key heads")
         if self.uses_final_hidden == bool(self.feature_layers):

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
+from eagle_fast.head.activation import activation_name
 from eagle_fast.head.config import HeadConfig, default_feature_layers
 from eagle_fast.head.rope import rope_parameters
 from eagle_fast.messages import listed, warn_user
@@ -97,6 +98,7 @@ def infer_config(
         num_target_layers=target.num_layers,
         feature_layers=() if reads_final else _feature_layers(tensors, settings, target, given.feature_layers),
         uses_final_hidden=reads_final,
+        activation=activation_name(_stated(settings, "hidden_act", "hidden_activation", default="silu")),
         rms_norm_eps=float(settings.get("rms_norm_eps", 1e-6)),
         rope=rope_parameters(settings, given.rope_theta),
         rope_interleaved=_first(given.rope_interleaved, settings.get("rope_interleaved"), _is_llama4(settings)),
@@ -253,6 +255,11 @@ def _shape(tensors: dict[str, Tensor], name: str) -> tuple[int, int]:
     if len(shape) != 2:
         raise ValueError(f"{_LAYER}{name}.weight has shape {list(shape)}, not a matrix: are the weights packed?")
     return shape
+
+
+def _stated(settings: dict[str, Any], *names: str, default: Any) -> Any:
+    """What the config says under the first of these names that it has."""
+    return next((settings[name] for name in names if settings.get(name) is not None), default)
 
 
 def _is_llama4(settings: dict[str, Any]) -> bool:

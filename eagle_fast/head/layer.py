@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from eagle_fast.head.activation import find_activation, gated_by
 from eagle_fast.head.config import HeadConfig
 from eagle_fast.layers.linear import FewRowsLinear
 
@@ -36,6 +37,12 @@ class DraftLayer(nn.Module):
         self.o = linear("self_attn.o_proj")
         self.gate_up = linear("mlp.gate_proj", "mlp.up_proj")
         self.down = linear("mlp.down_proj")
+        self.activation = find_activation(config.activation)  # of the gate; None: SiLU, fused with the product
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """The MLP's output [..., H], or parts of it as `FewRowsLinear.sums` gives them."""
+        act = self.activation
+        return self.down.sums(self.gate_up.gated(x) if act is None else gated_by(act, self.gate_up(x)))
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         """Checkpoint names and tensors: views into the merged weights."""

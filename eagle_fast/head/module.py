@@ -216,7 +216,7 @@ class DraftHead(nn.Module):
                 x, residual = self._add_norm(out, residual, layer.input_norm)
             attended = attend(index, layer, layer.qkv.sums(x) if parts else layer.qkv(x), positions)
             x, residual = self._add_norm(layer.o.sums(attended), residual, layer.post_norm)
-            out = layer.down.sums(layer.gate_up.gated(x))
+            out = layer.mlp(x)
         if self.norm is None:
             output = add_parts(*_flat(out, residual)).view(residual.shape)
             return output, output

@@ -30,6 +30,7 @@ def test_format_gives_the_configuration(name, tmp_path):
     assert config.uses_final_hidden == (truth.features is None)
     assert (config.num_heads, config.num_kv_heads, config.head_dim, config.num_layers) == (4, 2, 16, truth.layers)
     assert (config.rope["rope_theta"], config.rope["rope_type"]) == (truth.theta, "default")
+    assert config.activation == truth.activation
     assert (config.rope_interleaved, config.rms_norm_eps) == (truth.interleaved, truth.eps)
     assert (config.norm_output, config.norm_before_residual) == (truth.norm_output, truth.norm_before_residual)
     assert config.draft_vocab_size == (V if truth.ids is None else VD)
@@ -185,7 +186,8 @@ REFUSED = {
     "dflash": ({}, {"dflash_config": {"x": 1}}, "dflash_config"),
     "layernorms": ({"embedding_layernorm.weight": norm(3)}, {}, "extra layer norms"),
     "every layer wide": ({}, {"eagle_config": {"next_layer_regular": False}}, "next_layer_regular"),
-    "gelu": ({}, {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    "activation": ({}, {"hidden_act": "gelo"}, "hidden_act is 'gelo': supported are gelu, "),
+    "activation with weights": ({}, {"hidden_act": "prelu"}, "hidden_act is 'prelu': supported are gelu, "),
     "rope": ({}, {"rope_scaling": {"rope_type": "spiral"}}, "rope_type 'spiral': supported are default"),
     "rope parameter": ({}, {"rope_scaling": {"type": "linear"}}, "'linear' without factor"),
     "rope per layer type": ({}, {"rope_parameters": {"full_attention": {}, "sliding_attention": {}}}, "per layer type"),

@@ -248,6 +248,19 @@ def eagle31_nemo():
     return sample
 
 
+def nemo_geglu():
+    """NeMo's heads for Gemma: a Llama layer with the target's activation."""
+    act = "gelu_pytorch_tanh"
+    return plain_eagle3(dict(activation=act), dict(hidden_act=act), prefix="layers.0.")
+
+
+def eagle1_gelu():
+    weights = eagle1_weights(layers=2)
+    truth = Truth(weights, eagle3=False, features=None, layers=2, activation="gelu")
+    config = llama(num_hidden_layers=2, hidden_activation="gelu")  # Gemma 2 and 3 name it so
+    return Sample(truth, weights, {key: value for key, value in config.items() if key != "hidden_act"})
+
+
 def four_features():
     eagle = {"eagle_aux_hidden_state_layer_ids": [0, 3, 7, 11]}
     return plain_eagle3(dict(features=(0, 3, 7, 11)), dict(eagle_config=eagle, num_aux_hidden_states=4), features=4)
@@ -322,8 +335,8 @@ FORMATS = {
         speculators_eagle1, modelopt_eagle1, eagle1_normed_fc_inputs, safeailab_eagle3, angelslim, specforge,
         specforge_before_879, speculators_llama, speculators_qwen3_deep, speculators_old, modelopt_2025, modelopt_2026,
         modelopt_final_hidden, final_hidden_through_fc, no_last_norm, modelopt_megatron_deep, modelopt_module,
-        eagle31_nemo, four_features, other_hidden_size, llama4, biases, targets_lm_head, targets_lm_head_rows,
-        tied_lm_head, absolute_d2t, only_t2d, identity_d2t,
+        eagle31_nemo, nemo_geglu, eagle1_gelu, four_features, other_hidden_size, llama4, biases, targets_lm_head,
+        targets_lm_head_rows, tied_lm_head, absolute_d2t, only_t2d, identity_d2t,
     )
 }  # fmt: skip
 

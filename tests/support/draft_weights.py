@@ -27,6 +27,7 @@ class Truth:
     theta: float = 10000.0
     eps: float = 1e-6
     interleaved: bool = False
+    activation: str = "silu"
     norm_before_residual: bool = False
     norm_output: bool = False
     layers: int = 1

@@ -5,6 +5,16 @@ from __future__ import annotations
 import torch
 from draft_weights import HEADS, KV_HEADS, D, H, Truth
 
+ACTIVATIONS = {
+    "silu": lambda x: x * torch.sigmoid(x),
+    "gelu": lambda x: x * (1 + torch.erf(x / 2**0.5)) / 2,
+    "gelu_pytorch_tanh": lambda x: x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": lambda x: x.clamp(min=0),
+    "relu2": lambda x: x.clamp(min=0) ** 2,
+}
+ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_fast"), ACTIVATIONS["gelu_pytorch_tanh"])
+
 
 class Naive:
     """One sequence, fp64, a row at a time: keys and values in lists, attention in a loop over heads."""
@@ -45,7 +55,7 @@ class Naive:
             y = y + self.attention(x, i)
             x = self.norm(y, f"layers.{i}.post_attention_layernorm")
             gate, up = self.linear(x, f"layers.{i}.mlp.gate_proj"), self.linear(x, f"layers.{i}.mlp.up_proj")
-            y = y + self.linear(gate * torch.sigmoid(gate) * up, f"layers.{i}.mlp.down_proj")
+            y = y + self.linear(ACTIVATIONS[t.activation](gate) * up, f"layers.{i}.mlp.down_proj")
         state = self.norm(y, "norm")
         logits = self.lm_head @ state + self.weights.get("lm_head.bias", 0.0)
         return (state if t.norm_output else y), state, logits
