@@ -142,7 +142,8 @@ def load_head(
     checkpoint = read_head(
         path,
         target_hidden_size=anatomy.hidden_size,
-        target_vocab_size=logits.shape[0],
+        target_vocab_size=min(len(logits), len(embedding)),  # what it cannot embed must not be drafted
+        target_embedding=embedding,
         num_target_layers=anatomy.num_layers,
         use_eagle3=use_eagle3,
         revision=revision,

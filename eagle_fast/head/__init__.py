@@ -13,8 +13,9 @@ checkpoint   `read_head`, `write_head`
 files        where a checkpoint lies, and its tensors as they are stored
 names        tensor names in every format brought to one spelling, and the kinds of draft that are refused
 inference    the config, from tensors first and config.json second
-vocabulary   which tokens a head can propose
+vocabulary   which tokens a head can propose, and the fit of an older vocabulary
 rope         its rotary tables
+shared       what it takes from its target
 
 A new format: see CONTRIBUTING.md.
 """

@@ -21,7 +21,8 @@ from eagle_fast.head.config import HeadConfig, tensor_shapes
 from eagle_fast.head.files import find_folder, read_config, read_tensors
 from eagle_fast.head.inference import Overrides, TargetSizes, infer_config, infer_kind
 from eagle_fast.head.names import canonical_tensors, flatten_settings
-from eagle_fast.head.vocabulary import check_vocabulary, read_token_ids
+from eagle_fast.head.shared import usable
+from eagle_fast.head.vocabulary import fit_vocabulary
 from eagle_fast.messages import listed, warn_user
 
 _MAPS = ("d2t", "t2d", "token_map")
@@ -51,19 +52,22 @@ def read_head(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    target_embedding: Tensor | None = None,
 ) -> HeadCheckpoint:
     """Read a draft head for a target, from a local folder (no network) or the Hugging Face hub.
 
     use_eagle3: what the caller expects; a checkpoint of the other kind is an error. None: whatever it is.
     feature_layers: boundaries that the head reads, lowest first (boundary k = input of the target's layer k).
     norm_before_residual, norm_output, rope_theta, rope_interleaved: go before config.json.
+    target_embedding [V, Ht]: its rows stand in for tokens that an embedding of the head's own lacks.
 
+    A head for a shorter vocabulary than the target's, or one with more rows of padding, is fitted to it with a warning.
     Raises ValueError if the checkpoint is incomplete, of a kind that is not supported, or for another target.
     """
     folder = find_folder(
         path_or_repo, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
-    target = TargetSizes(target_hidden_size, target_vocab_size, num_target_layers)
+    target = TargetSizes(target_hidden_size, target_vocab_size, num_target_layers, target_embedding)
     given = Overrides(use_eagle3, feature_layers, norm_before_residual, norm_output, rope_theta, rope_interleaved)
     try:
         settings = flatten_settings(read_config(folder))
@@ -78,16 +82,19 @@ def _interpret(
     kind = infer_kind(tensors, given.use_eagle3)
     if kind == "eagle":
         _drop_dummy_norms(tensors, settings)
-    check_vocabulary(tensors, settings, target.vocab_size)
-    _fit_embedding(tensors, settings, kind, target.vocab_size)
-    token_ids = read_token_ids(tensors, target.vocab_size)
+    if kind == "eagle3" and settings.get("tie_word_embeddings") and "embed_tokens.weight" in tensors:
+        tensors.setdefault("lm_head.weight", tensors["embed_tokens.weight"])
+    vocabulary = fit_vocabulary(tensors, settings.get("vocab_size"), target.vocab_size)
+    if vocabulary.fitted:  # and said
+        settings = {name: value for name, value in settings.items() if name not in ("vocab_size", "draft_vocab_size")}
+    _fit_embedding(tensors, target)
     conflicts: list[str] = []
-    config = infer_config(kind, tensors, settings, target, given, conflicts)
+    config = infer_config(kind, tensors, settings, target, vocabulary.size, given, conflicts)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in _MAPS}
     _check_tensors(tensors, config)
     if conflicts:
         warn_user(f"config.json and the weights disagree, the weights win: {'; '.join(conflicts)}")
-    return HeadCheckpoint(config, tensors, token_ids)
+    return HeadCheckpoint(config, tensors, vocabulary.token_ids)
 
 
 def _drop_dummy_norms(tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
@@ -97,14 +104,19 @@ def _drop_dummy_norms(tensors: dict[str, Tensor], settings: dict[str, Any]) -> N
             tensors.pop(name, None)
 
 
-def _fit_embedding(tensors: dict[str, Tensor], settings: dict[str, Any], kind: str, vocab_size: int) -> None:
-    """Keep the head's embedding if it has a row for every token, else the target's is used; tie lm_head if asked to."""
-    own = tensors.pop("embed_tokens.weight", None)
-    if own is None or len(own) < vocab_size:
+def _fit_embedding(tensors: dict[str, Tensor], target: TargetSizes) -> None:
+    """Give the head's own embedding a row for every token: the target's where it lacks them, if as wide."""
+    own = tensors.get("embed_tokens.weight")
+    if own is None or len(own) == target.vocab_size:
         return
-    tensors["embed_tokens.weight"] = own[:vocab_size]
-    if kind == "eagle3" and settings.get("tie_word_embeddings"):
-        tensors.setdefault("lm_head.weight", own[:vocab_size])
+    rows, theirs = own[: target.vocab_size], target.embedding
+    if lacking := target.vocab_size - len(rows):
+        if usable(theirs, target.vocab_size, own.shape[1]):
+            more = theirs[len(rows) : target.vocab_size].detach().to("cpu", own.dtype)
+        else:
+            more = own.new_zeros(lacking, own.shape[1])  # a mean row would be scaled up by the norm, and draw attention
+        rows = torch.cat((rows, more))
+    tensors["embed_tokens.weight"] = rows
 
 
 def _check_tensors(tensors: dict[str, Tensor], config: HeadConfig) -> None:

@@ -27,6 +27,7 @@ class TargetSizes(NamedTuple):
     hidden_size: int
     vocab_size: int
     num_layers: int
+    embedding: Tensor | None = None  # [V, Ht]
 
 
 class Overrides(NamedTuple):
@@ -65,6 +66,7 @@ def infer_config(
     tensors: dict[str, Tensor],
     settings: dict[str, Any],
     target: TargetSizes,
+    draft_vocab_size: int,
     given: Overrides,
     conflicts: list[str],
 ) -> HeadConfig:
@@ -94,7 +96,7 @@ def infer_config(
         head_dim=head_dim,
         num_layers=num_layers,
         vocab_size=target.vocab_size,
-        draft_vocab_size=_draft_vocab_size(tensors, target),
+        draft_vocab_size=draft_vocab_size,
         num_target_layers=target.num_layers,
         feature_layers=() if reads_final else _feature_layers(tensors, settings, target, given.feature_layers),
         uses_final_hidden=reads_final,
@@ -227,13 +229,6 @@ def _norm_output(tensors: dict[str, Tensor], settings: dict[str, Any], given: bo
             "norm_output=False"
         )
     return stated
-
-
-def _draft_vocab_size(tensors: dict[str, Tensor], target: TargetSizes) -> int:
-    for name in ("lm_head.weight", "d2t", "token_map"):
-        if name in tensors:
-            return len(tensors[name])
-    return int(tensors["t2d"].sum()) if "t2d" in tensors else target.vocab_size
 
 
 def _compare(settings: dict[str, Any], config: HeadConfig, conflicts: list[str]) -> None:

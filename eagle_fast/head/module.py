@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeGuard, cast
+from typing import cast
 
 import torch
 from eagle_fast_kernels.draft_head import head_input
@@ -31,6 +31,7 @@ from eagle_fast.head.checkpoint import HeadCheckpoint, write_head
 from eagle_fast.head.config import HeadConfig, tensor_shapes
 from eagle_fast.head.layer import DraftLayer, frozen, merged_linear, optional, split_linear, weight_and_bias
 from eagle_fast.head.rope import rope_table
+from eagle_fast.head.shared import targets_if_same, targets_rows
 from eagle_fast.layers.linear import FewRowsLinear, QuantizedLinear, quantize
 
 Attend = Callable[[int, DraftLayer, Tensor, Tensor], Tensor]
@@ -39,8 +40,9 @@ Attend = Callable[[int, DraftLayer, Tensor, Tensor], Tensor]
 class DraftHead(nn.Module):
     """A draft head beside its target.
 
-    embedding [V, Ht], lm_head_weight [V, Ht], lm_head_bias [V]: the target's, used (and shared, where device and dtype
-    allow) for what the checkpoint does not have. dtype and device: the embedding's by default. Parameters start frozen.
+    embedding [V, Ht], lm_head_weight [V, Ht], lm_head_bias [V], or longer: the target's, used (and shared, where device
+    and dtype allow) for what the checkpoint does not have. dtype and device: the embedding's by default. Parameters
+    start frozen.
     """
 
     embedding: Tensor  # [V, E]
@@ -78,34 +80,27 @@ class DraftHead(nn.Module):
             found = "none" if ids is None else len(ids)
             raise ValueError(f"the draft vocabulary has {config.draft_vocab_size} tokens, token_ids: {found}")
         self.register_buffer("token_ids", None if ids is None else ids.to(device))
-        self._add_embedding(tensors.get("embed_tokens.weight"), embedding, dtype, device)
+        own = tensors.get("embed_tokens.weight")
+        if own is None:
+            rows = targets_rows("embedding", embedding, config.vocab_size, config.embedding_size).to(device, dtype)
+        else:
+            rows = targets_if_same(own, embedding, dtype, device)
+        self.register_buffer("embedding", rows, persistent=False)
         if config.own_lm_head:
             own = tensors["lm_head.weight"]
-            own = _targets_if_same(own, lm_head_weight, dtype, device) if config.kind == "eagle" else own
+            own = targets_if_same(own, lm_head_weight, dtype, device) if config.kind == "eagle" else own
             self.lm_head_weight = frozen(own)
             self.lm_head_bias = optional(tensors, "lm_head.bias")
         else:
             self._share_lm_head(lm_head_weight, lm_head_bias, dtype, device)
         self.register_buffer("lm_head_scale", None)
 
-    def _add_embedding(self, own: Tensor | None, targets: Tensor | None, dtype, device) -> None:
-        shape = (self.config.vocab_size, self.config.embedding_size)
-        if own is None and not _usable(targets, shape):
-            raise ValueError(
-                f"the head shares the target's embedding: pass it as {list(shape)} floats, got {_described(targets)}"
-            )
-        embedding = _targets_if_same(own, targets, dtype, device)
-        self.register_buffer("embedding", embedding, persistent=False)
-
     def _share_lm_head(self, weight: Tensor | None, bias: Tensor | None, dtype, device) -> None:
-        shape = (self.config.vocab_size, self.config.hidden_size)
-        if not _usable(weight, shape):
-            raise ValueError(
-                f"the head shares the target's lm_head: pass it as {list(shape)} floats, got {_described(weight)}"
-            )
+        size = self.config.vocab_size
+        weight = targets_rows("lm_head", weight, size, self.config.hidden_size)
         for name, tensor in (("lm_head_weight", weight), ("lm_head_bias", bias)):
             if tensor is not None:
-                tensor = tensor.detach().to(device, dtype)
+                tensor = tensor.detach()[:size].to(device, dtype)
                 tensor = tensor if self.token_ids is None else tensor[self.token_ids]
             self.register_buffer(name, tensor, persistent=False)
 
@@ -290,21 +285,3 @@ class DraftHead(nn.Module):
 def _flat(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """x [..., B, T, H] and residual [B, T, H] as rows."""
     return x.flatten(-3, -2), residual.reshape(-1, residual.shape[-1])
-
-
-def _described(tensor: Tensor | None) -> str:
-    return "none" if tensor is None else f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"
-
-
-def _usable(tensor: Tensor | None, shape: tuple[int, int]) -> TypeGuard[Tensor]:
-    return tensor is not None and tensor.shape == shape and tensor.is_floating_point() and not tensor.is_meta
-
-
-def _targets_if_same(own: Tensor | None, targets: Tensor | None, dtype, device) -> Tensor:
-    """EAGLE-1 files often repeat the target's matrices: use the target's then, and save the memory."""
-    if own is None or _usable(targets, (own.shape[0], own.shape[1])):
-        assert targets is not None
-        shared = targets.detach().to(device, dtype)
-        if own is None or torch.equal(own, shared):
-            return shared
-    return own

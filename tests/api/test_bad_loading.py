@@ -23,7 +23,7 @@ def folders():
     model.save_pretrained(root / "target")
     write_random_head(model, root / "head")
     write_random_head(make("llama", hidden_size=32), root / "narrow")
-    write_random_head(make("llama", vocab_size=140), root / "vocabulary")
+    write_random_head(make("llama", vocab_size=160), root / "vocabulary")
     write_random_head(make("llama", num_hidden_layers=8), root / "deep", eagle_aux_hidden_state_layer_ids=[2, 5, 8])
     (root / "empty").mkdir()
     (root / "file").write_text("{}")
@@ -45,7 +45,7 @@ LOADS = {
     "target without config": ({"base_model_path": "target without config"}, ValueError, r"config.json"),
     "head without config": ({"ea_model_path": "head without config"}, ValueError, r"no config.json in"),
     "head of another width": ({"ea_model_path": "narrow"}, ValueError, r"32 wide .* hidden size is 64"),
-    "head of another vocabulary": ({"ea_model_path": "vocabulary"}, ValueError, r"140 tokens, the target has 131"),
+    "head of another vocabulary": ({"ea_model_path": "vocabulary"}, ValueError, r"of 131 tokens, lacks 29 of the 160"),
     "head of a deeper target": ({"ea_model_path": "deep"}, ValueError, r"\[8\] outside 0..6"),
     "head of the other kind": ({"use_eagle3": False}, ValueError, r"EAGLE-3 head, but use_eagle3=False: leave"),
     "feature layers": ({"feature_layers": [1, 2]}, ValueError, r"3 times the target's hidden size 64.*\[1, 2\]"),
