@@ -10,7 +10,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from eagle_fast.head import DraftHead, read_head
+from eagle_fast.head.checkpoint import check_folder
+from eagle_fast.head.checks import NUMBER, plain
 from eagle_fast.head.files import can_only_be_a_path
+from eagle_fast.head.inference import Overrides
 from eagle_fast.messages import listed, warn_user
 from eagle_fast.target.anatomy import Anatomy
 from eagle_fast.target.placement import (
@@ -51,7 +54,7 @@ def modern_options(options: dict[str, Any]) -> dict[str, Any]:
 
 def known_path(name: str, path: Any) -> str:
     """A hub name or the path of a folder, given as argument `name`. A path to no folder is a ValueError."""
-    if not isinstance(path, (str, os.PathLike)):
+    if not isinstance(path, (str, os.PathLike)) or not str(path):
         raise ValueError(f"{name}={path!r}: pass a hub name like 'owner/name' or a folder")
     expanded = os.path.expanduser(os.fspath(path))
     if can_only_be_a_path(expanded) and not os.path.isdir(expanded):
@@ -124,6 +127,17 @@ def _dtype(options: dict[str, Any]) -> torch.dtype | None:
     """The dtype that the weights will have; None for the checkpoint's own."""
     dtype = options.get("dtype", options.get("torch_dtype"))
     return getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+
+
+def check_head_arguments(path: str, threshold: Any, use_eagle3: Any, options: dict[str, Any]) -> None:
+    """ValueError for what can be told of the head without its target, and before that is loaded.
+
+    options: `HEAD_OPTIONS` and `HUB_OPTIONS`.
+    """
+    NUMBER.check_argument("threshold", plain(threshold))
+    Overrides(use_eagle3, **{name: value for name, value in options.items() if name in HEAD_OPTIONS})
+    if os.path.isdir(path):
+        check_folder(path)
 
 
 def load_head(

@@ -30,6 +30,7 @@ from eagle_fast.loading import (
     HEAD_OPTIONS,
     HUB_OPTIONS,
     TOKENIZER_OPTIONS,
+    check_head_arguments,
     known_path,
     load_head,
     load_target,
@@ -105,6 +106,7 @@ class EaModel(HFGenerateMixin, nn.Module):
         tree = TreeConfig(total_token, depth, top_k)
         head_options = {key: kwargs.pop(key) for key in HEAD_OPTIONS if key in kwargs}
         head_options |= {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
+        check_head_arguments(head_path, threshold, use_eagle3, head_options)
         there = None if draft_device is None else resolve_device(draft_device, "draft_device")
         base_model = load_target(base_model_path, device_map, kwargs, max_memory)
         head = load_head(

@@ -11,6 +11,8 @@ activation   the gate of its MLP
 config       what a head is made of: one frozen record, and the tensors that follow from it
 checkpoint   `read_head`, `write_head`
 files        where a checkpoint lies, and its tensors as they are stored
+checks       what settings may be
+storage      how tensors must be stored
 names        tensor names in every format brought to one spelling, and the kinds of draft that are refused
 inference    the config, from tensors first and config.json second
 vocabulary   which tokens a head can propose, and the fit of an older vocabulary

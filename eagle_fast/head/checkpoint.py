@@ -20,7 +20,7 @@ from torch import Tensor
 from eagle_fast.head.config import HeadConfig, tensor_shapes
 from eagle_fast.head.files import find_folder, read_config, read_tensors
 from eagle_fast.head.inference import Overrides, TargetSizes, infer_config, infer_kind
-from eagle_fast.head.names import canonical_tensors, flatten_settings
+from eagle_fast.head.names import canonical_tensors, flatten_settings, refuse_settings
 from eagle_fast.head.shared import usable
 from eagle_fast.head.vocabulary import fit_vocabulary
 from eagle_fast.messages import listed, warn_user
@@ -64,16 +64,23 @@ def read_head(
     A head for a shorter vocabulary than the target's, or one with more rows of padding, is fitted to it with a warning.
     Raises ValueError if the checkpoint is incomplete, of a kind that is not supported, or for another target.
     """
-    folder = find_folder(
-        path_or_repo, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-    )
+    hub: dict[str, Any] = dict(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     target = TargetSizes(target_hidden_size, target_vocab_size, num_target_layers, target_embedding)
     given = Overrides(use_eagle3, feature_layers, norm_before_residual, norm_output, rope_theta, rope_interleaved)
     try:
+        folder = find_folder(path_or_repo, **hub)
         settings = flatten_settings(read_config(folder))
         return _interpret(canonical_tensors(read_tensors(folder), settings), settings, target, given)
     except ValueError as error:
         raise ValueError(f"draft head {path_or_repo}: {error}") from error
+
+
+def check_folder(path: str | Path) -> None:
+    """ValueError for a local head whose config.json is missing or cannot be meant; its weights are not read."""
+    try:
+        refuse_settings(flatten_settings(read_config(Path(path))))
+    except ValueError as error:
+        raise ValueError(f"draft head {path}: {error}") from error
 
 
 def _interpret(
@@ -91,7 +98,8 @@ def _interpret(
     conflicts: list[str] = []
     config = infer_config(kind, tensors, settings, target, vocabulary.size, given, conflicts)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in _MAPS}
-    _check_tensors(tensors, config)
+    check_shapes(tensors, config)
+    _check_values(tensors)
     if conflicts:
         warn_user(f"config.json and the weights disagree, the weights win: {'; '.join(conflicts)}")
     return HeadCheckpoint(config, tensors, vocabulary.token_ids)
@@ -119,7 +127,8 @@ def _fit_embedding(tensors: dict[str, Tensor], target: TargetSizes) -> None:
     tensors["embed_tokens.weight"] = rows
 
 
-def _check_tensors(tensors: dict[str, Tensor], config: HeadConfig) -> None:
+def check_shapes(tensors: dict[str, Tensor], config: HeadConfig) -> None:
+    """ValueError unless the tensors are those of the config, in name and shape."""
     expected = tensor_shapes(config)
     problems = []
     if missing := set(expected) - set(tensors):
@@ -131,6 +140,9 @@ def _check_tensors(tensors: dict[str, Tensor], config: HeadConfig) -> None:
             problems.append(f"{name} is {list(tensors[name].shape)}, expected {list(expected[name])}")
     if problems:
         raise ValueError(f"not a complete {config.kind} head: {'; '.join(problems)}")
+
+
+def _check_values(tensors: dict[str, Tensor]) -> None:
     broken = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
     if broken:
         raise ValueError(f"{listed(broken)}: NaN or infinite, so nothing could be drafted; the file is damaged")

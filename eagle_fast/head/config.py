@@ -10,11 +10,19 @@ Tensor names are those of the speculators layout: `layers.{i}.*`, with `fc`, `no
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from eagle_fast.head.activation import activation_name
-from eagle_fast.head.rope import DEFAULT_THETA
+from eagle_fast.head.checks import COUNT, EPSILON, FLAG, INDICES, TEXT, Rule
+from eagle_fast.head.rope import DEFAULT_THETA, check_rope
+
+_TYPE_RULES = {"int": COUNT, "bool": FLAG, "tuple[int, ...]": INDICES}
+_FIELD_RULES = {
+    "kind": TEXT,
+    "rms_norm_eps": EPSILON,
+    "rope": Rule(lambda value: isinstance(value, Mapping), "a mapping as rope_parameters gives it"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +69,16 @@ class HeadConfig:
     own_lm_head: bool = True
 
     def __post_init__(self):
+        self._check_fields()
         if self.kind not in ("eagle", "eagle3"):
             raise ValueError(f"kind is {self.kind!r}: use 'eagle' (EAGLE-1 and -2) or 'eagle3'")
-        activation_name(self.activation)
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim}: rotary embeddings turn pairs, use an even number")
+        check_rope(self.rope, head_dim=self.head_dim, max_position_embeddings=self.max_position_embeddings)
+        if self.draft_vocab_size > self.vocab_size:
+            raise ValueError(f"draft_vocab_size={self.draft_vocab_size} of vocab_size={self.vocab_size}: use no more")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"{self.num_heads} query heads do not divide into {self.num_kv_heads} key heads")
+            raise ValueError(f"num_heads={self.num_heads} do not divide into num_kv_heads={self.num_kv_heads}")
         if self.uses_final_hidden == bool(self.feature_layers):
             raise ValueError("a head reads either feature_layers or, with uses_final_hidden, the final hidden state")
         outside = [k for k in self.feature_layers if not 0 <= k <= self.num_target_layers]
@@ -75,7 +88,7 @@ class HeadConfig:
                 "target; is the head for another model? Else pass feature_layers="
             )
         if self.sliding_windows and len(self.sliding_windows) != self.num_layers:
-            raise ValueError(f"{len(self.sliding_windows)} sliding windows for {self.num_layers} layers")
+            raise ValueError(f"{len(self.sliding_windows)} sliding_windows for {self.num_layers} layers: give each one")
         if self.norm_before_fc and self.fc_norm:
             raise ValueError("norm_before_fc and fc_norm exclude each other")
         if self.norm_output and not self.final_norm:
@@ -92,6 +105,13 @@ class HeadConfig:
                 f"the head has no lm_head and its hidden size {self.hidden_size} does not fit the target's "
                 f"({self.target_hidden_size}): it is for another model"
             )
+
+    def _check_fields(self):
+        for field_ in fields(self):
+            rule = _FIELD_RULES.get(field_.name) or _TYPE_RULES.get(str(field_.type))
+            if rule is not None:
+                rule.check_argument(field_.name, getattr(self, field_.name))
+        activation_name(self.activation)
 
     def _check_eagle1(self):
         if not self.uses_final_hidden or self.hidden_norm or self.norm_before_residual or not self.has_fc:

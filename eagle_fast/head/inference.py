@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from eagle_fast.head.activation import activation_name
+from eagle_fast.head.checks import COUNT, FLAG, FROM_ONE, Rule, index_list, plain
 from eagle_fast.head.config import HeadConfig, default_feature_layers
 from eagle_fast.head.rope import rope_parameters
 from eagle_fast.messages import listed, warn_user
@@ -30,8 +32,9 @@ class TargetSizes(NamedTuple):
     embedding: Tensor | None = None  # [V, Ht]
 
 
-class Overrides(NamedTuple):
-    """Arguments that go before config.json; None leaves it to decide."""
+@dataclass
+class Overrides:
+    """Arguments that go before config.json; None leaves it to decide. ValueError for what they cannot be."""
 
     use_eagle3: bool | None = None
     feature_layers: Sequence[int] | None = None
@@ -39,6 +42,17 @@ class Overrides(NamedTuple):
     norm_output: bool | None = None
     rope_theta: float | None = None
     rope_interleaved: bool | None = None
+
+    def __post_init__(self):
+        for name in ("use_eagle3", "norm_before_residual", "norm_output", "rope_interleaved"):
+            if (flag := plain(getattr(self, name))) is not None:
+                Rule(FLAG.holds, "True, False or None").check_argument(name, flag)
+                setattr(self, name, bool(flag))
+        if self.feature_layers is not None:
+            self.feature_layers = index_list("feature_layers", self.feature_layers)
+        if self.rope_theta is not None:
+            self.rope_theta = plain(self.rope_theta)
+            FROM_ONE.check_argument("rope_theta", self.rope_theta)
 
 
 def infer_kind(tensors: dict[str, Tensor], use_eagle3: bool | None) -> Literal["eagle", "eagle3"]:
@@ -76,7 +90,7 @@ def infer_config(
     reads_final = not eagle3 or (settings.get("use_aux_hidden_state") is False and given.feature_layers is None)
     normed_input = eagle3 and settings.get("use_input_layernorm_in_first_layer") is not False
     num_heads, num_kv_heads, head_dim = _heads(tensors, settings, conflicts)
-    num_layers = 1 + max(int(match[1]) for name in tensors if (match := re.match(r"layers\.(\d+)\.", name)))
+    num_layers = _num_layers(tensors)
     if not eagle3 and given.feature_layers is not None:
         raise ValueError(
             "feature_layers belong to EAGLE-3 heads; this one reads the final hidden state: leave them out"
@@ -104,7 +118,7 @@ def infer_config(
         rms_norm_eps=float(settings.get("rms_norm_eps", 1e-6)),
         rope=rope_parameters(settings, given.rope_theta),
         rope_interleaved=_first(given.rope_interleaved, settings.get("rope_interleaved"), _is_llama4(settings)),
-        max_position_embeddings=int(settings.get("max_position_embeddings", 2048)),
+        max_position_embeddings=settings.get("max_position_embeddings", 2048),
         sliding_windows=_sliding_windows(settings, num_layers, conflicts),
         has_fc=has("fc.weight") or not (reads_final or given.feature_layers),
         fc_bias=has("fc.bias"),
@@ -133,12 +147,20 @@ def _embedding_size(kind: str, tensors: dict[str, Tensor], target: TargetSizes) 
         width = _shape(tensors, "self_attn.q_proj")[1] - _shape(tensors, "self_attn.o_proj")[0]
     else:
         width = tensors["fc.weight"].shape[1] - target.hidden_size
-    if "embed_tokens.weight" not in tensors and width != target.hidden_size:
+    if width < 1 or ("embed_tokens.weight" not in tensors and width != target.hidden_size):
         raise ValueError(
             f"the head reads embeddings {width} wide and has none of its own for the target's {target.vocab_size} "
             f"tokens; the target's hidden size is {target.hidden_size}: the head is for another model"
         )
     return width
+
+
+def _num_layers(tensors: dict[str, Tensor]) -> int:
+    indices = {int(match[1]) for name in tensors if (match := re.match(r"layers\.(\d{1,9})\.", name))}
+    if max(indices) >= len(indices):
+        lost = min(set(range(len(indices))) - indices)
+        raise ValueError(f"missing layers.{lost}, while there is layers.{max(indices)}: the checkpoint is incomplete")
+    return len(indices)
 
 
 def _feature_layers(
@@ -163,7 +185,7 @@ def _feature_layers(
         layers = tuple(settings["feature_layers"])
     elif ids:
         shift = int(ids[0] == 1 and not settings.get("speculators_model_type"))
-        layers = tuple(int(k) + shift for k in ids)
+        layers = tuple(k + shift for k in ids)
     else:
         layers = default_feature_layers(target.num_layers)
     if rest or len(layers) != count:
@@ -188,12 +210,12 @@ def _heads(tensors: dict[str, Tensor], settings: dict[str, Any], conflicts: list
     else:
         sizes = [q_rows // heads] if heads and q_rows % heads == 0 else []
         sizes += [stated] if stated else []
-    fits = [size for size in sizes if q_rows % size == 0 and k_rows % size == 0]
+    fits = [size for size in sizes if size % 2 == q_rows % size == k_rows % size == 0]
     fits.sort(key=lambda size: kv_heads is not None and kv_heads * size != k_rows)  # stable: agreeing sizes first
     if not fits:
         raise ValueError(
             f"q_proj has {q_rows} rows, k_proj {k_rows}; num_attention_heads={heads} and head_dim={stated} do not "
-            "divide them: correct config.json"
+            "divide them into heads of even width: correct config.json"
         )
     size = fits[0]
     actual = {"head_dim": size, "num_attention_heads": q_rows // size, "num_key_value_heads": k_rows // size}
@@ -211,9 +233,10 @@ def _sliding_windows(settings: dict[str, Any], num_layers: int, conflicts: list[
     if len(types) != num_layers:
         conflicts.append(f"{len(types)} layer_types -> {num_layers} layers, all with full attention")
         return ()
-    if not settings.get("sliding_window"):
+    if settings.get("sliding_window") is None:
         raise ValueError("layer_types has sliding_attention, but config.json has no sliding_window: add it")
-    return tuple(int(settings["sliding_window"]) if kind == "sliding_attention" else 0 for kind in types)
+    COUNT.check_field("sliding_window", settings["sliding_window"])
+    return tuple(settings["sliding_window"] if kind == "sliding_attention" else 0 for kind in types)
 
 
 def _norm_output(tensors: dict[str, Tensor], settings: dict[str, Any], given: bool | None) -> bool:

@@ -27,7 +27,7 @@ from eagle_fast_kernels.draft_head import head_input
 from eagle_fast_kernels.rms_norm import add_parts, add_rms_norm, rms_norm_ref
 from torch import Tensor, nn
 
-from eagle_fast.head.checkpoint import HeadCheckpoint, write_head
+from eagle_fast.head.checkpoint import HeadCheckpoint, check_shapes, write_head
 from eagle_fast.head.config import HeadConfig, tensor_shapes
 from eagle_fast.head.layer import DraftLayer, frozen, merged_linear, optional, split_linear, weight_and_bias
 from eagle_fast.head.rope import rope_table
@@ -63,6 +63,7 @@ class DraftHead(nn.Module):
     ):
         super().__init__()
         config = self.config = checkpoint.config
+        check_shapes(checkpoint.tensors, config)
         like = checkpoint.tensors["layers.0.self_attn.q_proj.weight"] if embedding is None else embedding
         dtype, device = dtype or like.dtype, torch.device(device or like.device)
         tensors = {name: tensor.to(device, dtype) for name, tensor in checkpoint.tensors.items()}

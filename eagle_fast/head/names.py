@@ -7,10 +7,14 @@ vLLM's converted EAGLE-1.
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+
+from eagle_fast.head.checks import check_settings
+from eagle_fast.head.storage import check_storage
 
 _PREFIX = re.compile(r"^(?:model|draft_model|module|eagle_module)\.")
 _RENAMES = [
@@ -51,8 +55,6 @@ _REFUSED_NAMES = [
         (r"lora_[AB]\b", "a LoRA adapter, not a draft head"),
     )
 ]
-_QUANTIzED = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
-_INDICES = ("d2t", "t2d", "token_map")
 
 
 def canonical_tensors(tensors: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -69,11 +71,7 @@ def canonical_tensors(tensors: Mapping[str, Any], settings: Mapping[str, Any]) -
                 raise ValueError(f"the checkpoint is {what}: tensor {key} is not supported")
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{key} is a {type(tensor).__name__}, not a tensor: is this a training state?")
-        if tensor.dtype in _QUANTIzED and name not in _INDICES:
-            raise ValueError(
-                f"the checkpoint is a head with quantized weights: {key} is {tensor.dtype}; use the 16-bit one (the "
-                "head is quantized at load)"
-            )
+        check_storage(key, name, tensor)
         if name in named:
             raise ValueError(f"{origin[name]} and {key} are the same tensor {name}: keep one of them")
         named[name], origin[name] = tensor, key
@@ -120,4 +118,7 @@ def flatten_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(inner, Mapping):
             settings.update({key: value for key, value in inner.items() if value is not None})
             settings.pop(nested, None)
+        elif inner is not None and nested != "model":  # which may be a name
+            raise ValueError(f"config.json: {nested} is {reprlib.repr(inner)}: use an object, or leave it out")
+    check_settings(settings)
     return settings

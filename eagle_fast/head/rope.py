@@ -8,13 +8,15 @@ Old and new configs spell them differently: `rope_theta` beside `rope_scaling {t
 
 from __future__ import annotations
 
-import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from eagle_fast.head.checks import COUNT, FLAG, FROM_ONE, NUMBER, POSITIVE, POSITIVES, SHARE, TEXT, Rule
 
 DEFAULT_THETA = 10000.0
 _REQUIRED = {
@@ -25,6 +27,18 @@ _REQUIRED = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "longrope": ("short_factor", "long_factor"),
 }
+_MEMBERS = {
+    "rope_theta": Rule(FROM_ONE.holds, "a positive number from 1 on, 10000 if the head was trained so"),
+    "factor": FROM_ONE,
+    "original_max_position_embeddings": COUNT,
+    "partial_rotary_factor": SHARE,
+    "short_factor": POSITIVES,
+    "long_factor": POSITIVES,
+    "truncate": FLAG,
+    **dict.fromkeys(("mscale", "mscale_all_dim"), NUMBER),
+    **dict.fromkeys(("low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow"), POSITIVE),
+}
+_EXAMPLE = '{"rope_type": "linear", "factor": 2.0}'
 # multi-axis RoPE gives text tokens the same position on every axis, which is plain RoPE
 _ALIASES = {"su": "longrope", "mrope": "default"}
 
@@ -34,18 +48,18 @@ def rope_parameters(settings: Mapping[str, Any], theta: float | None = None) -> 
 
     theta: overrides the config. Raises ValueError for a type that is unknown or lacks a parameter.
     """
-    scaling = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    scaling = _scaling(settings)
     if any(isinstance(value, Mapping) for value in scaling.values()):
         raise ValueError(
-            f"the head's rope_parameters differ per layer type ({', '.join(scaling)}): draft heads rotate every layer "
-            "alike, write one set of parameters into its config.json"
+            f"the head's rope_parameters (rope_scaling) differ per layer type ({', '.join(scaling)}): draft heads "
+            "rotate every layer alike, write one set of parameters into its config.json"
         )
     rope = {key: value for key, value in scaling.items() if key != "type" and value is not None}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    TEXT.check_field("rope_type", kind)
     rope["rope_type"] = _ALIASES.get(kind, kind)
-    rope["rope_theta"] = float(theta or scaling.get("rope_theta") or settings.get("rope_theta") or DEFAULT_THETA)
-    if not (math.isfinite(rope["rope_theta"]) and rope["rope_theta"] > 0):
-        raise ValueError(f"rope_theta is {rope['rope_theta']}: use a positive number, 10000 if the head was trained so")
+    given = (theta, scaling.get("rope_theta"), settings.get("rope_theta"), DEFAULT_THETA)
+    rope["rope_theta"] = next(value for value in given if value is not None)
     if settings.get("partial_rotary_factor") is not None:
         rope.setdefault("partial_rotary_factor", settings["partial_rotary_factor"])
     if rope["rope_type"] not in _REQUIRED:
@@ -57,12 +71,44 @@ def rope_parameters(settings: Mapping[str, Any], theta: float | None = None) -> 
     wanted = _REQUIRED[rope["rope_type"]]
     if rope["rope_type"] in ("yarn", "llama3", "longrope"):
         wanted = (*wanted, "original_max_position_embeddings")
+    for name, rule in _MEMBERS.items():
+        if name in rope:
+            rule.check_field(name, rope[name])
+    rope["rope_theta"] = float(rope["rope_theta"])
     missing = [key for key in wanted if key not in rope]
     if missing:
         raise ValueError(
             f"the head's config.json asks for rope_type {kind!r} without {', '.join(missing)}: add it to rope_scaling"
         )
     return rope
+
+
+def _scaling(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    for name in ("rope_parameters", "rope_scaling"):
+        value = settings.get(name)
+        if value is not None and not isinstance(value, Mapping):
+            raise ValueError(f"config.json: {name} is {reprlib.repr(value)}: use an object such as {_EXAMPLE}, or null")
+        if value:
+            return value
+    return {}
+
+
+def check_rope(rope: Mapping[str, Any], *, head_dim: int, max_position_embeddings: int) -> None:
+    """ValueError if no table can be computed from these parameters, which are right one by one."""
+    rotated = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+    for name in ("short_factor", "long_factor"):
+        if len(rope.get(name) or [1.0] * (rotated // 2)) != rotated // 2:
+            raise ValueError(
+                f"{name} has {len(rope[name])} numbers, the head's {rotated} rotated dimensions want {rotated // 2}: "
+                "correct rope_scaling in its config.json"
+            )
+    what = f"the head's rotary parameters {str(dict(rope))[:400]} with head_dim {head_dim}"
+    try:
+        cos, _ = rope_table(rope, 16, head_dim=head_dim, max_position_embeddings=max_position_embeddings)
+    except Exception as error:  # transformers computes them
+        raise ValueError(f"{what} cannot be computed ({error}): correct rope_scaling in its config.json") from error
+    if not cos.isfinite().all() or not 0 < cos.shape[1] <= head_dim:
+        raise ValueError(f"{what} give no finite angles for its dimensions: correct rope_scaling in its config.json")
 
 
 def rope_table(
