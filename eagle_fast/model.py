@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from eagle_fast.config import TreeConfig
 from eagle_fast.decoding.generation import Decoding, Generation
@@ -30,15 +30,18 @@ from eagle_fast.loading import (
     HEAD_OPTIONS,
     HUB_OPTIONS,
     TOKENIZER_OPTIONS,
+    check_pair,
     known_path,
     load_head,
     load_target,
+    load_tokenizer,
     modern_options,
     runs_in_int8,
 )
 from eagle_fast.target import Target
 from eagle_fast.target.interface import cache_argument
 from eagle_fast.target.placement import device_map_of, resolve_device, warn_if_slow
+from eagle_fast.target.sound import check_rows, check_shapes, settle
 
 
 class EaModel(HFGenerateMixin, nn.Module):
@@ -56,6 +59,7 @@ class EaModel(HFGenerateMixin, nn.Module):
     def __init__(
         self, base_model: PreTrainedModel, ea_layer: DraftHead, *, tree: TreeConfig | None = None, name: str = ""
     ):
+        check_pair(base_model, ea_layer, tree)
         super().__init__()
         self.base_model, self.ea_layer = base_model, ea_layer
         self.config = base_model.config
@@ -97,8 +101,8 @@ class EaModel(HFGenerateMixin, nn.Module):
         device_map: "auto" (one GPU if the pair fits on one), "balanced", "balanced_low_0", "sequential" with max_memory
         as in transformers, a device, or a dict of module names; draft_device: the head's, by default the lm_head's.
         feature_layers, norm_before_residual, norm_output, rope_theta, rope_interleaved override what the head's config
-        says; everything else (dtype or torch_dtype, quantization_config, revision, token, ...) goes to
-        AutoModelForCausalLM.from_pretrained. Raises ValueError for what does not fit together.
+        says; everything else (dtype or torch_dtype, quantization_config, revision, token, ...) goes to the
+        from_pretrained of transformers. Raises ValueError for what does not fit together.
         """
         kwargs = modern_options(kwargs)
         head_path = known_path("ea_model_path", ea_model_path)
@@ -124,7 +128,7 @@ class EaModel(HFGenerateMixin, nn.Module):
         if self._tokenizer is None:
             if not self._name:
                 raise ValueError("the base model came without a name: load its tokenizer yourself and pass tokenizer=")
-            self._tokenizer = AutoTokenizer.from_pretrained(self._name, **self._tokenizer_options)
+            self._tokenizer = load_tokenizer(self._name, self._tokenizer_options)
         return self._tokenizer
 
     def get_tokenizer(self):
@@ -256,7 +260,10 @@ class EaModel(HFGenerateMixin, nn.Module):
     # -- behind them -----------------------------------------------------------------------------------------------
 
     def _new_target(self) -> Target:
+        settle(self.base_model)
+        check_rows(self.base_model)
         target = Target(self.base_model, tuple(self.ea_layer.config.feature_layers), self.ea_layer.device)
+        check_shapes(target.layer_shapes)
         target.model.eval()  # the twin's mode; the user's model keeps its own
         return target
 
@@ -328,3 +335,11 @@ class EaModel(HFGenerateMixin, nn.Module):
                 "from_pretrained instead of converting it"
             )
         return self
+
+    def __reduce_ex__(self, protocol):
+        """What copy, deepcopy, pickle and torch.save ask for."""
+        raise TypeError(
+            "an EaModel is neither copied nor pickled, with its graphs and buffers: keep base_model and ea_layer, by "
+            "base_model.save_pretrained and the head's own folder, and make another EaModel of them; a second "
+            "EaModel(base_model, ea_layer) shares their weights"
+        )
