@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 PACKAGE = __name__.partition(".")[0]
 DECORATORS = ("contextlib", "torch.utils._contextlib")  # whose frames lie between ours
@@ -36,3 +37,9 @@ def listed(names: Iterable[str], most: int = 8) -> str:
     """Names in the order given, those beyond `most` as a number."""
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def short(value: Any) -> str:
+    """A value as Python writes it, if that is short, else its type."""
+    text = repr(value)
+    return text if len(text) <= 100 and "\n" not in text else f"<{type(value).__name__}>"

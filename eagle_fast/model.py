@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from eagle_fast.config import TreeConfig
 from eagle_fast.decoding.generation import Decoding
@@ -34,9 +34,11 @@ from eagle_fast.loading import (
     HUB_OPTIONS,
     TOKENIZER_OPTIONS,
     check_head_arguments,
+    check_pair,
     known_path,
     load_head,
     load_target,
+    load_tokenizer,
     modern_options,
     runs_in_int8,
 )
@@ -70,11 +72,10 @@ class EaModel(HFGenerateMixin, nn.Module):
     def __init__(
         self, base_model: PreTrainedModel, ea_layer: DraftHead, *, tree: TreeConfig | None = None, name: str = ""
     ):
+        check_pair(base_model, ea_layer, tree)
         super().__init__()
         self.base_model, self.ea_layer = base_model, ea_layer
         self.config = base_model.config
-        if tree is not None and not isinstance(tree, TreeConfig):
-            raise ValueError(f"tree is a {type(tree).__name__}: pass TreeConfig(total_token, depth, top_k)")
         self.tree = tree or TreeConfig()
         self.target = self._new_target()
         self.device_map = device_map_of(base_model)
@@ -114,8 +115,8 @@ class EaModel(HFGenerateMixin, nn.Module):
         device_map: "auto" (one GPU if the pair fits on one), "balanced", "balanced_low_0", "sequential" with max_memory
         as in transformers, a device, or a dict of module names; draft_device: the head's, by default the lm_head's.
         feature_layers, norm_before_residual, norm_output, rope_theta, rope_interleaved override what the head's config
-        says; everything else (dtype or torch_dtype, quantization_config, revision, token, ...) goes to
-        AutoModelForCausalLM.from_pretrained. Raises ValueError for what does not fit together.
+        says; everything else (dtype or torch_dtype, quantization_config, revision, token, ...) goes to the
+        from_pretrained of transformers. Raises ValueError for what does not fit together.
         """
         kwargs = modern_options(kwargs)
         head_path = known_path("ea_model_path", ea_model_path)
@@ -145,10 +146,7 @@ class EaModel(HFGenerateMixin, nn.Module):
                     "the base model came without a name: load its tokenizer yourself, and pass it to generate as "
                     "tokenizer=, or its stop ids as eos_token_id= in place of is_llama3"
                 )
-            try:
-                self._tokenizer = AutoTokenizer.from_pretrained(self._name, **self._tokenizer_options)
-            except (AttributeError, KeyError, OSError, TypeError) as error:
-                raise ValueError(f"{self._name!r} has no tokenizer that can be loaded: {error}") from error
+            self._tokenizer = load_tokenizer(self._name, self._tokenizer_options)
         return self._tokenizer
 
     def get_tokenizer(self):
@@ -393,3 +391,11 @@ class EaModel(HFGenerateMixin, nn.Module):
                 "from_pretrained instead of converting it"
             )
         return self
+
+    def __reduce_ex__(self, protocol):
+        """What copy, deepcopy, pickle and torch.save ask for."""
+        raise TypeError(
+            "an EaModel is neither copied nor pickled, with its graphs and buffers: keep base_model and ea_layer, by "
+            "base_model.save_pretrained and the head's own folder, and make another EaModel of them; a second "
+            "EaModel(base_model, ea_layer) shares their weights"
+        )

@@ -1,7 +1,7 @@
 """The target: a stock causal LM of transformers, run over a prompt chunk or a tree without being changed.
 
 The rule: all that is changed is changed on a twin, and transformers is known in two places. `anatomy` reads configs and
-modules, `interface` is what transformers calls.
+modules, `interface` is what transformers calls. (Before there is a model, `kind` and `quantized` read a checkpoint's.)
 
 In reading order:
 
@@ -13,7 +13,10 @@ twin         a copy of the module tree that shares every weight
 fused        decoder layers of Llama's shape in nine launches
 longrope, experts   the two modules that would ask the device for a value
 shards       a model over several devices
-placement    device maps, checked before anything is loaded
+kind         which class of transformers loads a checkpoint, or that none does
+quantized    how quantized checkpoints are loaded
+sound        what a loaded model must be before it has a twin
+devices, placement  device maps, checked before anything is loaded
 turns        one thread launches at a time, and devices run turns in order
 
 A further family of Llama's shape: see CONTRIBUTING.md.

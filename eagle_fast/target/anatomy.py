@@ -89,7 +89,14 @@ class Anatomy:
     @property
     def is_quantized(self) -> bool:
         """Whether the checkpoint's weights are."""
-        return getattr(self.config, "quantization_config", None) is not None
+        return bool(self.quantization)
+
+    @property
+    def quantization(self) -> dict[str, Any]:
+        """How the checkpoint's weights are quantized, in the words of its config.json; {} if they are not."""
+        configs = (getattr(each, "quantization_config", None) for each in (self.config, self.text))
+        found: Any = next((each for each in configs if each), {})
+        return found if isinstance(found, dict) else found.to_dict()
 
     def kv_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of a token's keys and values in one layer."""
@@ -144,11 +151,13 @@ class Anatomy:
 # -- what a model consists of ------------------------------------------------------------------------------------------
 
 
-def decoder_layers(model: nn.Module, num_layers: int) -> tuple[str, nn.ModuleList] | None:
-    """(name, module) of the list of decoder layers within `model`."""
+def decoder_layers(model: Any, num_layers: int) -> tuple[str, nn.ModuleList] | None:
+    """(name, module) of the list of decoder layers within `model`, of a wrapper within what decodes text."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    inside = set(decoder.modules())
     for name, module in model.named_modules():
         is_list = isinstance(module, nn.ModuleList) and len(module) == num_layers
-        if is_list and name.rpartition(".")[2] in LAYER_LISTS:
+        if is_list and module in inside and name.rpartition(".")[2] in LAYER_LISTS:
             return name, module
     return None
 

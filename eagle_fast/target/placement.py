@@ -14,13 +14,14 @@ import torch
 from accelerate import infer_auto_device_map
 from accelerate.utils import get_balanced_memory, get_max_memory
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from eagle_fast.messages import listed, warn_user
 from eagle_fast.target.anatomy import Anatomy, placed_modules
+from eagle_fast.target.devices import STRATEGIES, check_device_map, check_max_memory, present_device, resolve_device
+from eagle_fast.target.kind import model_of_config
 
 SLOW_CPU_PARAMETERS = 50_000_000
-STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 CACHED_TOKENS = 4096  # room for their keys and values, when "auto" asks whether one GPU is enough
 WORKSPACE_BYTES = 2 * 2**30  # for kernels, graphs and the activations of a prompt chunk
 GIB = 2**30
@@ -28,45 +29,12 @@ GIB = 2**30
 Placement = dict[str, Any]  # module name -> torch.device or "disk"
 
 
-def resolve_device(device_map, name: str = "device_map") -> torch.device:
-    """The one device that a device_map names: None, "cpu", "cuda", "cuda:N", an index, a device or {"": device}.
-
-    "auto" is the first GPU, or the CPU where there is none. name: the argument, for the ValueError.
-    """
-    if isinstance(device_map, dict) and set(device_map) == {""}:
-        device_map = device_map[""]
-    if device_map is None:
-        return torch.device("cpu")
-    if device_map == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    return _device(device_map, f"{name}={device_map!r}")
-
-
-def _device(value: Any, name: str) -> torch.device:
-    """The device that an entry of a device_map names, which has to be there."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = f"cuda:{value}"
-    try:
-        device = torch.device(value)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{name}: use 'auto', 'cpu', 'cuda' or 'cuda:N', 'balanced' and its like for GPUs") from error
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if count == 0:
-            raise ValueError(f"{name}: {str(device)!r}, but torch sees no GPU: pass 'cpu', or install a CUDA build")
-        if (device.index or 0) >= count:
-            raise ValueError(f"{name}: {str(device)!r}, but torch sees {count} GPU(s), cuda:0 to cuda:{count - 1}")
-        return torch.device("cuda", device.index or 0)
-    if device.type != "cpu":
-        raise ValueError(f"{name}: eagle_fast runs on CUDA GPUs and on the CPU")
-    return device
-
-
 def skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None, **options) -> PreTrainedModel:
     """The model of a config without its weights, on the meta device."""
     config = copy.deepcopy(config)  # from_config notes the dtype in it
+    stored = config.dtype or Anatomy(config).text.dtype or torch.float32
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32, **options)
+        model = model_of_config(config, dtype=dtype or stored, **options)
     model.tie_weights()
     return model
 
@@ -102,6 +70,8 @@ def plan_placement(
     "auto" is one GPU if the model, a head and a cache of some thousand tokens fit on one. Entries may be "cpu" or
     "disk" where the GPUs do not suffice. ValueError, with names and numbers, for what cannot be.
     """
+    check_device_map(device_map)
+    check_max_memory(max_memory)
     model = config if isinstance(config, nn.Module) else skeleton(config, dtype)
     if isinstance(device_map, str) and device_map in STRATEGIES:
         placement = _by_strategy(model, device_map, max_memory)
@@ -117,7 +87,7 @@ def _by_strategy(model: PreTrainedModel, strategy: str, max_memory: dict | None)
     budgets = get_max_memory(None if max_memory is None else dict(max_memory))
     gpus = [index for index in budgets if isinstance(index, int)]
     for index in gpus:
-        _device(index, f"max_memory[{index}]")
+        present_device(index, f"max_memory[{index}]")
     if not gpus:
         return {"": torch.device("cpu")}
     if strategy == "auto":
@@ -141,7 +111,7 @@ def _by_names(model: PreTrainedModel, device_map: dict[str, Any]) -> Placement:
     if unknown:
         raise ValueError(f"device_map names {listed(unknown)}, which {type(model).__name__} does not have")
     resolved = {
-        name: "disk" if value == "disk" else _device(value, f"device_map[{name!r}]={value!r}")
+        name: "disk" if value == "disk" else present_device(value, f"device_map[{name!r}]={value!r}")
         for name, value in device_map.items()
     }
     placement: Placement = {}

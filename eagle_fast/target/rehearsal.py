@@ -85,9 +85,7 @@ class Rehearsal:
         forced = stock if self.routed else None
         with _outputs(layers[1], lambda layer, _, hidden: hidden if forced is None else forced.texts[layer]) as found:
             for part in parts:
-                positions = torch.arange(cache.length, cache.length + part.shape[1], device=part.device)
-                positions = positions.expand(len(texts), -1)
-                out = model(input_ids=part, position_ids=positions, use_cache=True, **{cache_argument(model): cache})
+                out = model(input_ids=part, use_cache=True, **{cache_argument(model): cache})  # counts positions itself
                 logits.append(out.logits)
                 cache.length += part.shape[1]
         rows = rows_at(start)

@@ -46,13 +46,13 @@ from eagle_fast.target.interface import (
 from eagle_fast.target.longrope import LongRope, freeze_alpha_rope, freeze_longrope
 from eagle_fast.target.probe import probe
 from eagle_fast.target.shards import Shard, connect, shards_of
+from eagle_fast.target.sound import check_rows, check_shapes, settle
 from eagle_fast.target.turns import Turns
 from eagle_fast.target.twin import (
     drop_accelerate_hooks,
     execution_device,
     is_offloaded,
     is_touched,
-    run_first_forward,
     twin,
     uncompiled,
 )
@@ -103,7 +103,8 @@ class Target:
         model = uncompiled(model)
         check_wrapper(model)
         check_linears(model)
-        run_first_forward(model)
+        settle(model)
+        check_rows(model)
         self.stock, self.offloaded = model, is_offloaded(model)
         before = self._stock_portrait()
         self.anatomy = Anatomy(model)
@@ -123,6 +124,7 @@ class Target:
             raise UnsupportedModel(CHANGES_ITSELF)
         self.devices = distinct([self.device, *devices])
         self.layer_shapes = [call.stored for call in calls]
+        check_shapes(self.layer_shapes)
         self.contexts = {device: AttentionContext() for device in distinct(shape.device for shape in self.layer_shapes)}
         self.bindings: list[LayerBinding] = []  # of the layers
         self._bind(calls)

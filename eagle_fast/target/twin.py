@@ -12,7 +12,7 @@ import functools
 import types
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -93,16 +93,6 @@ def has_own_forward(module: nn.Module) -> bool:
 def is_touched(module: nn.Module) -> bool:
     """Whether a twin's module, or one inside it, has hooks or a forward of its own: code that only stock layers run."""
     return bool(global_hooks()) or any(has_own_forward(each) or hooks_of(each) for each in module.modules())
-
-
-def run_first_forward(model: Any) -> None:
-    """Run a token through a model with hooks, before it has a twin: some hooks prepare it on its first forward and
-    leave it then (compressed-tensors unpacks weights so), and on a twin they would leave the wrong one."""
-    if is_offloaded(model) or not any(hooks_of(module) for module in model.modules()):
-        return
-    token = torch.ones(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
-    with torch.no_grad(), evaluating(model), suppress(Exception):  # what ails it, its twin says as well
-        model(input_ids=token, use_cache=False)
 
 
 @contextmanager

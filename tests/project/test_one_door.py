@@ -26,7 +26,11 @@ CONFIG_FIELDS = {
     "pairs.py": {"eos_token_id", "pad_token_id", "quantization_config"},  # written, of the demo's model
     "target/experts.py": {"_experts_implementation"},
     "target/interface.py": {"_attn_implementation"},
+    "target/kind.py": {  # what is to be loaded, if anything can be
+        "architectures", "auto_map", "is_decoder", "is_encoder_decoder", "model_type",
+    },
     "target/placement.py": {"dtype"},
+    "target/quantized.py": {"dtype"},
 }  # fmt: skip
 PRIVATE_NAMES = {
     # transformers

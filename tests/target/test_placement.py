@@ -208,7 +208,7 @@ def pair(tmp_path_factory):
 
 def test_nothing_is_loaded_where_it_cannot_fit(pair, gpus, monkeypatch):
     gpus(80, 1e-6)
-    monkeypatch.setattr("eagle_fast.loading.AutoModelForCausalLM.from_pretrained", pytest.fail)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", pytest.fail)
     target, head = pair
     for options, message in (
         ({"device_map": 1}, "cuda:1 would have to hold 0.0 GiB of weights"),
