@@ -38,7 +38,9 @@ def _run_a_token(model: PreTrainedModel, found: Recording, device: torch.device)
         with torch.no_grad():
             out = model(input_ids=token, position_ids=torch.zeros_like(token), use_cache=True, **cache)
             return out.logits.device
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         what = f"{type(error).__name__}: {error}"
         raise UnsupportedModel(f"{name} needs masks or a cache that it builds itself ({what})") from error
 
@@ -53,6 +55,11 @@ def _check(found: Recording, anatomy: Anatomy, name: str) -> None:
         raise UnsupportedModel(f"{len(calls)} attention calls for {num_layers} layers: not every layer is attention")
     if any(call.mask is not None for call in calls):
         raise UnsupportedModel("it builds an attention mask of its own")
+    if any(getattr(call.module, "is_causal", True) is False for call in calls):
+        raise UnsupportedModel(
+            "its attention looks at the tokens of a prompt in both directions (is_causal=False), so no token is read "
+            "before the prompt is whole, and none is its own"
+        )
     order = [getattr(call.module, "layer_idx", None) for call in calls]
     if order != list(range(num_layers)):
         raise UnsupportedModel(f"its attention layers run in the order {order}")

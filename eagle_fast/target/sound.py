@@ -78,7 +78,7 @@ def _check_strays(kind: str, anatomy: Anatomy) -> None:
 def _check_readable(kind: str, part: str, module: nn.Module) -> None:
     """The head reads these weights as they are."""
     weight: Any = getattr(module, "weight", None)
-    plain = isinstance(weight, torch.Tensor) and type(weight.data) is torch.Tensor
+    plain = isinstance(weight, torch.Tensor) and type(weight.data).dequantize is torch.Tensor.dequantize
     if plain and weight.dim() == 2 and weight.is_floating_point() and weight.element_size() >= 2:
         return
     held = "no weight" if weight is None else f"a weight of {type(weight.data).__name__} in {weight.dtype}"
