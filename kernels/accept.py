@@ -19,8 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .check import INT64, tensor, written
 from .launch import device_guard, use_triton
 from .overlap import after_earlier_kernels, dependent_launch
+
+MOST_NODES = 4096  # of a tree, which one program holds
 
 
 @triton.jit
@@ -61,12 +64,25 @@ def accept(
     tokens, parents [B, T] of the tree (parents[:, 0] = -1); chosen [B, T] the target's token after each node, -1 (no
     valid choice) matches nothing; lengths, ends [B]: a path has at most ends - lengths nodes.
     report [B, 1 + A] gets the number of nodes on each path and the token chosen after each of them, then zeros; roots
-    [B] the last of these tokens (0 if it is -1), and keep what they are where there is none.
+    [B] the last of these tokens (0 if it is -1), and keep what they are where there is none. All are int64, contiguous.
     """
-    (num_sequences, num_nodes), max_path = tokens.shape, report.shape[1] - 1
-    assert parents.shape == chosen.shape == tokens.shape
-    assert lengths.shape == ends.shape == roots.shape == report.shape[:1] == (num_sequences,)
-    assert all(t.is_contiguous() for t in (tokens, parents, chosen, lengths, ends, roots, report))
+    num_sequences, num_nodes = shape = tensor("tokens", tokens, "B T", INT64)
+    near = ("tokens", tokens)
+    of_nodes = [("parents", parents), ("chosen", chosen)]
+    of_sequences = [("lengths", lengths), ("ends", ends), ("roots", roots)]
+    for name, x in of_nodes:
+        tensor(name, x, "B T", INT64, shape, near=near)
+    for name, x in of_sequences:
+        tensor(name, x, "B", INT64, (num_sequences,), near=near)
+    max_path = tensor("report", report, "B 1+A", INT64, (num_sequences, None), near=near)[1] - 1
+    if max_path < 1 or num_nodes > MOST_NODES:
+        raise ValueError(
+            f"report has {max_path + 1} columns, tokens {num_nodes}; expected 1 + A, for paths of A >= 1 nodes, and at "
+            f"most {MOST_NODES} nodes"
+        )
+    if num_nodes > 1:
+        of_nodes.append(near)  # a root alone may be its own token: the kernel does not look at it
+    written([("report", report), of_sequences.pop()], [*of_nodes, *of_sequences])
     if not use_triton(tokens):
         return accept_ref(tokens, parents, chosen, lengths, ends, roots, report)
     path = tokens.new_empty(num_sequences, max_path)

@@ -18,10 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .check import ANY, BY_ROWS, INT64, described, tensor, written
 from .launch import device_guard, use_triton
 from .overlap import after_earlier_kernels, dependent_launch
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+MOST_ELEMENTS = 2**20  # that a program holds: a head's rows of a path
 
 
 @triton.jit
@@ -47,24 +49,28 @@ def _compact_kernel(
 def compact_kv(slab: Tensor, path: Tensor, counts: Tensor, lengths: Tensor) -> None:
     """Move rows lengths[b] + path[b, r] of `slab` [N, B, Hkv, L, D] to rows lengths[b] + r for r < counts[b], in place.
 
-    path [B, A] is strictly increasing up to counts [B], which may be 0; what follows in it is not used. Any dtype: bits
-    are moved. The slab may be a view with a contiguous last dimension.
+    path [B, A] is strictly increasing up to counts [B], which may be 0; what follows in it is not used. All three are
+    int64, path and lengths contiguous. The slab may be a view with a contiguous last dimension, of any dtype of up to 8
+    bytes: bits are moved.
     """
-    num_buffers, num_sequences, num_heads, _, head_dim = slab.shape
-    assert path.shape[0] == num_sequences
-    assert counts.shape == lengths.shape == (num_sequences,)
-    assert slab.stride(4) == 1
-    assert path.is_contiguous()
-    assert lengths.is_contiguous()
-    if not use_triton(slab):
-        return compact_kv_ref(slab, path, counts, lengths)
+    num_buffers, num_sequences, num_heads, _, head_dim = tensor("slab", slab, "N B Hkv L D", None, layout=BY_ROWS)
+    if slab.is_complex() or slab.is_quantized or slab.element_size() not in BITS:
+        raise ValueError(f"slab is {described(slab)}; expected numbers of 1, 2, 4 or 8 bytes")
+    near = ("slab", slab)
+    max_path = tensor("path", path, "B A", INT64, (num_sequences, None), near=near)[1]
+    tensor("counts", counts, "B", INT64, (num_sequences,), near=near, layout=ANY)
+    tensor("lengths", lengths, "B", INT64, (num_sequences,), near=near)
+    block_a, block_d = triton.next_power_of_2(max_path), triton.next_power_of_2(head_dim)
+    if block_a * block_d > MOST_ELEMENTS:
+        raise ValueError(f"path has A = {max_path} and slab D = {head_dim}; expected A D of at most {MOST_ELEMENTS}")
+    written([near], [("path", path), ("counts", counts), ("lengths", lengths)])
     bits = slab.view(BITS[slab.element_size()])
-    max_path = path.shape[1]
+    if not use_triton(bits):
+        return compact_kv_ref(slab, path, counts, lengths)
     with device_guard(slab):
         _compact_kernel[(num_buffers * num_sequences * num_heads,)](
             bits, path, counts, lengths, num_sequences, num_heads, *bits.stride()[:4], counts.stride(0),
-            A=max_path, BLOCK_A=triton.next_power_of_2(max_path),
-            D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), num_warps=4,
+            A=max_path, BLOCK_A=block_a, D=head_dim, BLOCK_D=block_d, num_warps=4,
             **dependent_launch(slab.device),
         )  # fmt: skip
 

@@ -23,6 +23,8 @@ import triton.language as tl
 from einops import rearrange
 from torch import Tensor
 
+from .check import HUGE, flag, number, whole
+from .draft_head_inputs import check_head_input, check_rope_append
 from .launch import device_guard, use_triton
 from .overlap import after_earlier_kernels, dependent_launch
 from .rms_norm import normalize, num_warps, rms_norm_ref, sum_parts
@@ -122,12 +124,9 @@ def head_input(
     hidden is [N, H], rows [R]; without rows N = R and hidden itself is returned. A token of -1 (the target had no valid
     choice) reads row 0.
     """
-    (num_hidden, hidden_size), embed_size, num_rows = hidden.shape, embedding.shape[1], len(tokens)
-    assert tokens.shape == ((num_hidden,) if rows is None else rows.shape)
-    assert tokens.is_contiguous()
-    assert rows is None or rows.is_contiguous()
-    assert hidden.stride(1) == embedding.stride(1) == 1
-    if not use_triton(*_given(hidden, embedding, embed_norm, hidden_norm)):
+    eps = check_head_input(tokens, hidden, embedding, embed_norm, hidden_norm, eps, rows)
+    num_rows, embed_size, hidden_size = len(tokens), embedding.shape[1], hidden.shape[1]
+    if not use_triton(hidden, embedding, embed_norm, hidden_norm):
         return head_input_ref(tokens, hidden, embedding, embed_norm, hidden_norm, eps, rows)
     out = hidden.new_empty(num_rows, embed_size + hidden_size)
     taken = hidden if rows is None else hidden.new_empty(num_rows, hidden_size)
@@ -153,18 +152,11 @@ def rope_append(
     multiply, which are the first R <= D of a head: the others pass; k_slab, v_slab [B, Hkv, L, D] get rows
     slots[b] + t; q_norm, k_norm [D] are given together or not at all.
     """
-    num_sequences, num_rows, width = qkv.shape[-3:]
-    head_dim, rotary_dim = k_slab.shape[3], cos.shape[1]
-    assert width == (num_heads + 2 * num_kv_heads) * head_dim
-    assert k_slab.shape == v_slab.shape == (num_sequences, num_kv_heads, k_slab.shape[2], head_dim)
-    assert qkv.stride(-1) == k_slab.stride(3) == v_slab.stride(3) == 1
-    assert positions is None or positions.shape == (num_sequences, num_rows)
-    assert slots.shape == (num_sequences,)
-    assert cos.shape == sin.shape
-    assert rotary_dim <= head_dim
-    assert all(t.is_contiguous() for t in (cos, sin, slots))
-    assert (q_norm is None) == (k_norm is None)
-    if not use_triton(*_given(qkv, q_norm, k_norm)):
+    num_heads, num_kv_heads = whole("num_heads", num_heads, 1), whole("num_kv_heads", num_kv_heads, 1)
+    eps, interleaved = number("eps", eps, 0, HUGE), flag("interleaved", interleaved)
+    check_rope_append(qkv, positions, cos, sin, k_slab, v_slab, slots, num_heads, num_kv_heads, q_norm, k_norm)
+    (num_sequences, num_rows), head_dim, rotary_dim = qkv.shape[-3:-1], k_slab.shape[3], cos.shape[1]
+    if not use_triton(qkv, k_slab, cos, sin, q_norm, k_norm):
         return rope_append_ref(
             qkv, positions, cos, sin, k_slab, v_slab, slots, num_heads, num_kv_heads,
             q_norm=q_norm, k_norm=k_norm, eps=eps, interleaved=interleaved,
@@ -187,10 +179,6 @@ def rope_append(
 def _whole_dtype(x: Tensor, slab: Tensor) -> torch.dtype:
     """Of what parts add up to."""
     return slab.dtype if x.dim() == 4 else x.dtype
-
-
-def _given(*tensors: Tensor | None) -> list[Tensor]:
-    return [t for t in tensors if t is not None]
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -18,9 +18,14 @@ import torch
 import triton
 import triton.language as tl
 
+from .check import FLOAT32, INT64, tensor, whole, written
 from .launch import device_guard, use_triton
 from .order_key import ABSENT, PACKED_ABSENT, kth_key, order_key, pack
 from .overlap import after_earlier_kernels, dependent_launch
+
+MOST_K = 16  # rows of a beam, whose k^2 candidates a program ranks at once
+MOST_NODES = 256  # of a tree
+MOST_CANDIDATES = 32768  # that a program of `finish_tree` holds
 
 
 @triton.jit
@@ -133,17 +138,36 @@ def grow(
     -> tokens, scores, candidates, rows (of the parent among the B P of all old beams) [B, k], ancestors [B, k, W]: row
        r becomes draft slot level * k + r, whose bit its ancestors get.
     """
-    (num_sequences, parents, k), num_words = topk_scores.shape, beam_ancestors.shape[-1]
+    level = whole("level", level)
+    num_sequences, parents, k = tensor("topk_scores", topk_scores, "B P k", FLOAT32)
+    if parents != (k if level else 1) or k > MOST_K:
+        raise ValueError(
+            f"topk_scores has P = {parents} rows of k = {k} at level={level}; expected P = k, but 1 at level 0, and k "
+            f"of at most {MOST_K}"
+        )
+    near, of_beam = ("topk_scores", topk_scores), (num_sequences, parents)
+    tensor("topk_tokens", topk_tokens, "B P k", INT64, topk_scores.shape, near=near)
+    tensor("beam_scores", beam_scores, "B P", FLOAT32, of_beam, near=near)
+    tensor("beam_candidates", beam_candidates, "B P", INT64, of_beam, near=near)
+    num_words = tensor("beam_ancestors", beam_ancestors, "B P W", INT64, (*of_beam, None), near=near)[2]
+    tensor("out_scores", out_scores, "B C", FLOAT32, (num_sequences, None), near=near)
+    tensor("out_tokens", out_tokens, "B C", INT64, out_scores.shape, near=("out_scores", out_scores))
+    tensor("out_parents", out_parents, "B C", INT64, out_scores.shape, near=("out_scores", out_scores))
+    first = _first_candidate(level, k)
+    if first + parents * k > out_scores.shape[1] or (level + 1) * k > 64 * num_words:
+        raise ValueError(
+            f"level={level} of k = {k} fills candidates up to {first + parents * k} and bits up to {(level + 1) * k}; "
+            f"out_scores has C = {out_scores.shape[1]} and beam_ancestors 64 W = {64 * num_words}"
+        )
     inputs = (topk_scores, topk_tokens, beam_scores, beam_candidates, beam_ancestors)
     buffers = (out_scores, out_tokens, out_parents)
-    first = _first_candidate(level, k)
-    assert parents == (k if level else 1)
-    assert first + parents * k <= out_scores.shape[1], "the candidate buffers are too short"
-    assert (level + 1) * k <= 64 * num_words, "the mask has too few words"
+    written(
+        [("out_scores", out_scores), ("out_tokens", out_tokens), ("out_parents", out_parents)],
+        [near, ("topk_tokens", topk_tokens), ("beam_scores", beam_scores), ("beam_candidates", beam_candidates),
+         ("beam_ancestors", beam_ancestors)],
+    )  # fmt: skip
     if not use_triton(topk_scores):
         return grow_ref(*inputs, level, *buffers)
-    assert k <= 16
-    assert all(x.is_contiguous() for x in (*inputs, *buffers))
     scores = beam_scores.new_empty(num_sequences, k)
     tokens, candidates, rows = (beam_candidates.new_empty(num_sequences, k) for _ in range(3))
     ancestors = beam_ancestors.new_empty(num_sequences, k, num_words)
@@ -168,11 +192,17 @@ def finish_tree(
     scores, tokens, parents [B, C] as `grow` wrote them, roots [B] -> tokens, parents (root: -1), depths [B, T],
     ancestors [B, T, ceil(T / 64)].
     """
-    (num_sequences, num_candidates), num_words = scores.shape, triton.cdiv(num_nodes, 64)
-    assert 1 <= num_nodes <= min(256, 1 + num_candidates)
+    num_sequences, num_candidates = tensor("scores", scores, "B C", FLOAT32)
+    near = ("scores", scores)
+    tensor("tokens", tokens, "B C", INT64, scores.shape, near=near)
+    tensor("parents", parents, "B C", INT64, scores.shape, near=near)
+    tensor("roots", roots, "B", INT64, (num_sequences,), near=near)
+    if num_candidates > MOST_CANDIDATES:
+        raise ValueError(f"scores has C = {num_candidates}; expected at most {MOST_CANDIDATES} candidates")
+    num_nodes = whole("num_nodes", num_nodes, 1, min(MOST_NODES, 1 + num_candidates), ", the root and C of scores")
+    num_words = triton.cdiv(num_nodes, 64)
     if not use_triton(scores):
         return finish_tree_ref(scores, tokens, parents, roots, num_nodes)
-    assert all(x.is_contiguous() for x in (scores, tokens, parents, roots))
     tree_tokens, tree_parents, depths = (tokens.new_empty(num_sequences, num_nodes) for _ in range(3))
     ancestors = tokens.new_empty(num_sequences, num_nodes, num_words)
     block_c = triton.next_power_of_2(num_candidates)
@@ -212,7 +242,7 @@ def grow_ref(
     words = torch.arange(beam_ancestors.shape[-1], device=device)
     bits = torch.where(words == (slots >> 6)[:, None], (torch.ones_like(slots) << (slots & 63))[:, None], 0)
     ancestors = beam_ancestors.flatten(0, 1)[rows] | bits
-    return topk_tokens.flatten(1).gather(1, index), scores, first + index, rows, ancestors
+    return topk_tokens.flatten(1).gather(1, index), scores.contiguous(), first + index, rows, ancestors
 
 
 def finish_tree_ref(

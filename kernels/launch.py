@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 
+from . import check
+
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -27,16 +29,34 @@ class Resources(NamedTuple):
     shared_memory: int  # bytes per program
 
 
-def use_triton(*tensors: torch.Tensor) -> bool:
-    """True if an op over these tensors runs as a Triton kernel. Kernels have no backward: autograd takes the twin."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return False
+def use_triton(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """True if an op over these tensors, all on one device, runs as a Triton kernel.
+
+    Kernels have no backward, compute in fp32 and need data: autograd, float64 and meta tensors take the twin.
+    ValueError where the environment asks for a kernel and none can run.
+    """
+    grad = torch.is_grad_enabled()
+    for x in (first, *others):
+        if x is not None and ((grad and x.requires_grad) or x.dtype is torch.float64):
+            return False
     choice = os.environ.get("EAGLE_FAST_KERNELS", "auto")
     if choice == "auto":
-        return tensors[0].is_cuda
+        return first.is_cuda
     if choice not in ("triton", "ref"):
         raise ValueError(f"EAGLE_FAST_KERNELS={choice!r}: use 'auto', 'triton' or 'ref'")
-    return choice == "triton"
+    if choice == "ref" or first.is_meta:
+        return False
+    if not runs_triton(first.device):
+        raise ValueError(
+            f"EAGLE_FAST_KERNELS='triton' and tensors on {first.device}: kernels run on CUDA, and on the CPU with "
+            f"TRITON_INTERPRET=1, set before triton is imported; use 'auto'"
+        )
+    return True
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether Triton kernels run there: on CUDA, and interpreted."""
+    return device.type == "cuda" or (INTERPRET and device.type == "cpu")
 
 
 def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
@@ -44,9 +64,13 @@ def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-@functools.cache
 def resources(device: torch.device) -> Resources:
     """Of a GPU; interpreted, those of an H100."""
+    return _resources(check.device("device", device))
+
+
+@functools.cache
+def _resources(device: torch.device) -> Resources:
     if device.type != "cuda":
         return Resources(132, 232448)
     properties = torch.cuda.get_device_properties(device)

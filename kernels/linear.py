@@ -35,6 +35,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .check import ANY, FLOATS, MOST_BLOCKS, tensor
 from .launch import device_guard, resources, upcast, use_triton
 from .overlap import dependent_launch
 from .silu_mul import silu_mul
@@ -207,10 +208,31 @@ def _few_rows_kernel(
 
 def streams(x: Tensor, weight: Tensor) -> bool:
     """True if products of x [..., K] with this weight take the kernel: few rows, 16 bits or int8, on a GPU."""
+    columns = tensor("x", x, "... K", FLOATS, layout=ANY, empty=True)[-1:]
+    tensor("weight", weight, "N K", (*FLOATS, torch.int8), (None, *columns), near=("x", x), layout=ANY)
+    return _streams(x, weight)
+
+
+def _streams(x: Tensor, weight: Tensor, *vectors: Tensor | None) -> bool:
     most_rows = MOST_ROWS if weight.element_size() > 1 else MOST_ROWS_INT8
-    if not use_triton(x, weight) or x.numel() > most_rows * x.shape[-1]:
+    if not use_triton(x, weight, *vectors) or x.numel() > most_rows * x.shape[-1]:
+        return False
+    if weight.stride(1) != 1 or weight.dtype not in (x.dtype, torch.int8) or len(weight) > 32 * MOST_BLOCKS:
         return False
     return not x.is_cuda or (x.dtype in (torch.bfloat16, torch.float16) and weight.element_size() <= 2)
+
+
+def _check(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, dims: str = "N K") -> None:
+    """Strides are free: what the kernel does not read as it lies, it gets as a copy, or torch does."""
+    columns = tensor("x", x, "... K", FLOATS, layout=ANY, empty=True)[-1]
+    near = ("x", x)
+    dtypes = FLOATS if _autocast(x.device.type) else (x.dtype,)
+    of_weight = dtypes if scale is None else (*dtypes, torch.int8)
+    num_columns = tensor("weight", weight, dims, of_weight, (None, columns), near=near, layout=ANY)[0]
+    if scale is not None:
+        tensor("scale", scale, "N", FLOATS, (num_columns,), near=("weight", weight), layout=ANY)
+    if bias is not None:
+        tensor("bias", bias, "N", dtypes, (num_columns,), near=("weight", weight), layout=ANY)
 
 
 def prefetches(weight: Tensor, inner: int) -> bool:
@@ -219,12 +241,18 @@ def prefetches(weight: Tensor, inner: int) -> bool:
     return weight.stride(0) * size % 16 == 0 and weight.data_ptr() % 16 == 0 and inner * size >= PREFETCH
 
 
+def _autocast(device_type: str) -> bool:
+    """Whether torch's products take any dtypes."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def few_rows_matmul(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """x [..., K] times weight [N, K] transposed, times scale [N] fp32 (of int8 weights), plus bias [N] -> [..., N].
 
     A few rows take the kernel on a GPU, and the faster of two ways to say it on a CPU; others torch's matmul.
     """
-    if not streams(x, weight):
+    _check(x, weight, scale, bias)
+    if not _streams(x, weight, scale, bias):
         return few_rows_matmul_ref(x, weight, scale=scale, bias=bias)
     out = x.new_empty(*x.shape[:-1], len(weight))
     _launch(x, weight, scale, bias, out, weight_tile(weight, x.shape[:-1].numel(), split=False))
@@ -236,7 +264,8 @@ def few_rows_sums(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bia
 
     Where the kernel does not run, the product itself, [..., N] in x's dtype. `add_rms_norm`, `rope_append` take both.
     """
-    if not streams(x, weight):
+    _check(x, weight, scale, bias)
+    if not _streams(x, weight, scale, bias):
         return few_rows_matmul_ref(x, weight, scale=scale, bias=bias)
     tile = weight_tile(weight, x.shape[:-1].numel(), split=True)
     out = x.new_empty(tile.splits, *x.shape[:-1], len(weight), dtype=torch.float32)
@@ -246,7 +275,10 @@ def few_rows_sums(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bia
 
 def gated_matmul(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """silu(gate) * up, [..., I], of the rows gate | up of weight [2I, K]; others as `few_rows_matmul`."""
-    if not streams(x, weight):
+    _check(x, weight, scale, bias, "2I K")
+    if len(weight) % 2:
+        raise ValueError(f"weight has {len(weight)} rows; expected 2I, an even number: gate | up")
+    if not _streams(x, weight, scale, bias):
         return gated_matmul_ref(x, weight, scale=scale, bias=bias)
     out = x.new_empty(*x.shape[:-1], len(weight) // 2)
     _launch(x, weight, scale, bias, out, weight_tile(weight, x.shape[:-1].numel(), split=False), gated=True)
@@ -258,9 +290,8 @@ def _launch(
     gated: bool = False,
 ) -> None:  # fmt: skip
     inner, rows = x.shape[-1], x.reshape(-1, x.shape[-1])
-    assert weight.shape[1] == inner
-    assert rows.stride(1) == weight.stride(1) == 1
-    assert all(t is None or (t.shape == (len(weight),) and t.is_contiguous()) for t in (scale, bias))
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    scale, bias = None if scale is None else scale.float().contiguous(), None if bias is None else bias.contiguous()
     num_columns, block_n = out.shape[-1], tile.block_n // 2 if gated else tile.block_n
     even = inner % (tile.block_k * tile.splits) == 0
     grid = (triton.cdiv(len(rows), tile.block_m), triton.cdiv(num_columns, block_n), tile.splits)
@@ -294,4 +325,4 @@ def few_rows_matmul_ref(
 def gated_matmul_ref(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """`gated_matmul` as a product and `silu_mul`, differentiable."""
     gate_up = few_rows_matmul_ref(x, weight, scale=scale, bias=bias)
-    return silu_mul(gate_up.flatten(0, -2)).unflatten(0, x.shape[:-1])
+    return silu_mul(gate_up.reshape(-1, len(weight))).reshape(*x.shape[:-1], len(weight) // 2)

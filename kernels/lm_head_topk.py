@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .check import BY_ROWS, FLOAT32, FLOATS, HALVES, INT64, INTEGERS, given_together, tensor, whole
 from .launch import device_guard, resources, upcast, use_triton
 from .linear import after_fetching_rows, few_rows_matmul, prefetches, tile_product
 from .noise import gumbel, gumbel_ref, gumbel_row_ref
@@ -26,6 +27,7 @@ from .order_key import ABSENT, order_key, order_value, pack_ref, take_best, unpa
 from .overlap import after_earlier_kernels, dependent_launch
 
 WARP_KEYS = 256  # that a warp of the merge holds
+MOST_K, MOST_TILES = 64, 8192  # that a merge of 32 warps takes
 
 
 class Tile(NamedTuple):
@@ -163,21 +165,32 @@ def lm_head_topk(
     gain and share (at least 0) float32, positions, seeds and sequences int64 are [B], each for R / B rows in turn, and
     given together or not at all: without them y = z.
     """
+    num_rows, hidden_size = tensor("hidden", hidden, "R H", FLOATS, layout=BY_ROWS)
+    near = ("hidden", hidden)
+    of_weight = (hidden.dtype, *(HALVES if hidden.dtype is torch.float32 else ()), torch.int8)
+    vocab_size = tensor("weight", weight, "Vd H", of_weight, (None, hidden_size), near=near, layout=BY_ROWS)[0]
+    k = whole("k", k, 1, min(vocab_size, MOST_K), ", of the rows of weight")
+    for name, x, dtypes in (("bias", bias, FLOATS), ("scale", scale, FLOATS), ("token_ids", token_ids, INTEGERS)):
+        if x is not None:
+            tensor(name, x, "Vd", dtypes, (vocab_size,), near=("weight", weight))
     noise = (gain, share, positions, seeds, sequences)
-    if any(x is None for x in noise) and any(x is not None for x in noise):
-        raise ValueError("give gain, share, positions, seeds and sequences together, or none of them")
-    if not use_triton(hidden, weight):
+    num_sequences = num_rows
+    if given_together(gain=gain, share=share, positions=positions, seeds=seeds, sequences=sequences):
+        assert gain is not None
+        num_sequences = tensor("gain", gain, "B", FLOAT32, near=near)[0]
+        tensor("share", share, "B", FLOAT32, (num_sequences,), near=("gain", gain))
+        for name, x in (("positions", positions), ("seeds", seeds), ("sequences", sequences)):
+            tensor(name, x, "B", INT64, (num_sequences,), near=("gain", gain))
+    if num_rows % num_sequences:
+        raise ValueError(f"gain has B = {num_sequences}, hidden R = {num_rows}; expected R to be a multiple of B")
+    if vocab_size > MOST_TILES * 64:
+        raise ValueError(f"weight has Vd = {vocab_size} rows; expected at most {MOST_TILES * 64}")
+    if not use_triton(hidden, weight, bias, scale):
         return lm_head_topk_ref(
             hidden, weight, k, bias=bias, scale=scale, token_ids=token_ids,
             gain=gain, share=share, positions=positions, seeds=seeds, sequences=sequences,
         )  # fmt: skip
-    (num_rows, hidden_size), vocab_size, device = hidden.shape, weight.shape[0], hidden.device
-    assert weight.shape[1] == hidden_size
-    assert hidden.stride(1) == weight.stride(1) == 1
-    assert 1 <= k <= vocab_size
-    assert all(x is None or (x.shape == (vocab_size,) and x.is_contiguous()) for x in (bias, scale, token_ids))
-    rows_per_sequence = 1 if gain is None else num_rows // len(gain)
-    assert all(x is None or (rows_per_sequence * len(x) == num_rows and x.is_contiguous()) for x in noise)
+    device, rows_per_sequence = hidden.device, num_rows // num_sequences
     block_m, block_n, block_k, num_warps, num_stages = topk_tile(num_rows, weight)
     num_tiles, even = triton.cdiv(vocab_size, block_n), hidden_size % block_k == 0
     keys, columns = torch.empty(2, num_rows, num_tiles, k, dtype=torch.int32, device=device)
@@ -222,6 +235,7 @@ def lm_head_topk_ref(
     if bias is not None:
         z = z + bias.float()
     draft_ids = torch.arange(weight.shape[0], device=z.device)
+    token_ids = None if token_ids is None else token_ids.long()
     if gain is not None:
         assert share is not None
         assert positions is not None

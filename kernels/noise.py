@@ -17,9 +17,12 @@ import torch
 import triton
 import triton.language as tl
 
+from .check import ANY, INT64, broadcast, tensor, whole
+
 WORD = 0xFFFFFFFF
 # Elements of one chunk of the CPU path: its few int64 temporaries stay in the cache.
 CHUNK = 1 << 15
+MOST_TOKENS = 1 << 24  # of a vocabulary
 
 
 @triton.jit
@@ -49,6 +52,7 @@ def philox_ref(
     k0: torch.Tensor, k1: torch.Tensor, c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor, c3: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`philox` in int64 arithmetic; the lanes are int64 in [0, 2^32)."""
+    broadcast(INT64, k0=k0, k1=k1, c0=c0, c1=c1, c2=c2, c3=c3)
     k0, k1, c0, c1, c2, c3 = (word & WORD for word in (k0, k1, c0, c1, c2, c3))
     for _ in range(10):
         # A product may wrap: its 64 bits are right all the same, and the mask drops the copies of the sign.
@@ -88,6 +92,8 @@ def gumbel_tile(seed, sequence, position, first, TILE: tl.constexpr):
 
 
 def gumbel_of_bits_ref(bits: torch.Tensor) -> torch.Tensor:
+    """`gumbel_of_bits` of int64 in [0, 2^32)."""
+    tensor("bits", bits, "...", INT64, layout=ANY)
     u = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
     return -torch.log(-torch.log1p(-u))
 
@@ -96,7 +102,7 @@ def gumbel_ref(
     seeds: torch.Tensor, sequences: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor
 ) -> torch.Tensor:
     """Noise of any tokens: int64 tensors in, float32 out, broadcast together."""
-    shape = torch.broadcast_shapes(seeds.shape, sequences.shape, positions.shape, tokens.shape)
+    shape = broadcast(INT64, seeds=seeds, sequences=sequences, positions=positions, tokens=tokens)
     out = torch.empty(shape, dtype=torch.float32, device=tokens.device)
     width = shape[-1] if shape else 1
     step = _columns(out.numel() // max(width, 1), width, out.device)
@@ -115,7 +121,8 @@ def gumbel_row_ref(
     seeds: torch.Tensor, sequences: torch.Tensor, positions: torch.Tensor, vocab_size: int
 ) -> torch.Tensor:
     """Noise of the tokens 0 .. V-1, [..., V] for leading shapes [...] that broadcast together."""
-    shape = torch.broadcast_shapes(seeds.shape, sequences.shape, positions.shape)
+    shape = broadcast(INT64, seeds=seeds, sequences=sequences, positions=positions)
+    vocab_size = whole("vocab_size", vocab_size, 1, MOST_TOKENS)
     out = torch.empty((*shape, vocab_size), dtype=torch.float32, device=positions.device)
     seeds, sequences, positions = (x[..., None] for x in (seeds, sequences, positions))
     step = _columns(shape.numel(), -(-vocab_size // 4), out.device)

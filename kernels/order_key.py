@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .check import ANY, FLOAT32, INT64, broadcast, tensor
+
 ABSENT = tl.constexpr(-(2**31))
 PACKED_ABSENT = tl.constexpr(-(2**63))
 KEY_MINUS_INF = tl.constexpr(-(2**31) + 0x7FFFFF)
@@ -63,17 +65,23 @@ def kth_key(keys, count):
 
 def order_key_ref(x: torch.Tensor) -> torch.Tensor:
     """float32 of any shape -> int32."""
+    tensor("x", x, "...", FLOAT32, layout=ANY)
     x = torch.where(x.isnan(), float("-inf"), x)
     bits = torch.where(x == 0.0, 0.0, x).view(torch.int32)
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 def pack_ref(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """float32 and int64 that broadcast together -> int64."""
+    tensor("x", x, "...", FLOAT32, layout=ANY)
+    tensor("index", index, "...", INT64, near=("x", x), layout=ANY)
+    broadcast(FLOAT32 + INT64, x=x, index=index)
     return (order_key_ref(x).long() << 32) | (0xFFFFFFFF - index)
 
 
 def unpack_ref(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(value, index) of packed keys."""
+    """(value, index) of packed keys, int64."""
+    tensor("packed", packed, "...", INT64, layout=ANY)
     key = (packed >> 32).int()
     value = torch.where(key < 0, key ^ 0x7FFFFFFF, key).view(torch.float32)
     return value, 0xFFFFFFFF - (packed & 0xFFFFFFFF)

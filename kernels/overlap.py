@@ -15,10 +15,16 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from . import check
 
-@functools.cache
+
 def dependent_launch(device: torch.device) -> dict[str, Any]:
     """Keywords to launch a kernel that takes PDL."""
+    return _dependent_launch(check.device("device", device))
+
+
+@functools.cache
+def _dependent_launch(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0):
         return {"PDL": False}
     return {"PDL": True, "launch_pdl": True}

@@ -16,8 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .check import BY_ROWS, FLOAT32, FLOATS, HUGE, Named, number, tensor
 from .launch import device_guard, use_triton
 from .overlap import after_earlier_kernels, dependent_launch
+
+MOST_COLUMNS = 65536  # of a row, which one program holds
 
 
 @triton.jit
@@ -89,14 +92,15 @@ def num_warps(block: int) -> int:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """x [..., H], weight [H] of the same dtype -> [..., H], contiguous."""
+    """x [..., H], weight [H], a floating dtype each -> [..., H] in x's, contiguous.
+
+    ValueError, here as in all wrappers, where arguments do not fit: it names them and shows both sides.
+    """
+    width = tensor("x", x, "... H", FLOATS, layout=BY_ROWS, empty=True)[-1]
+    eps = _norm_settings(weight, width, eps, ("x", x))
     if not use_triton(x, weight):
         return rms_norm_ref(x, weight, eps)
-    width = x.shape[-1]
-    assert weight.shape == (width,)
-    assert weight.is_contiguous()
     rows = x.reshape(-1, width)
-    assert rows.stride(1) == 1
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(width)
     with device_guard(x):
@@ -109,10 +113,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """(RMSNorm of x + residual, x + residual), both [R, H] as residual is; x [R, H] or parts of it, fp32 [S, R, H]."""
-    num_rows, width = residual.shape
-    assert x.shape[-2:] == residual.shape
-    assert residual.dtype == x.dtype or x.dim() == 3
-    assert x.stride(-1) == residual.stride(1) == 1
+    num_rows, width = _summands(x, residual)
+    eps = _norm_settings(weight, width, eps, ("residual", residual))
     if not use_triton(x, residual, weight):
         return add_rms_norm_ref(x, residual, weight, eps)
     parts = x if x.dim() == 3 else x[None]
@@ -128,10 +130,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6)
 
 def add_parts(x: Tensor, residual: Tensor) -> Tensor:
     """x + residual, [R, H] as residual is; x [R, H] or parts of it, fp32 [S, R, H]."""
-    num_rows, width = residual.shape
-    assert x.shape[-2:] == residual.shape
-    assert residual.dtype == x.dtype or x.dim() == 3
-    assert x.stride(-1) == residual.stride(1) == 1
+    num_rows, width = _summands(x, residual)
     if not use_triton(x, residual):
         return add_parts_ref(x, residual)
     parts = x if x.dim() == 3 else x[None]
@@ -143,6 +142,25 @@ def add_parts(x: Tensor, residual: Tensor) -> Tensor:
             H=width, BLOCK=block, PARTS=len(parts), num_warps=num_warps(block), **dependent_launch(x.device),
         )  # fmt: skip
     return total
+
+
+def _norm_settings(weight: Tensor, width: int, eps: float, near: Named) -> float:
+    """Check the weight [H] of a norm over rows of `width` and its eps, which comes back."""
+    if width > MOST_COLUMNS:
+        raise ValueError(f"{near[0]} has rows of H = {width}; expected at most {MOST_COLUMNS}")
+    tensor("weight", weight, "H", FLOATS, (width,), near=near)
+    return number("eps", eps, 0, HUGE)
+
+
+def _summands(x: Tensor, residual: Tensor) -> torch.Size:
+    """Check x and the residual [R, H] that it is added to: their shape."""
+    shape = tensor("residual", residual, "R H", FLOATS, layout=BY_ROWS, empty=True)
+    near = ("residual", residual)
+    if isinstance(x, Tensor) and x.dim() == 3:
+        tensor("x", x, "S R H", FLOAT32, (None, *shape), near=near, layout=BY_ROWS, empty=not shape[0])
+    else:
+        tensor("x", x, "R H", (residual.dtype,), shape, near=near, layout=BY_ROWS, empty=True)
+    return shape
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

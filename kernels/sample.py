@@ -25,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .check import ANY, BY_ROWS, FLOAT32, FLOATS, INT64, MOST_BLOCKS, tensor
 from .launch import device_guard, use_triton
 from .noise import gumbel_tile
 from .overlap import after_earlier_kernels, dependent_launch
@@ -137,13 +138,17 @@ def sample(
     temperature (0: greedy), top_p (1: off) and min_p (0: off) are float32 [B]; top_k (0: off), seeds and sequences are
     int64 [B]. The logits' last dimension is contiguous.
     """
-    settings = (temperature, top_k, top_p, min_p, seeds, sequences)
+    num_sequences, num_nodes, vocab_size = tensor("logits", logits, "B T V", FLOATS, layout=BY_ROWS)
+    near = ("logits", logits)
+    tensor("positions", positions, "B T", INT64, (num_sequences, num_nodes), near=near, layout=ANY)
+    for name, x in (("temperature", temperature), ("top_p", top_p), ("min_p", min_p)):
+        tensor(name, x, "B", FLOAT32, (num_sequences,), near=near)
+    for name, x in (("top_k", top_k), ("seeds", seeds), ("sequences", sequences)):
+        tensor(name, x, "B", INT64, (num_sequences,), near=near)
+    if num_sequences * num_nodes > MOST_BLOCKS:
+        raise ValueError(f"logits has B T = {num_sequences * num_nodes} rows; expected at most {MOST_BLOCKS}")
     if not use_triton(logits):
-        return sample_ref(logits, positions, *settings)
-    num_sequences, num_nodes, vocab_size = logits.shape
-    assert positions.shape == (num_sequences, num_nodes)
-    assert logits.stride(2) == 1
-    assert all(setting.shape == (num_sequences,) and setting.is_contiguous() for setting in settings)
+        return sample_ref(logits, positions, temperature, top_k, top_p, min_p, seeds, sequences)
     chunk = min(CHUNK, max(128, triton.next_power_of_2(vocab_size)))
     num_rows, num_chunks = num_sequences * num_nodes, triton.cdiv(vocab_size, chunk)
     best, mass, drawn = torch.empty(3, num_rows, num_chunks, dtype=torch.float32, device=logits.device)

@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .check import BY_ROWS, FLOAT32, HALVES, INT64, described, tensor
+from .launch import device_guard, runs_triton
 from .order_key import kth_key, order_key, order_value
 from .overlap import after_earlier_kernels, dependent_launch
 from .sample_ref import GREEDY_TEMPERATURE
@@ -187,15 +189,24 @@ def threshold(
     best, mass [B * T, C] of the row's chunks: the largest logit (NaN if there is one), and the sum of
     exp((logit - best) / temperature). Settings [B] as those of `sample`.
     """
-    num_sequences, num_nodes, vocab_size = logits.shape
-    num_rows, num_chunks = best.shape
+    num_sequences, num_nodes, vocab_size = tensor("logits", logits, "B T V", (*HALVES, *FLOAT32), layout=BY_ROWS)
+    near = ("logits", logits)
+    num_rows, num_chunks = tensor("best", best, "B*T C", FLOAT32, (num_sequences * num_nodes, None), near=near)
+    tensor("mass", mass, "B*T C", FLOAT32, best.shape, near=("best", best))
+    tensor("temperature", temperature, "B", FLOAT32, (num_sequences,), near=near)
+    tensor("top_k", top_k, "B", INT64, (num_sequences,), near=near)
+    tensor("top_p", top_p, "B", FLOAT32, (num_sequences,), near=near)
+    if not runs_triton(logits.device):
+        raise ValueError(f"logits is {described(logits)}; expected a device that runs Triton kernels")
     tile = min(TILE, max(128, triton.next_power_of_2(vocab_size)))
     least = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     slots = torch.empty(num_rows, LANE_SLOTS * tile, dtype=torch.float32, device=logits.device)
-    _threshold_kernel[(num_sequences * num_nodes,)](
-        least, logits, best, mass, temperature, top_k, top_p, slots,
-        num_nodes, vocab_size, num_chunks, *logits.stride()[:2],
-        GREEDY=GREEDY_TEMPERATURE, BLOCK_CHUNKS=triton.next_power_of_2(num_chunks), TILE=tile, LANE_SLOTS=LANE_SLOTS,
-        UNUSED=UNUSED_BITS[logits.dtype], num_warps=min(NUM_WARPS, tile // 128), **dependent_launch(logits.device),
-    )  # fmt: skip
+    with device_guard(logits):
+        _threshold_kernel[(num_sequences * num_nodes,)](
+            least, logits, best, mass, temperature, top_k, top_p, slots,
+            num_nodes, vocab_size, num_chunks, *logits.stride()[:2],
+            GREEDY=GREEDY_TEMPERATURE, BLOCK_CHUNKS=triton.next_power_of_2(num_chunks), TILE=tile,
+            LANE_SLOTS=LANE_SLOTS, UNUSED=UNUSED_BITS[logits.dtype], num_warps=min(NUM_WARPS, tile // 128),
+            **dependent_launch(logits.device),
+        )  # fmt: skip
     return least

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .check import BY_ROWS, FLOATS, tensor
 from .launch import device_guard, use_triton
 from .overlap import after_earlier_kernels, dependent_launch
 
@@ -28,10 +29,12 @@ def _silu_mul_kernel(
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, [R, I], of gate_up [R, 2I] = gate | up."""
-    num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    assert gate_up.stride(1) == 1
+    num_rows, both = tensor("gate_up", gate_up, "R 2I", FLOATS, layout=BY_ROWS, empty=True)
+    if both % 2:
+        raise ValueError(f"gate_up has rows of {both}; expected 2I, an even number: gate | up")
     if not use_triton(gate_up):
         return silu_mul_ref(gate_up)
+    width = both // 2
     out = gate_up.new_empty(num_rows, width)
     block = min(1024, triton.next_power_of_2(width))
     with device_guard(gate_up):

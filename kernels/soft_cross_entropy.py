@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .check import BY_ROWS, FLOAT32, FLOATS, tensor, written
 from .launch import device_guard, use_triton
 
 TILE, NUM_WARPS = 4096, 8  # candidates for tuning: 2048..8192, 4..16
@@ -74,15 +75,14 @@ def _soft_cross_entropy_kernel(
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> SoftCrossEntropy:
     """Losses of logits [R, V] against targets [R, V]; `logits` then hold the gradient of sum(weights [R] * losses)."""
-    num_rows, vocab_size = logits.shape
-    assert targets.shape == logits.shape
-    assert weights.shape == (num_rows,)
-    assert weights.dtype == torch.float32
-    assert logits.stride(1) == targets.stride(1) == 1
-    assert weights.is_contiguous()
-    if not use_triton(logits):
+    num_rows, vocab_size = tensor("logits", logits, "R V", FLOATS, layout=BY_ROWS, empty=True)
+    near = ("logits", logits)
+    tensor("targets", targets, "R V", FLOATS, (num_rows, vocab_size), near=near, layout=BY_ROWS, empty=True)
+    tensor("weights", weights, "R", FLOAT32, (num_rows,), near=near, empty=True)
+    written([near], [("targets", targets), ("weights", weights)])
+    if not use_triton(logits, targets, weights):
         return soft_cross_entropy_ref(logits, targets, weights)
-    losses = torch.empty(num_rows, device=logits.device)
+    losses = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     best = torch.empty(num_rows, dtype=torch.long, device=logits.device)
     tile = min(TILE, max(128, triton.next_power_of_2(vocab_size)))
     with device_guard(logits):

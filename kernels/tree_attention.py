@@ -33,8 +33,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .check import FLOATS, number, whole
 from .launch import device_guard, resources, upcast, use_triton
 from .overlap import after_earlier_kernels, dependent_launch
+from .tree_attention_inputs import check_inputs, check_options
 from .tree_attention_ref import tree_attention_ref
 
 # Gluon is experimental: other releases of Triton use this file's kernel only.
@@ -78,7 +80,7 @@ def _tile(q: Tensor, k: Tensor) -> Tile:
     block_d, size = _padded(head_dim), q.element_size()
     packed_rows = num_queries * num_heads // num_kv_heads
     if (size, block_d) not in TILES:
-        raise ValueError(f"head size {head_dim} in {q.dtype}: fp32, fp16 or bf16 and at most 256 are supported")
+        raise ValueError(f"q has head size D = {head_dim}; expected at most 256")
     most_rows, block_n = TILES[size, block_d]
     most_rows = min(most_rows, 128 if shared_memory > 160_000 else 64)
     block_m = min(most_rows, max(16, triton.next_power_of_2(packed_rows)))
@@ -96,7 +98,7 @@ def _padded(head_dim: int) -> int:
 def _by_hopper(q: Tensor, k: Tensor, v: Tensor, other: float) -> bool:
     """Whether `tree_attention_hopper` attends; `other` is not 0 where a window, a chunk or a softcap is asked for."""
     (_, num_heads, num_queries, head_dim), (_, num_kv_heads, num_rows, _) = q.shape, k.shape
-    if not HAS_GLUON or not q.is_cuda or torch.version.hip or torch.cuda.get_device_capability(q.device)[0] != 9:
+    if not HAS_GLUON or not hopper.is_hopper(q.device):
         return False
     fits = q.dtype in hopper.TYPES and head_dim in hopper.HEAD_DIMS and hopper.can_fetch(k) and hopper.can_fetch(v)
     return fits and not other and num_rows >= LONG_CACHE and num_queries * num_heads // num_kv_heads > 64
@@ -299,9 +301,11 @@ def tree_attention(
     chunk); window, chunk, softcap: 0 = off; sinks [Hq]. Rows from lengths[b] + first + T on do not count, whatever they
     hold. Returns [B, T, Hq, D], contiguous; a query that sees nothing gets zeros.
     """
-    _check(q, k, v, lengths, ancestors, depths, first, window or chunk, sinks)
-    assert scale > 0
-    if not use_triton(q, k, v):
+    first, window, chunk = whole("first", first), whole("window", window), whole("chunk", chunk)
+    scale, softcap = number("scale", scale), number("softcap", softcap, or_zero=True)
+    check_inputs(q, k, v, lengths, ancestors, first, FLOATS)
+    check_options(q, first, depths, bool(window or chunk), sinks)
+    if not use_triton(q, k, v, sinks):
         return tree_attention_ref(
             q, k, v, lengths, ancestors, scale=scale, depths=depths, first=first, window=window, chunk=chunk,
             softcap=softcap, sinks=sinks,
@@ -341,24 +345,3 @@ def tree_attention(
                 **shared, JOINED=by_hopper, BLOCK_SPLITS=triton.next_power_of_2(splits), num_warps=2,
             )  # fmt: skip
     return out
-
-
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, ancestors: Tensor, depths: Tensor | None, first: int,
-    by_position: int, sinks: Tensor | None,
-) -> None:  # fmt: skip
-    num_sequences, num_heads, num_queries, head_dim = q.shape
-    assert k.shape == v.shape == (num_sequences, k.shape[1], k.shape[2], head_dim)
-    assert num_heads % k.shape[1] == 0
-    assert q.dtype == k.dtype == v.dtype
-    assert q.stride(3) == k.stride(3) == v.stride(3) == ancestors.stride(2) == 1
-    assert lengths.shape == (num_sequences,)
-    assert lengths.is_contiguous()
-    assert ancestors.shape[:2] == (num_sequences, num_queries)
-    assert first + num_queries <= 64 * ancestors.shape[2], "the masks have too few words"
-    assert sinks is None or (sinks.shape == (num_heads,) and sinks.is_contiguous())
-    if by_position and depths is None:
-        raise ValueError("window and chunk compare positions: pass the depths of the tree slots")
-    if depths is not None:
-        assert depths.shape[1] >= first + num_queries
-        assert depths.stride(1) == 1

@@ -39,6 +39,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .check import FLOAT32, described, number, tensor, whole, written
+from .launch import device_guard
+from .tree_attention_inputs import check_inputs
+
 UNIT = gl.constexpr(128)  # cache rows
 ROWS = gl.constexpr(128)  # packed query rows of a program
 STAGES = gl.constexpr(3)  # 3 * 2 * 32 KB, and 32 KB of q
@@ -249,6 +253,11 @@ def _attend_hopper_kernel(
     ], [4, 1], [240, 24])  # fmt: skip
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether the kernel runs there."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def _strides(x: Tensor) -> tuple[int, int, int]:
     """Of sequence, head and row of x [B, Hkv, L, D]; 0 for the first two where there is but one."""
     return x.stride(0) if x.shape[0] > 1 else 0, x.stride(1) if x.shape[1] > 1 else 0, x.stride(2)
@@ -280,13 +289,28 @@ def attend(
     The rest as for `tree_attention`, with q, k and v in 16 bits and K and V that `can_fetch`. Splits take shares of
     ceil(units / splits) units of 128 live rows; those beyond the last unit write nothing.
     """
-    num_sequences, num_heads, num_queries, _ = q.shape
-    num_kv_heads, splits = k.shape[1], acc.shape[1]
-    tiles = -(-acc.shape[2] // ROWS.value)
+    first, scale = whole("first", first), number("scale", scale)
+    check_inputs(q, k, v, lengths, ancestors, first, tuple(TYPES))
+    (num_sequences, num_heads, num_queries, head_dim), num_kv_heads = q.shape, k.shape[1]
+    if head_dim not in HEAD_DIMS or not is_hopper(q.device):
+        raise ValueError(f"q is {described(q)}; expected a head size D of {HEAD_DIMS} and a Hopper GPU")
+    if k.shape[2] < 2 or not can_fetch(k) or not can_fetch(v):
+        raise ValueError(f"k is {described(k)}, v {described(v)}; expected rows of one matrix, aligned to 16 bytes")
+    groups, packed_rows = num_sequences * num_kv_heads, num_queries * num_heads // num_kv_heads
+    of_acc, near = (groups, None, packed_rows, head_dim), ("q", q)
+    splits = tensor("acc", acc, "B*Hkv splits T*G D", FLOAT32, of_acc, near=near)[1]
+    tensor("peak", peak, "B*Hkv splits T*G", FLOAT32, (groups, splits, packed_rows), near=near)
+    tensor("total", total, "B*Hkv splits T*G", FLOAT32, (groups, splits, packed_rows), near=near)
+    written(
+        [("acc", acc), ("peak", peak), ("total", total)],
+        [near, ("k", k), ("v", v), ("lengths", lengths), ("ancestors", ancestors)],
+    )
+    tiles = -(-packed_rows // ROWS.value)
     (keys, *rows_k), (values, *rows_v) = _matrix(k), _matrix(v)
-    _attend_hopper_kernel[(splits, tiles, num_sequences * num_kv_heads)](
-        q, keys, values, lengths, ancestors, acc, peak, total,
-        num_queries, num_kv_heads, first, ancestors.shape[2], scale * 1.4426950408889634,
-        *q.stride()[:3], *rows_k, *rows_v, *ancestors.stride()[:2],
-        G=num_heads // num_kv_heads, SPLITS=splits, num_warps=4, maxnreg=168, **launch,
-    )  # fmt: skip
+    with device_guard(q):
+        _attend_hopper_kernel[(splits, tiles, groups)](
+            q, keys, values, lengths, ancestors, acc, peak, total,
+            num_queries, num_kv_heads, first, ancestors.shape[2], scale * 1.4426950408889634,
+            *q.stride()[:3], *rows_k, *rows_v, *ancestors.stride()[:2],
+            G=num_heads // num_kv_heads, SPLITS=splits, num_warps=4, maxnreg=168, **launch,
+        )  # fmt: skip
