@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+STRIDED = torch.strided
 HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (*HALVES, torch.float32, torch.float64)  # the last for the twins: kernels compute in fp32
 FLOAT32, INT64, INTEGERS = (torch.float32,), (torch.int64,), (torch.int32, torch.int64)
@@ -40,15 +41,14 @@ def tensor(
 
     near: the tensor that sizes come from and whose device it must share. empty: only the last size has to be over 0.
     """
-    if isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested:
-        shape, num_dims = x.shape, dims.count(" ") + 1
+    if isinstance(x, Tensor) and x.layout is STRIDED and not x.is_nested:
+        shape = x.shape
         if (
-            (len(shape) == num_dims or (dims[0] == "." and len(shape) >= num_dims - 1))
-            and (sizes is None or shape == sizes or (None in sizes and _matches(shape, sizes)))
+            (_has_dims(shape, dims) if sizes is None else shape == sizes or _matches(shape, sizes))
             and (dtypes is None or x.dtype in dtypes)
-            and (x.numel() > 0 or (empty and shape[-1] > 0))
+            and (x.numel() or (empty and shape[-1]))
             and (near is None or x.device == near[1].device)
-            and (x.is_contiguous() if layout is WHOLE else layout is ANY or x.stride(-1) == 1 or shape[-1] == 1)
+            and (layout is ANY or x.is_contiguous() or (layout is BY_ROWS and (x.stride(-1) == 1 or shape[-1] == 1)))
             and not x.is_neg()
         ):
             return shape
@@ -154,8 +154,18 @@ def _wanted(
     return f"{layout}{kinds} {shape}{where}"
 
 
+def _has_dims(shape: torch.Size, dims: str) -> bool:
+    more = len(shape) - dims.count(" ") - 1
+    return more == 0 or (dims[0] == "." and more >= -1)
+
+
 def _matches(shape: torch.Size, sizes: Sizes) -> bool:
-    return len(shape) == len(sizes) and all(b is None or a == b for a, b in zip(shape, sizes, strict=True))
+    if len(shape) != len(sizes):
+        return False
+    for size, wanted in zip(shape, sizes, strict=True):  # noqa: SIM110, a generator takes twice the time
+        if wanted is not None and size != wanted:
+            return False
+    return True
 
 
 def _elements_are_apart(x: Tensor) -> bool:

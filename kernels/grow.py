@@ -265,7 +265,7 @@ def finish_tree_ref(
     masks = torch.where(words == (nodes >> 6)[:, None], own, 0).expand(len(roots), -1, -1)
     jump = tree_parents.clamp(min=0)
     depths = (nodes > 0).long().expand_as(jump)
-    for _ in range((num_nodes - 1).bit_length()):
+    for _ in range(int(num_nodes - 1).bit_length()):
         masks = masks | masks.gather(1, jump[..., None].expand_as(masks))
         depths = depths + depths.gather(1, jump)
         jump = jump.gather(1, jump)

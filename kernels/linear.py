@@ -228,6 +228,8 @@ def _check(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None,
     near = ("x", x)
     dtypes = FLOATS if _autocast(x.device.type) else (x.dtype,)
     of_weight = dtypes if scale is None else (*dtypes, torch.int8)
+    if scale is None and isinstance(weight, Tensor) and weight.dtype is torch.int8:
+        raise ValueError("weight is int8 and scale is None; expected the scale of its rows")
     num_columns = tensor("weight", weight, dims, of_weight, (None, columns), near=near, layout=ANY)[0]
     if scale is not None:
         tensor("scale", scale, "N", FLOATS, (num_columns,), near=("weight", weight), layout=ANY)

@@ -299,8 +299,8 @@ def attend(
     groups, packed_rows = num_sequences * num_kv_heads, num_queries * num_heads // num_kv_heads
     of_acc, near = (groups, None, packed_rows, head_dim), ("q", q)
     splits = tensor("acc", acc, "B*Hkv splits T*G D", FLOAT32, of_acc, near=near)[1]
-    tensor("peak", peak, "B*Hkv splits T*G", FLOAT32, (groups, splits, packed_rows), near=near)
-    tensor("total", total, "B*Hkv splits T*G", FLOAT32, (groups, splits, packed_rows), near=near)
+    tensor("peak", peak, "B*Hkv splits T*G", FLOAT32, (groups, splits, packed_rows), near=("acc", acc))
+    tensor("total", total, "B*Hkv splits T*G", FLOAT32, (groups, splits, packed_rows), near=("acc", acc))
     written(
         [("acc", acc), ("peak", peak), ("total", total)],
         [near, ("k", k), ("v", v), ("lengths", lengths), ("ancestors", ancestors)],
