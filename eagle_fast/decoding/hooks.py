@@ -47,7 +47,7 @@ def _call(hook, call: Callable, ids: torch.Tensor, scores: torch.Tensor | None):
         return call(ids, scores)
     except StopIteration as stop:
         raise HookStopped(
-            f"the logits processor or criterion {_name(hook)} raised StopIteration, which cannot come out of a generator: "
+            f"the logits processor or criterion {_name(hook)} raised StopIteration, which cannot leave a generator: "
             "let it raise another exception"
         ) from stop
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
