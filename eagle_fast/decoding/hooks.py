@@ -48,7 +48,7 @@ def _call(hook, call: Callable, ids: torch.Tensor, scores: Any):
         return call(ids, scores)
     except StopIteration as stop:
         raise HookStopped(
-            f"{_name(hook)} raised StopIteration, which ends loops without a word and cannot come out of a generator: "
+            f"the logits processor or criterion {_name(hook)} raised StopIteration, which cannot leave a generator: "
             "let it raise another exception"
         ) from stop
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:

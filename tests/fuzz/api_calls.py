@@ -209,6 +209,8 @@ def work(pipe: Connection, seed: int) -> None:
     """A worker: numbers come in, outcomes go out."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     quiet()
+    decoder("llama", CPU)
+    pipe.send("ready")
     while True:
         number = pipe.recv()
         pipe.send(outcome(seed, number))
@@ -220,7 +222,7 @@ def quiet() -> None:
 
 
 class Worker:
-    """A process with the number that it is at."""
+    """A process with the number that it is at, since when; the time that it takes to start does not count."""
 
     def __init__(self, seed: int):
         context = multiprocessing.get_context("spawn")
@@ -230,8 +232,11 @@ class Worker:
         there.close()
         self.number: int | None = None
         self.since = 0.0
+        self.ready = False
 
     def give(self, number: int) -> None:
+        if not self.ready:
+            self.ready = bool(self.pipe.recv())
         self.pipe.send(number)
         self.number, self.since = number, time.monotonic()
 
@@ -246,7 +251,7 @@ def judged(seed: int, numbers: list[int], jobs: int):
     workers = [Worker(seed) for _ in range(jobs)]
     while left or any(each.number is not None for each in workers):
         for place, each in enumerate(workers):
-            if each.number is not None and time.monotonic() - each.since > SECONDS * (1 + 2 * (each.since == 0)):
+            if each.number is not None and time.monotonic() - each.since > SECONDS:
                 yield each.number, lost(seed, each.number, "hung")
                 each.end()
                 workers[place] = Worker(seed)
