@@ -60,9 +60,11 @@ class HFGenerateMixin:
         tokenizer=None,
         seed: int | list[int] | None = None,
         shared_noise: bool = True,
+        reuse_cache: bool = False,
         **kwargs,
     ):
-        """Like `PreTrainedModel.generate` for greedy search and sampling; also takes `seed` and `shared_noise`.
+        """Like `PreTrainedModel.generate` for greedy search and sampling; also takes `seed`, `shared_noise` and
+        `reuse_cache`, see `eagenerate`.
 
         Returns ids [B, L + longest], or a `Generation` with return_dict_in_generate=True, on the model's device. A
         sequence that has ended goes on as padding, also where a stopping criterion has ended it.
@@ -93,6 +95,7 @@ class HFGenerateMixin:
             ef_streamer=streamer,
             seed=seed,
             shared_noise=shared_noise,
+            reuse_cache=reuse_cache,
             **kwargs,
         )
 
@@ -121,6 +124,7 @@ class HFGenerateMixin:
         generation_config,
         seed=None,
         shared_noise=True,
+        reuse_cache=False,
         ef_streamer=None,
         **model_kwargs,
     ):
@@ -150,6 +154,7 @@ class HFGenerateMixin:
             eos_token_id=[token for each in ends for token in id_list(each)],
             seed=seed,
             shared_noise=shared_noise,
+            reuse_cache=reuse_cache,
             logits_processor=processors,
             stopping_criteria=[e for e in stopping_criteria if type(e) not in (EosTokenCriteria, MaxLengthCriteria)],
             show_padding=True,

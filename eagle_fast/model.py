@@ -157,6 +157,11 @@ class EaModel(HFGenerateMixin, nn.Module):
             logits_processor, stopping_criteria   lists as for transformers' generate; they run on the host, see one
                             sequence at a time, without padding, and with a state of its own for each
             return_dict_in_generate
+            reuse_cache     True, in every call of a conversation: prefill only what follows the longest prefix that
+                            these prompts share with those and the texts of an earlier call of as many sequences, by the
+                            same kind of method (with the head or without). `Statistics.reused_tokens` says how much
+                            that was. What was edited in place since, through anything but `.data`, is prefilled anew;
+                            a hook that computes something else than it did is not noticed
             use_distributed accepted for older scripts and without effect: a model over several GPUs needs no option
         A text ends before max_new_tokens at max_length, or where a model with learned positions has no more of them.
         Raises ValueError for arguments that cannot be meant, NaNLogitsError.
@@ -262,7 +267,8 @@ class EaModel(HFGenerateMixin, nn.Module):
 
     def _follow(self) -> None:
         """Before a call: where base_model was changed since the last one, work with what it is now."""
-        with self.target.turn():
+        turn = self.target.turn
+        with turn.lock, turn():
             if self.target.is_current():
                 return
             target = self._new_target()
@@ -271,8 +277,8 @@ class EaModel(HFGenerateMixin, nn.Module):
                     f"base_model has a vocabulary of {target.vocab_size} tokens now, and had {self.target.vocab_size} "
                     "when the head was loaded: load a head for it"
                 )
-            self.states.clear()
-            self.target, self.states = target, IdleStates(target, self.ea_layer, self.tree)
+            self.states.follow(target)  # first: an interrupt in between makes the next call follow once more
+            self.target = target
 
     def _prepare(
         self, input_ids, *, is_llama3=False, eos_token_id=None, use_distributed=False, **options
@@ -290,7 +296,8 @@ class EaModel(HFGenerateMixin, nn.Module):
     def _rounds(self, speculative: bool, request: Request, max_length: int = 0) -> abc.Generator[Decoding, None, None]:
         """Run a request; yields its `Decoding` with the tokens of each round, and frees the state when closed."""
         longest = max(request.longest, max_length)
-        with self.states.lease(speculative, len(request.prompts), longest) as (state, step, _):
+        texts = request.prompts if request.reuse_cache else None
+        with self.states.lease(speculative, len(request.prompts), longest, texts) as (state, step, _):
             decoding = Decoding(state, step, request)
             decoding.begin()
             while not decoding.finished:

@@ -9,7 +9,15 @@ import torch
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
 from eagle_fast.config import SamplingParams
-from eagle_fast.decoding.validate import check_hooks, check_prompts, check_seeds, check_stop_ids, id_list, token_budgets
+from eagle_fast.decoding.validate import (
+    check_flag,
+    check_hooks,
+    check_prompts,
+    check_seeds,
+    check_stop_ids,
+    id_list,
+    token_budgets,
+)
 from eagle_fast.target import Target
 from eagle_fast.target.anatomy import token_settings
 
@@ -19,6 +27,7 @@ class Request:
     """A call after its checks. B prompts without padding, each with the most new tokens that it may get.
 
     padding: ids that processors and criteria see before each prompt, where transformers' loop would show them.
+    reuse_cache: take what an earlier call left in its caches, and leave it there for the next.
     """
 
     prompts: list[list[int]]
@@ -29,6 +38,7 @@ class Request:
     processors: LogitsProcessorList | None = None
     criteria: StoppingCriteriaList | None = None
     padding: list[list[int]] | None = None
+    reuse_cache: bool = False
 
     @property
     def longest(self) -> int:
@@ -53,6 +63,7 @@ def make_request(
     logits_processor=None,
     stopping_criteria=None,
     show_padding: bool = False,
+    reuse_cache: bool = False,
 ) -> tuple[Request, torch.Tensor]:
     """Check everything that a call brings: the request, and input_ids on the CPU. Raises ValueError."""
     ids, prompts, padding = check_prompts(input_ids, attention_mask, target.vocab_size)
@@ -65,6 +76,7 @@ def make_request(
         processors=LogitsProcessorList(check_hooks("logits_processor", logits_processor)),
         criteria=StoppingCriteriaList(check_hooks("stopping_criteria", stopping_criteria)),
         padding=padding if show_padding else None,
+        reuse_cache=check_flag("reuse_cache", reuse_cache),
     )
     return request, ids
 

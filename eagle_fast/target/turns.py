@@ -2,34 +2,59 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
 from eagle_fast.layers.transfers import distinct
 
 
+class ForkedProcessError(RuntimeError):
+    """A model on a GPU was called in a process forked from the one that loaded it: CUDA does not work there."""
+
+
 class Turns:
-    """Calls may run interleaved or in several threads, one round at a time: whoever launches takes a turn.
+    """Calls may run interleaved or in several threads, one round at a time: whoever launches takes a turn,
+
+        with turns.lock, turns():
 
     The layers of a target learn from one place which forward they belong to, so two can never be launched at once.
+    The lock is entered by the statement itself, so that an interrupt at any moment leaves it free.
     """
 
     def __init__(self, devices: Sequence[torch.device]):
-        self.lock = threading.RLock()
         self.launched = {device: torch.cuda.Event() for device in distinct(devices) if device.type == "cuda"}
+        self._process, self._locks = os.getpid(), {os.getpid(): threading.RLock()}
+        self._ended = True  # whether the last turn came to its end
+
+    @property
+    def lock(self) -> AbstractContextManager[bool]:
+        """This process's own: after a fork it is nobody's turn, whoever's it was in the parent. Raises
+        ForkedProcessError."""
+        if self.launched and os.getpid() != self._process:
+            raise ForkedProcessError(
+                f"the model is on {', '.join(map(str, self.launched))}, and CUDA does not work in a process forked "
+                "from the one that initialized it: start processes by spawn, as in "
+                "multiprocessing.get_context('spawn'), and load the model there"
+            )
+        return self._locks.setdefault(os.getpid(), threading.RLock())
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Hold the lock and launch. What was launched in earlier turns, on whatever streams, runs first."""
-        with self.lock:
-            streams = {device: torch.cuda.current_stream(device) for device in self.launched}
+        """Launch, with the lock held. What was launched in earlier turns, on whatever streams, runs first."""
+        if not self._ended:  # an interrupt came before its end was marked
+            for device in self.launched:
+                torch.cuda.synchronize(device)
+        streams = {device: torch.cuda.current_stream(device) for device in self.launched}
+        for device, stream in streams.items():
+            stream.wait_event(self.launched[device])
+        self._ended = False
+        try:
+            yield
+        finally:
             for device, stream in streams.items():
-                stream.wait_event(self.launched[device])
-            try:
-                yield
-            finally:
-                for device, stream in streams.items():
-                    self.launched[device].record(stream)
+                self.launched[device].record(stream)
+            self._ended = True

@@ -28,6 +28,23 @@ def portrait(model: nn.Module) -> list[list[Any]]:
     return [_of_module(module) for name, module in model.named_modules() if not is_rotary(name, module)]
 
 
+def edits(model: nn.Module) -> int | None:
+    """How often weights were written in place so far; None where tensors do not count that (inference mode's).
+
+    What is written through `.data` is not counted.
+    """
+    modules = [module for name, module in model.named_modules() if not is_rotary(name, module)]
+    tensors = [
+        tensor
+        for module in modules
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+        if tensor is not None
+    ]
+    if any(tensor.is_inference() for tensor in tensors):
+        return None
+    return sum(tensor._version for tensor in tensors)
+
+
 def _of_module(module: nn.Module) -> list[Any]:
     found: list[Any] = [id(module), *hooks_of(module)]  # the hooks themselves: an id may be used again
     whole = isinstance(module, PreTrainedModel)
@@ -49,7 +66,7 @@ def _of_module(module: nn.Module) -> list[Any]:
 
 def _of_tensor(name: str, tensor: torch.Tensor) -> tuple:
     place = tensor.data_ptr() if type(tensor.data) is torch.Tensor else 0
-    return name, id(tensor), place, tensor._version if name == "bias" else 0
+    return name, id(tensor), place, tensor._version if name == "bias" and not tensor.is_inference() else 0
 
 
 def _plain(value: Any) -> Any:
