@@ -81,6 +81,7 @@ class HFGenerateMixin:
             raise ValueError("cache_implementation='paged' would bypass eagle_fast: leave it out")
         if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
             raise ValueError(f"streamer is a {type(streamer).__name__}: pass an object with put() and end()")
+        self._follow()
         given = inputs if inputs is not None else kwargs.get("input_ids")
         if given is not None:
             check_prompts(given, kwargs.get("attention_mask"), self.target.vocab_size)

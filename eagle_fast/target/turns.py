@@ -27,20 +27,27 @@ class Turns:
 
     def __init__(self, devices: Sequence[torch.device]):
         self.launched = {device: torch.cuda.Event() for device in distinct(devices) if device.type == "cuda"}
-        self._process, self._locks = os.getpid(), {os.getpid(): threading.RLock()}
+        self._locks = {os.getpid(): threading.RLock()}
         self._ended = True  # whether the last turn came to its end
 
     @property
     def lock(self) -> AbstractContextManager[bool]:
-        """This process's own: after a fork it is nobody's turn, whoever's it was in the parent. Raises
-        ForkedProcessError."""
-        if self.launched and os.getpid() != self._process:
+        """This process's own: after a fork it is nobody's turn, whoever's it was in the parent.
+
+        A fork does not take OpenMP's threads along, and waits for them for ever in the first loop that is spread over
+        them: as in workers of a DataLoader, torch is set to one thread there. Raises ForkedProcessError.
+        """
+        process = os.getpid()
+        if process in self._locks:
+            return self._locks[process]
+        if self.launched:
             raise ForkedProcessError(
                 f"the model is on {', '.join(map(str, self.launched))}, and CUDA does not work in a process forked "
                 "from the one that initialized it: start processes by spawn, as in "
                 "multiprocessing.get_context('spawn'), and load the model there"
             )
-        return self._locks.setdefault(os.getpid(), threading.RLock())
+        torch.set_num_threads(1)
+        return self._locks.setdefault(process, threading.RLock())
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
