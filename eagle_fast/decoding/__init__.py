@@ -10,6 +10,6 @@ sampling     the next token as a deterministic function of logits, seed and posi
 processors   logits processors on a tree, on the host: each node sees its own prefix
 request, validate   what a call asks for, checked
 generation, reports the host launches a round before it has read the last; stop conditions, statistics
-graph, states       one CUDA graph per round; buffers and graphs kept between calls
+graph, states, held   one CUDA graph per round; what is kept between calls: buffers, graphs, rows of the caches
 tune         the number of tree nodes that pays best here
 """

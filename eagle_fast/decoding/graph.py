@@ -120,6 +120,11 @@ class GraphedStep:
             self.eager = True
             reason = str(error).strip().splitlines()[0]
             warn_user(f"rounds run without a CUDA graph, which is slower: {reason}")
+        except BaseException:
+            if is_capturing(home):  # an interrupt between the capture's begin and what would end it
+                with suppress(RuntimeError), torch.cuda.stream(home):
+                    graph.capture_end()
+            raise
         else:
             self.graph, self.pools, self.num_bytes = graph, pools, max(reserved, 0)
 
@@ -128,9 +133,12 @@ class GraphedStep:
         return sum(torch.cuda.memory_reserved(device) for device in self.devices)
 
 
-def is_capturing() -> bool:
-    """Whether this thread is within a capture."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+def is_capturing(stream: torch.cuda.Stream | None = None) -> bool:
+    """Whether a stream, by default this thread's current one, is being captured."""
+    if not torch.cuda.is_initialized():
+        return False
+    with torch.cuda.stream(stream):  # None: the current one
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _abandon(pool, device: torch.device) -> None:
