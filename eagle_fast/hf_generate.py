@@ -75,10 +75,11 @@ class HFGenerateMixin:
         seed: int | list[int] | None = None,
         shared_noise: bool = True,
         output_logprobs: bool = False,
+        reuse_cache: bool = False,
         **kwargs,
     ):
-        """Like `PreTrainedModel.generate` for greedy search and sampling; also takes `seed`, `shared_noise` and
-        `output_logprobs`.
+        """Like `PreTrainedModel.generate` for greedy search and sampling; also takes `seed`, `shared_noise`,
+        `output_logprobs` and `reuse_cache`, see `eagenerate`.
 
         Returns ids [B, L + longest], or a `Generation` with return_dict_in_generate=True, on the model's device. A
         sequence that has ended goes on as padding, also where a stopping criterion has ended it. output_scores and
@@ -96,6 +97,7 @@ class HFGenerateMixin:
         if kwargs.get("cache_implementation") == "paged":
             raise ValueError("cache_implementation='paged' would bypass eagle_fast: leave it out")
         _check_generate(generation_config, streamer, kwargs)
+        self._follow()
         given = inputs if inputs is not None else kwargs.get("input_ids")
         if given is not None:
             check_prompts(given, kwargs.get("attention_mask"), self.target.vocab_size)
@@ -122,6 +124,7 @@ class HFGenerateMixin:
                 seed=seed,
                 shared_noise=shared_noise,
                 output_logprobs=output_logprobs,
+                reuse_cache=reuse_cache,
                 **there,
             )
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -160,6 +163,7 @@ class HFGenerateMixin:
         seed=None,
         shared_noise=True,
         output_logprobs=False,
+        reuse_cache=False,
         ef_streamer=None,
         **model_kwargs,
     ):
@@ -193,6 +197,7 @@ class HFGenerateMixin:
             eos_token_id=[token for each in ends for token in id_list(each)],
             seed=seed,
             shared_noise=shared_noise,
+            reuse_cache=reuse_cache,
             logits_processor=processors,
             stopping_criteria=[e for e in stopping_criteria if type(e) not in (EosTokenCriteria, MaxLengthCriteria)],
             show_padding=True,

@@ -183,6 +183,11 @@ class EaModel(HFGenerateMixin, nn.Module):
                             logits, [B, V] for each new token as in transformers; see `Generation`
             output_logprobs with it, True: also each token's log-probability [B, longest] by the target's own logits,
                             before processors, temperature and warpers; needs little memory, and no time to speak of
+            reuse_cache     True, in every call of a conversation: prefill only what follows the longest prefix that
+                            these prompts share with those and the texts of an earlier call of as many sequences, by the
+                            same kind of method (with the head or without). `Statistics.reused_tokens` says how much
+                            that was. What was edited in place since, through anything but `.data`, is prefilled anew;
+                            a hook that computes something else than it did is not noticed
             use_distributed accepted for older scripts and without effect: a model over several GPUs needs no option
         A text ends before max_new_tokens at max_length, or where a model with learned positions has no more of them.
         Raises ValueError for arguments that cannot be meant, NaNLogitsError.
@@ -301,7 +306,8 @@ class EaModel(HFGenerateMixin, nn.Module):
         """Before a call: where base_model was changed since the last one, work with what it is now."""
         if autocast_on():
             warn_user(AUTOCAST)
-        with self.target.turn():
+        turn = self.target.turn
+        with turn.lock, turn():
             if self.target.is_current():
                 return
             target = self._new_target()
@@ -310,8 +316,8 @@ class EaModel(HFGenerateMixin, nn.Module):
                     f"base_model has a vocabulary of {target.vocab_size} tokens now, and had {self.target.vocab_size} "
                     "when the head was loaded: load a head for it"
                 )
-            self.states.clear()
-            self.target, self.states = target, IdleStates(target, self.ea_layer, self.tree)
+            self.states.follow(target)  # first: an interrupt in between makes the next call follow once more
+            self.target = target
 
     def _refuse_unknown(self, method: str, options: dict[str, Any]) -> None:
         if not options:
@@ -348,7 +354,8 @@ class EaModel(HFGenerateMixin, nn.Module):
         """Run a request; yields its `Decoding` with the tokens of each round, and frees the state when closed."""
         longest = max(request.longest, max_length)
         keeps = Keeps.NOTHING if request.processors else request.record.keeps
-        with self.states.lease(speculative, len(request.prompts), longest, keeps) as (state, step, _):
+        texts = request.prompts if request.reuse_cache else None
+        with self.states.lease(speculative, len(request.prompts), longest, keeps, texts) as (state, step, _):
             decoding = Decoding(state, step, request)
             decoding.begin()
             while not decoding.finished:

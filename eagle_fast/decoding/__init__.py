@@ -12,6 +12,6 @@ request, validate, memory   what a call asks for, checked
 hooks        what processors and criteria give back, checked
 generation, reports the host launches a round before it has read the last; stop conditions, statistics
 records      logits, scores and log-probabilities of the emitted tokens, for calls that ask for them
-graph, states       one CUDA graph per round; buffers and graphs kept between calls
+graph, states, held   one CUDA graph per round; what is kept between calls: buffers, graphs, rows of the caches
 tune         the number of tree nodes that pays best here
 """

@@ -44,6 +44,9 @@ class NoHead:
     def start_without_prefix(self, roots: Tensor) -> None:
         """Before a prompt is absorbed, which may have no token but its root."""
 
+    def copy_prefix(self, other: NoHead, count: int) -> None:
+        """Take over the first `count` cache rows of every sequence of `other`, which has the same batch."""
+
     def adopt(self, rows: Tensor, other: NoHead) -> None:
         """Copy the first sequences of `other` to sequences `rows` [R] of this one."""
 
@@ -164,6 +167,10 @@ class Drafter(NoHead):
         features = torch.zeros(batch, path, self.head.feature_size, dtype=self.hidden.dtype, device=self.device)
         nothing = torch.zeros_like(roots)
         self._absorb_path(features, roots[:, None].repeat(1, path), nothing + 1, nothing)
+
+    def copy_prefix(self, other: NoHead, count: int) -> None:
+        assert isinstance(other, Drafter)
+        self.slab.copy_prefix(other.slab, count)
 
     def adopt(self, rows: Tensor, other: NoHead) -> None:
         assert isinstance(other, Drafter)

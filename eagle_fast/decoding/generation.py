@@ -19,6 +19,7 @@ from itertools import zip_longest
 import torch
 from transformers.utils import ModelOutput
 
+from eagle_fast.decoding.held import Held, are_long
 from eagle_fast.decoding.hooks import processed, verdict
 from eagle_fast.decoding.processors import copies_for_rows, walk_processed
 from eagle_fast.decoding.records import Records
@@ -34,13 +35,15 @@ ROUNDS_UNDER_WAY = 2  # one that the host waits for, and one to keep the device 
 class Statistics:
     """What one call did. `accepted[n]` counts the rounds, over all sequences, that gave a sequence n + 1 tokens: n
     drafted ones that were accepted and one of the target's own. Tokens dropped behind a stop are not counted, nor are
-    rounds that brought none. Seconds are those that the call itself took, without its consumer's between rounds."""
+    rounds that brought none. Seconds are those that the call itself took, without its consumer's between rounds.
+    reused_tokens: of each sequence, the prompt's tokens that were not prefilled, see reuse_cache."""
 
     rounds: int = 0
     accepted: list[int] = field(default_factory=list)
     new_tokens: list[int] = field(default_factory=list)
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    reused_tokens: list[int] = field(default_factory=list)
 
     def __add__(self, other: Statistics) -> Statistics:
         """Of both calls together, with all of their sequences."""
@@ -51,6 +54,7 @@ class Statistics:
             self.new_tokens + other.new_tokens,
             self.prefill_seconds + other.prefill_seconds,
             self.decode_seconds + other.decode_seconds,
+            self.reused_tokens + other.reused_tokens,
         )
 
     @property
@@ -103,7 +107,7 @@ class Decoding:
     """
 
     def __init__(self, state: Round, step: Callable[[], None], request: Request):
-        self.state, self.step, self.request = state, step, request
+        self.state, self.step, self.request, self.turn = state, step, request, state.target.turn
         batch = len(request.prompts)
         self.texts = [list(prompt) for prompt in request.prompts]
         self.starts = [len(prompt) for prompt in request.prompts]
@@ -118,6 +122,7 @@ class Decoding:
         self.processors = copies_for_rows(request.processors, batch)
         self.criteria = copies_for_rows(request.criteria, batch)
         self.statistics = Statistics(accepted=[0] * state.max_path, new_tokens=[0] * batch)
+        self.statistics.reused_tokens = [0] * batch
 
     @property
     def finished(self) -> bool:
@@ -135,9 +140,9 @@ class Decoding:
     def begin(self) -> None:
         """Load the sampling settings and prefill."""
         started = time.perf_counter()
-        with self.state.target.turn():
+        with self.turn.lock, self.turn():
             self.state.sampling.load(self.request.sampling, self.request.shared_noise)
-            self._prefill()
+            self.statistics.reused_tokens = [self._prefill()] * len(self.texts)
         device = self.state.target.device
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
@@ -147,7 +152,7 @@ class Decoding:
         """Take in one more round; False where it brought nothing, else some sequence got at least one token."""
         started = time.perf_counter()
         lengths = [len(text) for text in self.texts]
-        with self.state.target.turn():
+        with self.turn.lock, self.turn():
             self._settle()
             if self.processors:
                 self.state.step(self._accept_processed)
@@ -155,6 +160,7 @@ class Decoding:
                 self._launch()
         if not self.processors:
             self._read()
+        self._note_rows()
         counts = [len(text) - length for text, length in zip(self.texts, lengths, strict=True)]
         self._count(counts)
         self.statistics.decode_seconds += time.perf_counter() - started
@@ -170,16 +176,28 @@ class Decoding:
 
     # -- prompts ---------------------------------------------------------------------------------------------------
 
-    def _prefill(self) -> None:
-        """Prefill the texts so far. With longrope, no further than the switch: past it, all keys are recomputed."""
+    def _prefill(self) -> int:
+        """Prefill the texts so far; returns from which token on. With longrope, no further than the switch: past it,
+        all keys are recomputed."""
         cpu = torch.device("cpu")  # whatever the default device is
         lengths = torch.tensor([len(text) for text in self.texts], device=cpu)
         tokens = torch.zeros(len(self.texts), int(lengths.max()), dtype=torch.long, device=cpu)
         for row, text in enumerate(self.texts):
             tokens[row, : len(text)] = torch.tensor(text, device=cpu)
         ends = [self._end(row) for row in range(len(self.texts))]
-        self.state.begin(tokens, lengths, torch.tensor(ends, device=cpu))
+        state, target, kept = self.state, self.state.target, self.request.reuse_cache
+        start = state.held.shared(self.texts, target) if kept and state.held else 0
+        edits = target.edits()
+        state.begin(tokens, lengths, torch.tensor(ends, device=cpu), start)
+        state.held = Held(self.texts, [0] * len(self.texts), are_long(self.texts, target), edits, kept)
+        self._note_rows()
         self.limits = [end + 1 for end in ends]
+        return start
+
+    def _note_rows(self) -> None:
+        """What the caches hold after a prefill or a whole round: all tokens that were read but the newest."""
+        if self.state.held is not None:
+            self.state.held.rows = [len(text) - 1 for text in self.texts]
 
     def _end(self, row: int) -> int:
         """The cache length at which a sequence stops for now: all of its tokens but the newest."""
@@ -219,7 +237,7 @@ class Decoding:
         """Take in the oldest round under way. What it emitted for a sequence that had ended is dropped."""
         reports = self.reports.read()
         if self.request.record:
-            with self.state.target.turn():
+            with self.turn.lock, self.turn():
                 self.records.fetch([count for count, *_ in reports], self.state.emitted)
         for row, (count, *emitted) in enumerate(reports):
             if not self.done[row]:

@@ -30,6 +30,7 @@ class GraphedStep:
         self.step, self.devices = step, list(devices)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.pools: list[torch.cuda.MemPool] = []
+        self.num_bytes = 0  # what the capture reserved, on all devices
         self.calls = 0
         self.eager = any(device.type != "cuda" for device in devices)
         # a stream each, of that very device: on any other, a capture records nothing and says nothing
@@ -51,7 +52,7 @@ class GraphedStep:
         if self.pools:
             for device in self.devices:
                 torch.cuda.synchronize(device)
-        self.graph, self.pools = None, []
+        self.graph, self.pools, self.num_bytes = None, [], 0
 
     def __del__(self) -> None:
         """Of a step that nobody closed."""
@@ -105,7 +106,9 @@ class GraphedStep:
                 stack.enter_context(torch.cuda.graph(graph, pool, home, capture_error_mode="thread_local"))
                 for other in others:
                     other.wait_stream(home)
+                before = self._reserved()  # here, since the entry of torch.cuda.graph lets go of cached memory
                 self.step()
+                reserved = self._reserved() - before
                 for other in others:
                     home.wait_stream(other)
         except RuntimeError as error:
@@ -117,8 +120,25 @@ class GraphedStep:
             self.eager = True
             reason = str(error).strip().splitlines()[0]
             warn_user(f"rounds run without a CUDA graph, which is slower: {reason}")
+        except BaseException:
+            if is_capturing(home):  # an interrupt between the capture's begin and what would end it
+                with suppress(RuntimeError), torch.cuda.stream(home):
+                    graph.capture_end()
+            raise
         else:
-            self.graph, self.pools = graph, pools
+            self.graph, self.pools, self.num_bytes = graph, pools, max(reserved, 0)
+
+    def _reserved(self) -> int:
+        """Bytes that torch's allocator has taken from the devices."""
+        return sum(torch.cuda.memory_reserved(device) for device in self.devices)
+
+
+def is_capturing(stream: torch.cuda.Stream | None = None) -> bool:
+    """Whether a stream, by default this thread's current one, is being captured."""
+    if not torch.cuda.is_initialized():
+        return False
+    with torch.cuda.stream(stream):  # None: the current one
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _abandon(pool, device: torch.device) -> None:

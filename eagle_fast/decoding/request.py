@@ -28,6 +28,7 @@ class Request:
     """A call after its checks. B prompts without padding, each with the most new tokens that it may get.
 
     padding: ids that processors and criteria see before each prompt, where transformers' loop would show them.
+    reuse_cache: take what an earlier call left in its caches, and leave it there for the next.
     """
 
     prompts: list[list[int]]
@@ -39,6 +40,7 @@ class Request:
     criteria: StoppingCriteriaList | None = None
     padding: list[list[int]] | None = None
     record: Wanted = field(default_factory=Wanted)
+    reuse_cache: bool = False
 
     @property
     def longest(self) -> int:
@@ -69,6 +71,7 @@ def make_request(
     output_logprobs: bool = False,
     output_attentions: bool = False,
     output_hidden_states: bool = False,
+    reuse_cache: bool = False,
 ) -> tuple[Request, torch.Tensor]:
     """Check everything that a call brings: the request, and input_ids on the CPU. Raises ValueError."""
     ids, prompts, padding = check_prompts(input_ids, attention_mask, target.vocab_size)
@@ -90,6 +93,7 @@ def make_request(
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         ),
+        reuse_cache=check_flags(reuse_cache=reuse_cache)[0],
     )
     return request, ids
 

@@ -17,6 +17,8 @@ The state lies on the device of the logits. A head elsewhere gets the roots and 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
 
 import torch
 from eagle_fast_kernels.accept import accept
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from eagle_fast.config import ROOT_ALONE, TreeConfig
 from eagle_fast.decoding.draft import Drafter, NoHead
+from eagle_fast.decoding.held import Held
 from eagle_fast.decoding.records import Keeps, Kept
 from eagle_fast.decoding.sampling import SamplingTensors
 from eagle_fast.decoding.tree import Tree
@@ -67,6 +70,7 @@ class Round:
         self.counts, self.emitted = self.report[:, 0], self.report[:, 1:]
         nothing = keeps is Keeps.NOTHING
         self.kept = None if nothing else Kept(keeps, batch, self.max_path, target.vocab_size, device)
+        self.held: Held | None = None  # what a call that prefills may count on, kept by whoever runs rounds
 
     @property
     def num_nodes(self) -> int:
@@ -77,6 +81,15 @@ class Round:
     def max_path(self) -> int:
         """Most tokens that a round emits for a sequence."""
         return self.tree.max_path
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Memory of the caches and of all other tensors here, over all devices."""
+        owners = [self, self.sampling, self.draft_sampling, self.drafter]
+        tensors = [each for owner in owners for each in vars(owner).values() if isinstance(each, Tensor)]
+        tensors += [*self.cache.slab.slabs, *self.cache.long_rows.values(), *self.drafter.slabs]
+        sizes = {id(each): each.nbytes for each in tensors}
+        return sum(sizes.values()) - self.counts.nbytes - self.emitted.nbytes  # those two are the report
 
     # -- one round -------------------------------------------------------------------------------------------------
 
@@ -127,12 +140,14 @@ class Round:
     # -- before the first round ------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def begin(self, tokens: Tensor, prompt_lengths: Tensor, ends: Tensor) -> None:
+    def begin(self, tokens: Tensor, prompt_lengths: Tensor, ends: Tensor, start: int = 0) -> None:
         """Prefill all but the last token of each prompt.
 
         tokens [B, P] from position 0 on, padded behind with any valid id; prompt_lengths [B] >= 1; ends [B]: the
         length, root not counted, at which a sequence is done. All on the CPU or the target's device.
+        start: the first token to prefill, where the caches hold those before it; <= prompt_lengths - 2 unless 0.
         """
+        self.held = None
         device = self.target.device
         tokens, prompt_lengths = tokens.to(device), prompt_lengths.to(device)
         self.lengths.copy_(prompt_lengths - 1)
@@ -142,18 +157,27 @@ class Round:
         if self.draft_sampling is not self.sampling:
             self.draft_sampling.copy_(self.sampling)
         roots, lengths = self.target.transfers.packed(self.drafter.device, self.roots, self.lengths)
-        self.drafter.start_without_prefix(roots)
+        if start == 0:
+            self.drafter.start_without_prefix(roots)
         prefix = tokens.shape[1] - 1
         chunk = max(1, PREFILL_CHUNK // self.batch)
-        for start in range(0, prefix, chunk):
-            end = min(start + chunk, prefix)
-            features = self.target.prefill(tokens[:, start:end], start, self.cache)
-            following = tokens[:, start + 1 : end + 1].to(self.drafter.device)
-            self.drafter.absorb_prompt(features, following, start, lengths)
+        for first in range(start, prefix, chunk):
+            end = min(first + chunk, prefix)
+            features = self.target.prefill(tokens[:, first:end], first, self.cache)
+            following = tokens[:, first + 1 : end + 1].to(self.drafter.device)
+            self.drafter.absorb_prompt(features, following, first, lengths)
 
     def finish(self, row: int) -> None:
         """Emit nothing more for this sequence."""
         self.ends[row].zero_()  # assigning a number would wait for the device: it is copied there
+
+    @torch.no_grad()
+    def copy_prefix(self, other: Round, count: int) -> None:
+        """Take over the first `count` cache rows of every sequence of `other`, which has the same target, head, tree
+        and batch: `begin` can go on from there."""
+        self.cache.slab.copy_prefix(other.cache.slab, count)
+        self.drafter.copy_prefix(other.drafter, count)
+        self.held = other.held and replace(other.held, rows=[min(rows, count) for rows in other.held.rows])
 
     @torch.no_grad()
     def adopt(self, rows: Tensor, other: Round) -> None:
@@ -161,6 +185,7 @@ class Round:
 
         `other` has the same target, head and tree, and any batch; its texts have to fit into `max_length`.
         """
+        self.held = None
         self.cache.adopt(rows, other.cache)
         self.sampling.adopt(rows, other.sampling)
         there = rows.to(self.drafter.device)

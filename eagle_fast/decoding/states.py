@@ -1,7 +1,16 @@
-"""Decoding states that outlive a call: buffers and captured graphs are kept for the next one."""
+"""Decoding states that outlive a call: caches, buffers and captured graphs are kept for the next one, within bounds.
+
+A call leases a state and gives it back; two running calls never share one. Those that no call uses are bounded by count
+and by bytes, and the least recently used go first. The one used last stays, whatever its bytes: the next call is likely
+to want it, and a state dropped after each call would be built, and its graph captured, for every one.
+
+A state belongs to its call alone from the moment it leaves `idle` until it is back in it. Where an exception comes in
+between, it is let go of by whoever lets go of it last, so nothing has to be counted or undone.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -9,13 +18,16 @@ from typing import NamedTuple
 import torch
 
 from eagle_fast.config import TreeConfig
-from eagle_fast.decoding.graph import GraphedStep
+from eagle_fast.decoding.graph import GraphedStep, is_capturing
+from eagle_fast.decoding.held import Texts
 from eagle_fast.decoding.records import Keeps
 from eagle_fast.decoding.round import Round
 from eagle_fast.head import DraftHead
 from eagle_fast.target import Target
 
 LENGTH_STEP = 1024
+MAX_IDLE = 8
+MAX_SHARE = 1 / 4  # of the memory of the devices
 
 
 class Lease(NamedTuple):
@@ -25,51 +37,156 @@ class Lease(NamedTuple):
     step: GraphedStep
     speculative: bool
 
+    @property
+    def kind(self) -> tuple[bool, int, Keeps]:
+        """With a head or without, its batch, and what it keeps of logits."""
+        return self.speculative, self.state.batch, self.state.keeps
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of caches, buffers and graph, over all devices."""
+        return self.state.num_bytes + self.step.num_bytes
+
+    @property
+    def kept(self) -> bool:
+        """Whether a call asked to find here again what it left."""
+        return self.state.held is not None and self.state.held.kept
+
 
 class IdleStates:
-    """The states that no call uses at the moment, in `idle`; two running calls never share one."""
+    """The states that no call uses at the moment, in `idle`, the one used last at the end.
+
+    max_count: how many there may be, 0 for none.
+    max_bytes: their memory over all devices, by default a quarter of what the devices have. The one used last may
+    exceed it. Both may be set at any time, and hold from the next call on.
+    """
 
     def __init__(self, target: Target, head: DraftHead, tree: TreeConfig):
         self.target, self.head, self.tree = target, head, tree
         self.idle: list[Lease] = []
+        self.max_count = MAX_IDLE
+        self.max_bytes = int(MAX_SHARE * sum(_memory(device) for device in target.devices))
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the idle states, over all devices."""
+        return sum(each.num_bytes for each in self.idle.copy())
 
     def clear(self) -> None:
         """Let go of all idle states: their memory is free then."""
-        with self.target.turn():
+        with self.target.turn.lock:
+            self._drop(self.idle.copy())
+
+    def follow(self, target: Target) -> None:
+        """From now on make states for another target; those of the last one are let go of, also as they come back."""
+        with self.target.turn.lock:
+            self.target = target
             self._drop(self.idle.copy())
 
     @contextmanager
-    def lease(self, speculative: bool, batch: int, max_length: int, keeps: Keeps = Keeps.NOTHING) -> Iterator[Lease]:
+    def lease(
+        self,
+        speculative: bool,
+        batch: int,
+        max_length: int,
+        keeps: Keeps = Keeps.NOTHING,
+        texts: Texts | None = None,
+    ) -> Iterator[Lease]:
         """A state for `batch` sequences of up to `max_length` tokens: an idle one, or a new one in place of one too
-        small. It is idle again after the block, even with a round under way: the next one comes behind it."""
-        wanted = speculative, batch, max_length, keeps
-        with self.target.turn():
-            leased = self._take(*wanted) or self._new(*wanted)
+        small. It is idle again after the block, even with a round under way: the next one comes behind it.
+
+        texts: what is going to be prefilled, where rows of an earlier call are wanted: a state that holds as many as
+        possible of them, see `Held`.
+        """
+        wanted = _Wanted(speculative, batch, max_length, keeps)
+        turn = self.target.turn
+        with turn.lock, turn():
+            leased = (texts and self._go_on(wanted, texts)) or self._take(wanted) or self._new(wanted)
         try:
             yield leased
+        except (GeneratorExit, KeyboardInterrupt):  # between two steps of the host, which knows what is held
+            raise
+        except BaseException:
+            leased.state.held = None
+            raise
         finally:
-            self.idle.append(leased)
+            self._give_back(leased)
 
-    def _take(self, speculative: bool, batch: int, max_length: int, keeps: Keeps) -> Lease | None:
-        """An idle state that is large enough; those too small are dropped if there is none."""
-        kind = speculative, batch, keeps
-        alike = [each for each in self.idle if (each.speculative, each.state.batch, each.state.keeps) == kind]
-        large = next((each for each in alike if each.state.max_length >= max_length), None)
-        if large is None:
-            self._drop(alike)
-        else:
-            self.idle.remove(large)
-        return large
+    # -- taking ----------------------------------------------------------------------------------------------------
 
-    def _drop(self, leases: list[Lease]) -> None:
-        """Let go of idle states, their memory and their graphs."""
-        for each in leases:
-            self.idle.remove(each)
-            each.step.close()
+    def _alike(self, wanted: _Wanted) -> list[Lease]:
+        """Idle states that differ in length at the most, the one used last first."""
+        return [
+            each
+            for each in reversed(self.idle.copy())
+            if (each.speculative, each.state.batch, each.state.keeps)
+            == (wanted.speculative, wanted.batch, wanted.keeps)
+            and each.state.target is self.target
+        ]
 
-    def _new(self, speculative: bool, batch: int, max_length: int, keeps: Keeps) -> Lease:
-        rounded = -(-max_length // LENGTH_STEP) * LENGTH_STEP
-        arguments = self.target, self.head if speculative else None, self.tree, batch, rounded, keeps
+    def _claim(self, lease: Lease) -> Lease | None:
+        """Take a state out of `idle`, unless another thread was faster."""
+        try:
+            self.idle.remove(lease)
+        except ValueError:
+            return None
+        return lease
+
+    def _take(self, wanted: _Wanted) -> Lease | None:
+        """An idle state that is large enough and holds nothing that a call asked to keep; else, where there is no room
+        for one more, the one used least recently. Those too small are dropped if there is none."""
+        alike = self._alike(wanted)
+        large = [each for each in alike if each.state.max_length >= wanted.max_length]
+        free = [each for each in large if not each.kept]
+        if free:
+            return self._claim(free[0])
+        if large and self._is_full(large[-1].num_bytes):
+            return self._claim(large[-1])
+        self._drop([each for each in alike if not each.kept])
+        return None
+
+    def _is_full(self, num_bytes: int) -> bool:
+        """Whether a further state of so many bytes would put out another one."""
+        return len(self.idle) >= self.max_count or self.num_bytes + num_bytes > self.max_bytes
+
+    def _go_on(self, wanted: _Wanted, texts: Texts) -> Lease | None:
+        """The state whose caches hold most of the texts.
+
+        It is taken itself where that is most of what it holds, and it is long enough. Else another one gets a copy of
+        the rows: one that is longer, in its place, or one beside it, since the other texts may be gone on with too.
+        """
+        found = [(each.state.held.shared(texts, self.target), each) for each in self._alike(wanted) if each.state.held]
+        start, best = max(found, key=lambda each: each[0], default=(0, None))
+        if best is None or start == 0:
+            return None
+        held = best.state.held
+        goes_on = held is not None and 2 * (start + 1) >= max(held.rows)
+        if goes_on and best.state.max_length >= wanted.max_length:
+            return self._claim(best)
+        try:
+            if goes_on:  # with room for the next turns: a new state means a new graph
+                longer = max(wanted.max_length, best.state.max_length * 3 // 2)
+                other = self._new(_Wanted(wanted.speculative, wanted.batch, longer, wanted.keeps))
+            else:
+                other = self._take(wanted) or self._new(wanted)
+        except torch.OutOfMemoryError:
+            return None  # for two there is no room
+        if other is not best:
+            other.state.copy_prefix(best.state, start + 1)
+        if goes_on:
+            self._drop([best])
+        return other
+
+    def _new(self, wanted: _Wanted) -> Lease:
+        rounded = -(-wanted.max_length // LENGTH_STEP) * LENGTH_STEP
+        arguments = (
+            self.target,
+            self.head if wanted.speculative else None,
+            self.tree,
+            wanted.batch,
+            rounded,
+            wanted.keeps,
+        )
         state = None
         try:
             state = Round(*arguments)
@@ -77,7 +194,43 @@ class IdleStates:
             if not self.idle:
                 raise
         if state is None:  # idle states of other sizes held the memory
-            self.clear()
+            self._drop(self.idle.copy())
             torch.cuda.empty_cache()
             state = Round(*arguments)
-        return Lease(state, GraphedStep(state.step, state.devices), speculative)
+        return Lease(state, GraphedStep(state.step, state.devices), wanted.speculative)
+
+    # -- giving back -----------------------------------------------------------------------------------------------
+
+    def _give_back(self, lease: Lease) -> None:
+        self.idle.append(lease)
+        if not is_capturing():  # a generator may be collected anywhere; nothing is freed under a capture
+            with self.target.turn.lock:
+                self._trim()
+
+    def _trim(self) -> None:
+        """Keep to the bounds, and let go of what belongs to another target."""
+        self._drop([each for each in self.idle.copy() if each.state.target is not self.target])
+        while len(self.idle) > max(self.max_count, 0) or (len(self.idle) > 1 and self.num_bytes > self.max_bytes):
+            self._drop(self.idle[:1])
+
+    def _drop(self, leases: list[Lease]) -> None:
+        """Let go of idle states, their memory and their graphs."""
+        for each in leases:
+            if self._claim(each):
+                each.step.close()
+
+
+class _Wanted(NamedTuple):
+    """What a call needs."""
+
+    speculative: bool
+    batch: int
+    max_length: int
+    keeps: Keeps
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes of memory that a device has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

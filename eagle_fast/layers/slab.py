@@ -55,6 +55,11 @@ class KVSlab:
                 moves[slab.device] = transfers.packed(slab.device, path, counts, lengths)
             compact_kv(slab, *moves[slab.device])
 
+    def copy_prefix(self, other: KVSlab, count: int) -> None:
+        """Take over the first `count` rows of every sequence of `other`, a slab of the same layers and batch."""
+        for mine, theirs in zip(self.slabs, other.slabs, strict=True):
+            mine[..., :count, :].copy_(theirs[..., :count, :])
+
     def adopt(self, rows: torch.Tensor, other: KVSlab) -> None:
         """Copy the first sequences of `other`, a slab of the same layers, to sequences `rows` [R] of this one."""
         shared = min(self.capacity, other.capacity)

@@ -60,7 +60,7 @@ def check_target(target: Target, num_nodes: int = NODES) -> None:
     Offloaded models are not checked, whose every forward takes seconds.
     """
     if not target.offloaded:
-        with torch.no_grad(), target.turn(), evaluating(target.stock):
+        with torch.no_grad(), target.turn.lock, target.turn(), evaluating(target.stock):
             _Check(target, num_nodes).run()
 
 

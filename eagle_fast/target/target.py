@@ -56,7 +56,7 @@ from eagle_fast.target.twin import (
     twin,
     uncompiled,
 )
-from eagle_fast.target.watch import portrait
+from eagle_fast.target.watch import edits, portrait
 
 NO_SOFTCAP = (
     "the model caps its attention scores, and its sdpa implementation leaves the cap out: decoding does the same, to "
@@ -88,7 +88,7 @@ class Target:
     draft_device: where the features go, by default to the device of the logits.
     The model may lie on several devices, with one for each layer. `device` is that of the logits, `input_device` that
     of the embedding, `devices` are all of them, that of the logits first. Raises UnsupportedModel.
-    turn: a context to launch forwards in, see `Turns`.
+    turn: whose turn it is to launch forwards, see `Turns`.
     fuse: False leaves every decoder layer to the stock code.
     """
 
@@ -209,6 +209,10 @@ class Target:
         """Whether the stock model is what it was, see `watch`; whatever the tensors of offloaded ones."""
         return self._stock_portrait() == self._portrait
 
+    def edits(self) -> int | None:
+        """See `watch.edits`: where it differs, keys computed earlier are another model's."""
+        return edits(self.stock)
+
     def new_cache(self, batch: int, capacity: int) -> SlabCache:
         """Keys and values of `batch` sequences of up to `capacity` rows."""
         devices = distinct(rope.device for rope in self.long_ropes)
@@ -255,8 +259,10 @@ class Target:
         of a tree of `tree_rows` nodes the fitting way to run experts.
 
         All of it is taken back at the end, and with it what the modules left for each other: tensors sent between
-        devices, features taken, a norm handed over.
+        devices, features taken, a norm handed over; and at the start, should an interrupt or a fork have come before
+        the end.
         """
+        self._take_back()
         for device, context in self.contexts.items():
             context.step, context.slab = steps[device], cache.slab
         for rope in self.long_ropes:
@@ -266,16 +272,19 @@ class Target:
         try:
             yield
         finally:
-            for context in self.contexts.values():
-                context.step = context.slab = None
-            for rope in self.long_ropes:
-                rope.long_rows = None
-            self.transfers.forget()
-            self.handover.clear()
-            self.experts.restore()
-            self.features.clear()
+            self._take_back()
 
     # -- behind them -----------------------------------------------------------------------------------------------
+
+    def _take_back(self) -> None:
+        for context in self.contexts.values():
+            context.step = context.slab = None
+        for rope in self.long_ropes:
+            rope.long_rows = None
+        self.transfers.forget()
+        self.handover.clear()
+        self.experts.restore()
+        self.features.clear()
 
     def _stock_portrait(self) -> list:
         return portrait(self.stock, tensors=not self.offloaded)

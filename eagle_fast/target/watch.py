@@ -34,6 +34,19 @@ def portrait(model: nn.Module, tensors: bool = True) -> list[list[Any]]:
     return [global_hooks(), *found, *map(_of_config, configs.values())]
 
 
+def edits(model: nn.Module) -> int | None:
+    """How often weights were written in place so far; None where tensors do not count that (inference mode's).
+
+    What is written through `.data` is not counted.
+    """
+    modules = [module for module in model.modules() if not recomputes_frequencies(module)]
+    held = [each for module in modules for each in (*module._parameters.values(), *module._buffers.values())]
+    tensors = [tensor for tensor in held if tensor is not None]
+    if any(tensor.is_inference() for tensor in tensors):
+        return None
+    return sum(tensor._version for tensor in tensors)
+
+
 def _of_module(module: nn.Module, tensors: bool) -> list[Any]:
     # the hooks and functions themselves: an id may be used again
     found: list[Any] = [id(module), type(module).forward, *hooks_of(module), module.__dict__.get("forward")]
@@ -67,7 +80,8 @@ def _of_config(config: Any) -> list[Any]:
 
 def _of_tensor(name: str, tensor: torch.Tensor) -> tuple:
     place = tensor.data_ptr() if type(tensor.data) is torch.Tensor else 0
-    return name, id(tensor), place, tensor._version if name.endswith("inv_freq") else 0
+    counts = name.endswith("inv_freq") and not tensor.is_inference()
+    return name, id(tensor), place, tensor._version if counts else 0
 
 
 def _plain(value: Any) -> Any:

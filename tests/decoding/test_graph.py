@@ -84,7 +84,7 @@ def recorder(request, monkeypatch):
         "Stream": lambda device: Stream(found, "side", device.index), "CUDAGraph": Graph, "MemPool": lambda: found.now,
         "current_stream": lambda device: found.current[device.index], "synchronize": lambda device: None,
         "graph_pool_handle": lambda: "pool", "device": found.device, "stream": found.stream, "graph": found.graph,
-        "use_mem_pool": found.use_mem_pool,
+        "use_mem_pool": found.use_mem_pool, "memory_reserved": lambda device: len(found.log) + device.index,
     }  # fmt: skip
     for name, value in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, value)

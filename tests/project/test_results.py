@@ -166,6 +166,31 @@ def test_the_suite_runs_every_bench_and_completes_its_record(bench, monkeypatch,
         assert (record["commit"], record["hardware"]) == ("c1", "NVIDIA X")
 
 
+def test_requests_of_many_kinds(bench):
+    """The soak in short: two parts, each on another change of the model, nothing wrong and nothing left behind."""
+    soaking = bench("lib.soaking")
+    soak, progress = soaking.Soak("cpu", 0, num_cases=10), []
+    points = []
+    for part in range(3):
+        soak.run(40, 3, part, lambda: progress.append(1))
+        points.append(soak.measure())
+    assert soak.wrong == []
+    assert len(progress) == sum(soak.kinds.values()) == points[-1]["requests"] == 120
+    assert {"whole", "stream", "interrupted", "raised", "closed", "conversation"} <= set(soak.kinds)
+    assert soak.most_idle <= soak.model.states.max_count
+    assert len({point["threads"] for point in points}) == len({point["files"] for point in points}) == 1
+
+
+def test_growth_is_told_from_noise(bench):
+    verdict = bench("lib.soaking").verdict
+    flat = [{"requests": n, "resident": 500_000_000 + 10_000 * n, "threads": 2, "files": 6} for n in range(26)]
+    assert verdict(flat) == []
+    assert verdict([{**each, "resident": each["resident"] + 10**6 * each["requests"]} for each in flat]) == [
+        "resident 507,070,000 -> 523,230,000"
+    ]
+    assert verdict([{**each, "files": each["requests"]} for each in flat]) == ["files 7 -> 23"]
+
+
 def test_kernels_are_compared_with_what_pytorch_does(bench, monkeypatch):
     """The table of bench/ops.py at small sizes: the first case of every op, its kernel by the twin in PyTorch."""
     cases, ops = bench("lib.op_cases"), bench("ops")

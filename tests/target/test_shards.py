@@ -101,6 +101,20 @@ def test_processors_see_a_spread_model():
         assert torch.equal(decoder.generate(ids, **options).cpu(), single.base_model.generate(ids, **options))
 
 
+def test_conversations_of_a_spread_model(monkeypatch):
+    """Rows are reused where they lie, and copied there to a longer state."""
+    monkeypatch.setattr("eagle_fast.decoding.states.LENGTH_STEP", 32)
+    with spread(make("llama"), "gaps") as (decoder, single, _):
+        ids, held = prompt(20, torch.device("cpu")), 0
+        for _ in range(3):
+            out = decoder.eagenerate(ids, max_new_tokens=8, reuse_cache=True, return_dict_in_generate=True)
+            assert torch.equal(out.sequences.cpu(), single.naivegenerate(ids, max_new_tokens=8))
+            assert out.statistics.reused_tokens == [held]
+            held = out.sequences.shape[1] - 2
+            ids = torch.cat([out.sequences.cpu(), prompt(6, torch.device("cpu"))], 1)
+        assert [lease.state.max_length for lease in decoder.states.idle] == [64]
+
+
 # Copies per round by (source, destination). Hidden rows cross every boundary once; the tree and the accepted path go
 # once to every device that needs them; features (inputs of layers 2, 3 and 3 of these models) go straight to the head,
 # with the hidden rows where those go there anyway.
