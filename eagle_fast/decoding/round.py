@@ -85,8 +85,9 @@ class Round:
     @cached_property
     def num_bytes(self) -> int:
         """Memory of the caches and of all other tensors here, over all devices."""
-        owners = [self, self.sampling, self.draft_sampling, self.drafter]
-        tensors = [each for owner in owners for each in vars(owner).values() if isinstance(each, Tensor)]
+        owners = [self, self.sampling, self.draft_sampling, self.drafter, self.kept]
+        named = [vars(owner) for owner in owners if owner is not None]
+        tensors = [each for names in named for each in names.values() if isinstance(each, Tensor)]
         tensors += [*self.cache.slab.slabs, *self.cache.long_rows.values(), *self.drafter.slabs]
         sizes = {id(each): each.nbytes for each in tensors}
         return sum(sizes.values()) - self.counts.nbytes - self.emitted.nbytes  # those two are the report
