@@ -186,8 +186,8 @@ class Decoding:
             tokens[row, : len(text)] = torch.tensor(text, device=cpu)
         ends = [self._end(row) for row in range(len(self.texts))]
         state, target, kept = self.state, self.state.target, self.request.reuse_cache
-        start = state.held.shared(self.texts, target) if kept and state.held else 0
         edits = target.edits()
+        start = state.held.shared(self.texts, target, edits) if kept and state.held else 0
         state.begin(tokens, lengths, torch.tensor(ends, device=cpu), start)
         state.held = Held(self.texts, [0] * len(self.texts), are_long(self.texts, target), edits, kept)
         self._note_rows()

@@ -23,6 +23,7 @@ Texts = Sequence[Sequence[int]]
 class Held:
     """The keys and values of the first `rows[b]` tokens of `texts[b]`, and what else they depend on.
 
+    edits: `Target.edits` when they were computed.
     kept: the call asked for them to be kept, so calls that hold something else leave them alone while there is room.
     """
 
@@ -32,9 +33,9 @@ class Held:
     edits: int | None
     kept: bool
 
-    def shared(self, texts: Texts, target: Target) -> int:
-        """From which token on all of these texts have to be prefilled, the same for all: 0 where nothing fits."""
-        if len(texts) != len(self.texts) or self.edits is None or self.edits != target.edits():
+    def shared(self, texts: Texts, target: Target, edits: int | None) -> int:
+        """From which token on all of these texts have to be prefilled now, the same for all: 0 where nothing fits."""
+        if len(texts) != len(self.texts) or self.edits is None or self.edits != edits:
             return 0
         starts = []
         for text, mine, rows, long, now_long in zip(

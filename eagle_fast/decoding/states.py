@@ -155,7 +155,8 @@ class IdleStates:
         It is taken itself where that is most of what it holds, and it is long enough. Else another one gets a copy of
         the rows: one that is longer, in its place, or one beside it, since the other texts may be gone on with too.
         """
-        found = [(each.state.held.shared(texts, self.target), each) for each in self._alike(wanted) if each.state.held]
+        target, edits, alike = self.target, self.target.edits(), self._alike(wanted)
+        found = [(each.state.held.shared(texts, target, edits), each) for each in alike if each.state.held]
         start, best = max(found, key=lambda each: each[0], default=(0, None))
         if best is None or start == 0:
             return None

@@ -70,6 +70,27 @@ def test_bytes_are_those_of_all_tensors(device):
         assert 0.99 <= state.num_bytes / sum(storages.values()) <= 1.0  # a few index tensors lie in tuples
 
 
+@pytest.mark.gpu
+def test_graphs_are_counted_and_given_back(device):
+    model = rebuilt(decoder("llama", device))
+
+    def reserved():
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
+    decode(model, max_new_tokens=40)  # what the first call leaves, as compiled kernels
+    model.states.clear()
+    before = reserved()
+    for batch in (1, 2):
+        decode(model, batch, max_new_tokens=40)
+    assert all(lease.step.graph is not None and lease.step.num_bytes > 0 for lease in model.states.idle)
+    assert sum(lease.step.num_bytes for lease in model.states.idle) <= reserved() - before
+    model.states.clear()
+    assert reserved() <= before
+
+
 def test_a_state_in_use_is_not_dropped(device):
     model = rebuilt(decoder("llama", device))
     expected = stock(model, prompt(9, device), max_new_tokens=NEW)
