@@ -23,6 +23,7 @@ from torch import Tensor
 
 from eagle_fast.decoding.reports import ReportRing
 from eagle_fast.decoding.sampling import SamplingTensors
+from eagle_fast.decoding.validate import check_flags
 
 NOT_RECORDED = ("output_attentions", "output_hidden_states")
 HOST = torch.device("cpu")
@@ -61,10 +62,7 @@ class Wanted:
 
 def check_wanted(return_dict: bool, device: torch.device, **flags) -> Wanted:
     """The flags output_scores, output_logits, output_logprobs and those of NOT_RECORDED of a call."""
-    for name, value in flags.items():
-        if not (value is None or isinstance(value, bool)):
-            raise ValueError(f"{name}={value!r}: use True or False")
-    given = [name for name, value in flags.items() if value]
+    given = [name for name, value in zip(flags, check_flags(**flags), strict=True) if value]
     refused = [name for name in NOT_RECORDED if name in given]
     if refused:
         raise ValueError(

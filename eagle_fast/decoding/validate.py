@@ -166,13 +166,6 @@ def check_flags(**flags) -> list[bool]:
     return found
 
 
-def check_flag(name: str, value) -> bool:
-    """True or False, numpy's included."""
-    if type(value).__name__ not in ("bool", "bool_"):
-        raise ValueError(f"{name}={value!r}: use True or False")
-    return bool(value)
-
-
 def check_seeds(seed, batch: int):
     """None, an integer, or a tuple of one for each sequence."""
     if getattr(seed, "ndim", None) == 1:
