@@ -111,6 +111,8 @@ class HeadConfig:
             rule = _FIELD_RULES.get(field_.name) or _TYPE_RULES.get(str(field_.type))
             if rule is not None:
                 rule.check_argument(field_.name, getattr(self, field_.name))
+            if rule is FLAG:
+                object.__setattr__(self, field_.name, bool(getattr(self, field_.name)))  # 1 becomes True
         activation_name(self.activation)
 
     def _check_eagle1(self):

@@ -31,7 +31,6 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
 sys.path.append(str(Path(__file__).parent.parent / "support"))
 
 import torch
@@ -315,4 +314,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nor do the workers see a GPU
     sys.exit(main())
