@@ -20,21 +20,40 @@ from eagle_fast.messages import warn_user
 WARMUP_STEPS = 2
 
 
+class SideStreams:
+    """A stream of each device to warm up and capture on, the same for all steps that take turns.
+
+    cuBLAS keeps a workspace, 32 MB on Hopper, for every stream that a thread has ever used it on: with a stream for
+    every step, memory would grow until all of the 32 that torch has for a device were used by every thread.
+    """
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def of(self, devices: Sequence[torch.device]) -> list[torch.cuda.Stream]:
+        """Those of the devices, each a stream of that very device: on any other, a capture records nothing and says
+        nothing."""
+        for device in devices:
+            if device not in self._streams:
+                self._streams[device] = torch.cuda.Stream(device)
+        return [self._streams[device] for device in devices]
+
+
 class GraphedStep:
     """Calls `step`, from the third call on by replaying a graph of it. With a CPU among the devices it just calls it.
 
     devices: all that the step works on; the first is the one whose current stream the caller's other work is on.
+    streams: for steps that are never launched at the same time; by default it has its own.
     """
 
-    def __init__(self, step: Callable[[], None], devices: Sequence[torch.device]):
+    def __init__(self, step: Callable[[], None], devices: Sequence[torch.device], streams: SideStreams | None = None):
         self.step, self.devices = step, list(devices)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.pools: list[torch.cuda.MemPool] = []
         self.num_bytes = 0  # what the capture reserved, on all devices
         self.calls = 0
         self.eager = any(device.type != "cuda" for device in devices)
-        # a stream each, of that very device: on any other, a capture records nothing and says nothing
-        self.streams = [] if self.eager else [torch.cuda.Stream(device) for device in devices]
+        self.streams = [] if self.eager else (streams or SideStreams()).of(devices)
 
     def __call__(self) -> None:
         self.calls += 1

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from eagle_fast.config import TreeConfig
-from eagle_fast.decoding.graph import GraphedStep, is_capturing
+from eagle_fast.decoding.graph import GraphedStep, SideStreams, is_capturing
 from eagle_fast.decoding.held import Texts
 from eagle_fast.decoding.records import Keeps
 from eagle_fast.decoding.round import Round
@@ -64,6 +64,7 @@ class IdleStates:
     def __init__(self, target: Target, head: DraftHead, tree: TreeConfig):
         self.target, self.head, self.tree = target, head, tree
         self.idle: list[Lease] = []
+        self.streams = SideStreams()
         self.max_count = MAX_IDLE
         self.max_bytes = int(MAX_SHARE * sum(_memory(device) for device in target.devices))
 
@@ -198,7 +199,7 @@ class IdleStates:
             self._drop(self.idle.copy())
             torch.cuda.empty_cache()
             state = Round(*arguments)
-        return Lease(state, GraphedStep(state.step, state.devices), wanted.speculative)
+        return Lease(state, GraphedStep(state.step, state.devices, self.streams), wanted.speculative)
 
     # -- giving back -----------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from eagle_fast.config import TreeConfig
-from eagle_fast.decoding.graph import WARMUP_STEPS, GraphedStep
+from eagle_fast.decoding.graph import WARMUP_STEPS, GraphedStep, SideStreams
 from eagle_fast.decoding.round import Round
 from eagle_fast.head import DraftHead
 from eagle_fast.target import Target
@@ -23,17 +23,18 @@ def pick_total_token(target: Target, head: DraftHead, tree: TreeConfig) -> TreeC
     """`tree` with the total_token of SIZES that promises most tokens per second."""
     most = 1 + tree.num_candidates
     sizes = [size for size in SIZES if size <= most] or [most]
-    times = {size: round_seconds(target, head, replace(tree, total_token=size)) for size in sizes}
+    streams = SideStreams()
+    times = {size: round_seconds(target, head, replace(tree, total_token=size), streams) for size in sizes}
     best = max(sizes, key=lambda size: (1 + 2.31 * (size / 60) ** GAIN_EXPONENT) / times[size])
     return replace(tree, total_token=best)
 
 
 @torch.no_grad()
-def round_seconds(target: Target, head: DraftHead, tree: TreeConfig) -> float:
+def round_seconds(target: Target, head: DraftHead, tree: TreeConfig, streams: SideStreams | None = None) -> float:
     """Seconds of one round for one sequence after a short prompt; its text does not matter."""
     max_length = PROMPT + (WARMUP_STEPS + 2 + ROUNDS) * tree.max_path
     state = Round(target, head, tree, 1, max_length)
-    step = GraphedStep(state.step, state.devices)
+    step = GraphedStep(state.step, state.devices, streams)
     cpu = torch.device("cpu")  # whatever the default device is
     tokens = torch.ones(1, PROMPT, dtype=torch.long, device=cpu)
     state.begin(tokens, torch.tensor([PROMPT], device=cpu), torch.tensor([max_length - 1], device=cpu))

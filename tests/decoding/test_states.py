@@ -91,6 +91,25 @@ def test_graphs_are_counted_and_given_back(device):
     assert reserved() <= before
 
 
+@pytest.mark.gpu
+def test_states_share_a_stream_to_capture_on(device):
+    """cuBLAS keeps 32 MB for each stream that it ever ran on: states after states must not use new ones."""
+    model = rebuilt(decoder("llama", device))
+
+    def allocated():
+        model.states.clear()
+        gc.collect()
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    decode(model, max_new_tokens=40)
+    before = allocated()
+    for batch in range(2, 9):
+        decode(model, batch, max_new_tokens=40)
+    assert allocated() - before < 2**23
+    assert len({id(stream) for lease in model.states.idle for stream in lease.step.streams}) <= 1
+
+
 def test_a_state_in_use_is_not_dropped(device):
     model = rebuilt(decoder("llama", device))
     expected = stock(model, prompt(9, device), max_new_tokens=NEW)
