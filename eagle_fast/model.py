@@ -324,7 +324,7 @@ class EaModel(HFGenerateMixin, nn.Module):
             return
         behind = self._stream if method in ("ea_generate", "naive_generate") else self._collect
         taken = option_names(getattr(self, method), behind, self._prepare, make_request)
-        refuse_unknown(method, options, taken, option_names(self.generate, GenerationMixin.generate))
+        refuse_unknown(method, options, taken, option_names(self.generate, GenerationMixin.generate), self.base_model)
 
     def _prepare(
         self,
