@@ -13,8 +13,8 @@ from eagle_fast.head import DraftHead, read_head
 from eagle_fast.head.checkpoint import check_folder
 from eagle_fast.head.checks import NUMBER, plain
 from eagle_fast.head.inference import Overrides
+from eagle_fast.loading_options import BITSANDBYTES_OPTIONS, HEAD_OPTIONS, names_options
 from eagle_fast.loading_target import (
-    BITSANDBYTES_OPTIONS,
     CONFIG_OPTIONS,
     HUB_OPTIONS,
     TOKENIZER_OPTIONS,
@@ -39,10 +39,9 @@ __all__ = [
     "load_target",
     "load_tokenizer",
     "modern_options",
+    "names_options",
     "runs_in_int8",
 ]
-
-HEAD_OPTIONS = ("feature_layers", "norm_before_residual", "norm_output", "rope_theta", "rope_interleaved")
 
 
 def check_pair(base_model: Any, ea_layer: Any, tree: Any) -> None:

@@ -17,9 +17,13 @@ import torch
 from huggingface_hub import errors as hub
 from safetensors import safe_open
 
+from eagle_fast.loading_options import UnknownOption
+from eagle_fast.messages import shown
+
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 LFS_POINTER = b"version https://git-lfs"
 LONGEST = 300
+HIDDEN = ("token", "proxies")  # may hold secrets
 
 _HUB = (  # the first that is among an error's causes
     (hub.GatedRepoError, "is gated: ask for access on its page on the hub, then log in or pass token="),
@@ -49,17 +53,15 @@ def loading(name: str, path: str, options: dict[str, Any], *, tokenizer: bool = 
     except Exception as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if isinstance(error, TypeError) and unknown:
-            raise TypeError(
-                f"from_pretrained takes no {unknown[1]!r}: options are its own, a draft head's, and those of "
-                "transformers' from_pretrained"
-            ) from error
+            raise UnknownOption(unknown[1], rest="the rest goes to from_pretrained of transformers") from error
         folder = Path(path) / str(options.get("subfolder") or "")
-        reason = explain(error, folder, options.get("gguf_file"), tokenizer=tokenizer)
+        reason = explain(error, folder, options, tokenizer=tokenizer)
         raise ValueError(f"{name}={path!r} {reason}") from error
 
 
-def explain(error: BaseException, folder: Path, gguf_file: str | None = None, *, tokenizer: bool = False) -> str:
-    """The rest of a sentence about a checkpoint that `error` kept from loading."""
+def explain(error: BaseException, folder: Path, options: dict[str, Any], *, tokenizer: bool = False) -> str:
+    """The rest of a sentence about a checkpoint that `error` kept from loading with these options."""
+    gguf_file = options.get("gguf_file")
     causes = list(_causes(error))
     denied = next((each for each in causes if isinstance(each, PermissionError)), None)
     if denied is not None:
@@ -82,7 +84,9 @@ def explain(error: BaseException, folder: Path, gguf_file: str | None = None, *,
         return f"cannot be loaded: {what}"
     if gguf_file:
         return f"cannot be loaded ({type(error).__name__}: {what}): is {gguf_file} whole?"
-    return f"cannot be loaded ({type(error).__name__}: {what}): is its config.json right, and are the options?"
+    given = ", ".join(f"{name}={shown(value)}" for name, value in options.items() if name not in HIDDEN)
+    asked = f", and {'is' if len(options) == 1 else 'are'} {given}" if given else ""
+    return f"cannot be loaded ({type(error).__name__}: {what}): is its config.json right{asked}?"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -14,6 +14,7 @@ from transformers.utils import find_adapter_config_file
 
 from eagle_fast.head.files import can_only_be_a_path
 from eagle_fast.loading_errors import loading
+from eagle_fast.loading_options import BITSANDBYTES_OPTIONS, check_names, check_names_of_loaded
 from eagle_fast.messages import listed, short, warn_user
 from eagle_fast.target.anatomy import Anatomy
 from eagle_fast.target.devices import STRATEGIES, check_device_map, check_max_memory, resolve_device
@@ -24,7 +25,6 @@ from eagle_fast.target.sound import check_base
 
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only")
 CONFIG_OPTIONS = (*HUB_OPTIONS, "revision", "subfolder", "trust_remote_code")
-BITSANDBYTES_OPTIONS = ("load_in_4bit", "load_in_8bit")
 TOKENIZER_OPTIONS = (*HUB_OPTIONS, "revision", "subfolder", "trust_remote_code", "gguf_file")
 NAME = "base_model_path"
 
@@ -77,6 +77,7 @@ def load_target(
     """
     if isinstance(path_or_model, nn.Module):  # a PreTrainedModel, or a wrapper of one as PEFT's
         check_base(path_or_model, NAME)
+        check_names_of_loaded(path_or_model, options)
         given = options | {"device_map": device_map, "max_memory": max_memory}
         names = sorted(name for name, value in given.items() if name in options or value is not None)
         if names:
@@ -93,6 +94,7 @@ def load_target(
     options = quantization_options(config, options, what)
     trusted = bool(options.get("trust_remote_code"))
     auto = AutoModelForCausalLM if config is None else auto_class(config, trusted, what)
+    check_names(auto, config, options)
     placement = _placement(config, device, device_map, max_memory, options)
     with loading(NAME, path, options), without_its_warning():
         model, missing = _load(auto, path, options | placement)

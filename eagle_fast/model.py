@@ -40,6 +40,7 @@ from eagle_fast.loading import (
     load_target,
     load_tokenizer,
     modern_options,
+    names_options,
     runs_in_int8,
 )
 from eagle_fast.messages import warn_user
@@ -70,8 +71,15 @@ class EaModel(HFGenerateMixin, nn.Module):
 
     @own_precision()
     def __init__(
-        self, base_model: PreTrainedModel, ea_layer: DraftHead, *, tree: TreeConfig | None = None, name: str = ""
+        self,
+        base_model: PreTrainedModel,
+        ea_layer: DraftHead,
+        *,
+        tree: TreeConfig | None = None,
+        name: str = "",
+        **options,
     ):
+        refuse_unknown(type(self).__name__, options, option_names(EaModel.__init__))
         check_pair(base_model, ea_layer, tree)
         super().__init__()
         self.base_model, self.ea_layer = base_model, ea_layer
@@ -88,6 +96,7 @@ class EaModel(HFGenerateMixin, nn.Module):
         warn_if_slow(base_model)
 
     @classmethod
+    @names_options
     @own_precision()
     def from_pretrained(
         cls,
@@ -116,7 +125,7 @@ class EaModel(HFGenerateMixin, nn.Module):
         as in transformers, a device, or a dict of module names; draft_device: the head's, by default the lm_head's.
         feature_layers, norm_before_residual, norm_output, rope_theta, rope_interleaved override what the head's config
         says; everything else (dtype or torch_dtype, quantization_config, revision, token, ...) goes to the
-        from_pretrained of transformers. Raises ValueError for what does not fit together.
+        from_pretrained of transformers. Raises ValueError for what does not fit together, TypeError for unknown names.
         """
         kwargs = modern_options(kwargs)
         head_path = known_path("ea_model_path", ea_model_path)

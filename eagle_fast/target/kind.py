@@ -56,6 +56,16 @@ def auto_class(config: PreTrainedConfig, trust_remote_code: bool = False, what: 
     )
 
 
+def model_class(auto: Any, config: PreTrainedConfig, options: dict[str, Any]) -> type | None:
+    """The class of transformers that `auto` makes of this config; None where the checkpoint brings its own."""
+    brought = getattr(config, "auto_map", None) or {}
+    models = _CLASSES[auto]
+    if (options.get("trust_remote_code") and auto.__name__ in brought) or type(config) not in models:
+        return None
+    found = models[type(config)]
+    return found[0] if isinstance(found, (list, tuple)) else found
+
+
 def check_kind(config: PreTrainedConfig, what: str = "the model") -> None:
     """UnsupportedModel for models that read the prompt in an encoder, or are one."""
     if getattr(config, "is_encoder_decoder", False):
