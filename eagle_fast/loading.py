@@ -23,6 +23,7 @@ from eagle_fast.loading_target import (
     load_tokenizer,
     modern_options,
 )
+from eagle_fast.messages import short
 from eagle_fast.target.anatomy import Anatomy
 from eagle_fast.target.sound import check_base
 from eagle_fast.target.twin import stored_weight
@@ -102,6 +103,8 @@ def runs_in_int8(head: DraftHead, wanted: bool | None) -> bool:
 
     Raises ValueError where it is wanted and cannot be.
     """
+    if not isinstance(wanted, (bool, type(None))):
+        raise ValueError(f"draft_int8={short(wanted)}: use True, False or None")
     capable = head.device.type == "cuda" and torch.cuda.get_device_capability(head.device) >= (8, 0)
     able = capable and head.dtype in (torch.bfloat16, torch.float16)
     if wanted and not able:

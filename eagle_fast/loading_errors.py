@@ -77,16 +77,17 @@ def explain(error: BaseException, folder: Path, options: dict[str, Any], *, toke
         return (
             f"cannot be loaded ({first_sentence(error)}): load a tokenizer yourself, and pass tokenizer= where one is"
         )
+    given = ", ".join(f"{name}={shown(value)}" for name, value in options.items() if name not in HIDDEN)
     if "mismatched" in str(error) or "size mismatch" in str(error):
-        return "has tensors of other shapes than its config.json says: is the config of another model?"
+        also = f", or {given}," if given else ""
+        return f"has tensors of other shapes than its config.json{also} says: is the config of another model?"
     what = first_sentence(error)
+    beside = f", and {'is' if len(options) == 1 else 'are'} {given}" if given else ""
     if isinstance(error, (OSError, ValueError, ImportError)):
-        return f"cannot be loaded: {what}"
+        return f"cannot be loaded{f' with {given}' if given else ''}: {what}"
     if gguf_file:
         return f"cannot be loaded ({type(error).__name__}: {what}): is {gguf_file} whole?"
-    given = ", ".join(f"{name}={shown(value)}" for name, value in options.items() if name not in HIDDEN)
-    asked = f", and {'is' if len(options) == 1 else 'are'} {given}" if given else ""
-    return f"cannot be loaded ({type(error).__name__}: {what}): is its config.json right{asked}?"
+    return f"cannot be loaded ({type(error).__name__}: {what}): is its config.json right{beside}?"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -137,7 +138,11 @@ def _damage_of_gguf(file: Path) -> str:
         return f"has no file {file.name}, which gguf_file= names; its GGUF files: {found}"
     with file.open("rb") as opened:
         start = opened.read(len(LFS_POINTER))
-    return "" if start.startswith(b"GGUF") else f"is damaged: {file.name} is no GGUF file; download it again"
+    return (
+        ""
+        if start.startswith(b"GGUF")
+        else f"is damaged: {file.name} is no GGUF file, and gguf_file= names it; download it again"
+    )
 
 
 def _damage_of_index(index: Path) -> str:

@@ -34,6 +34,9 @@ def modern_options(options: dict[str, Any]) -> dict[str, Any]:
 
     Raises ValueError for what is said in both words.
     """
+    for name in BITSANDBYTES_OPTIONS:
+        if not isinstance(options.get(name), (bool, type(None))):
+            raise ValueError(f"{name}={short(options[name])}: use True or False")
     asked = [name for name in BITSANDBYTES_OPTIONS if options.get(name)]
     options = {name: value for name, value in options.items() if name not in BITSANDBYTES_OPTIONS}
     if "torch_dtype" in options:
