@@ -45,8 +45,10 @@ __all__ = [
 ]
 
 
-def check_pair(base_model: Any, ea_layer: Any, tree: Any) -> None:
-    """ValueError, or UnsupportedModel, for what is no target, no head or no tree."""
+def check_pair(base_model: Any, ea_layer: Any, tree: Any, name: Any = "") -> None:
+    """ValueError, or UnsupportedModel, for what is no target, no head, no tree or no name."""
+    if not isinstance(name, (str, os.PathLike, type(None))):
+        raise ValueError(f"name={short(name)}: give the hub name or the folder of the base model's tokenizer")
     check_base(base_model)
     if not isinstance(ea_layer, DraftHead):
         raise ValueError(f"ea_layer is a {type(ea_layer).__name__}: give a DraftHead, as from_pretrained loads one")

@@ -84,7 +84,7 @@ def explain(error: BaseException, folder: Path, options: dict[str, Any], *, toke
     what = first_sentence(error)
     beside = f", and {'is' if len(options) == 1 else 'are'} {given}" if given else ""
     if isinstance(error, (OSError, ValueError, ImportError)):
-        return f"cannot be loaded{f' with {given}' if given else ''}: {what}"
+        return f"cannot be loaded: {what}" + (f" (with {given})" if given else "")
     if gguf_file:
         return f"cannot be loaded ({type(error).__name__}: {what}): is {gguf_file} whole?"
     return f"cannot be loaded ({type(error).__name__}: {what}): is its config.json right{beside}?"
@@ -153,11 +153,13 @@ def _damage_of_index(index: Path) -> str:
     if not isinstance(names, dict) or not names or not all(isinstance(shard, str) for shard in names.values()):
         return f"is damaged: {index.name} has no weight_map with names of files; download it again"
     for shard in sorted(set(names.values())):
+        if Path(shard).name != shard:
+            return f"is damaged: {index.name} names {shard!r}, which is no file of the folder; download it again"
         if not (index.parent / shard).is_file():
             return f"is incomplete: {index.name} names {shard}, which is not there; download it again"
         problem = _damage_of(index.parent / shard)
         if problem:
-            return problem
+            return f"{problem} ({index.name} names it)"
     return ""
 
 

@@ -18,7 +18,7 @@ from eagle_fast.loading_options import BITSANDBYTES_OPTIONS, check_names, check_
 from eagle_fast.messages import listed, short, warn_user
 from eagle_fast.target.anatomy import Anatomy
 from eagle_fast.target.devices import STRATEGIES, check_device_map, check_max_memory, resolve_device
-from eagle_fast.target.kind import auto_class, checked_dtype
+from eagle_fast.target.kind import auto_class, check_layers, checked_dtype
 from eagle_fast.target.placement import GIB, bytes_by_device, model_bytes, plan_placement, skeleton
 from eagle_fast.target.quantized import bitsandbytes_config, drop_wrappers, quantization_options, without_its_warning
 from eagle_fast.target.sound import check_base
@@ -34,7 +34,7 @@ def modern_options(options: dict[str, Any]) -> dict[str, Any]:
 
     Raises ValueError for what is said in both words.
     """
-    for name in BITSANDBYTES_OPTIONS:
+    for name in (*BITSANDBYTES_OPTIONS, "trust_remote_code"):
         if not isinstance(options.get(name), (bool, type(None))):
             raise ValueError(f"{name}={short(options[name])}: use True or False")
     asked = [name for name in BITSANDBYTES_OPTIONS if options.get(name)]
@@ -98,6 +98,10 @@ def load_target(
     trusted = bool(options.get("trust_remote_code"))
     auto = AutoModelForCausalLM if config is None else auto_class(config, trusted, what)
     check_names(auto, config, options)
+    if config is not None:
+        known = options.get("config") is None and "num_hidden_layers" in options
+        check_layers(options["num_hidden_layers"] if known else Anatomy(config).stated_layers, what)
+    _check_attention(options.get("attn_implementation"))
     placement = _placement(config, device, device_map, max_memory, options)
     with loading(NAME, path, options), without_its_warning():
         model, missing = _load(auto, path, options | placement)
@@ -105,12 +109,20 @@ def load_target(
     if missing:
         raise ValueError(
             f"{what} lacks tensors of {type(model).__name__}, which would be random: "
-            f"{listed(missing)}; is it complete, and no draft head?"
+            f"{listed(missing)}; is it complete, no draft head, and its config.json its own?"
         )
     check_base(model, NAME)
     if Anatomy(model).softcap and "attn_implementation" not in options:
         model.set_attn_implementation("eager")  # the default, SDPA, leaves the softcap out
     return model
+
+
+def _check_attention(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("paged|"):
+        raise ValueError(
+            f"attn_implementation={name!r}: paged attention is of transformers' continuous batching, and caches are "
+            f"kept otherwise here; use {name.removeprefix('paged|')!r}, or leave it out"
+        )
 
 
 def _load(auto: Any, path: str, options: dict[str, Any]) -> tuple[PreTrainedModel, list[str]]:

@@ -80,14 +80,14 @@ class EaModel(HFGenerateMixin, nn.Module):
         **options,
     ):
         refuse_unknown(type(self).__name__, options, option_names(EaModel.__init__))
-        check_pair(base_model, ea_layer, tree)
+        check_pair(base_model, ea_layer, tree, name)
         super().__init__()
         self.base_model, self.ea_layer = base_model, ea_layer
         self.config = base_model.config
         self.tree = tree or TreeConfig()
         self.target = self._new_target()
         self.device_map = device_map_of(base_model)
-        self._name = name or getattr(base_model, "name_or_path", "")
+        self._name = os.fspath(name or "") or getattr(base_model, "name_or_path", "")
         self._tokenizer: Any = None
         self._tokenizer_options: dict[str, Any] = {}
         if self.tree.total_token == -1:
@@ -374,10 +374,10 @@ class EaModel(HFGenerateMixin, nn.Module):
     def _collect(self, speculative: bool, log: bool, input_ids, return_dict_in_generate: bool = False, **options):
         log, return_dict_in_generate = check_flags(log=log, return_dict_in_generate=return_dict_in_generate)
         request, ids = self._prepare(speculative, input_ids, return_dict_in_generate=return_dict_in_generate, **options)
+        pad = pad_id(self.base_model)
         with StopsComeOut(), closing(self._rounds(speculative, request)) as running:
             for decoding in running:  # noqa: B007  # the last one holds all tokens
                 pass
-        pad = pad_id(self.base_model)
         sequences = padded(ids, decoding.new_tokens, pad).to(input_ids.device)
         statistics = decoding.statistics
         if return_dict_in_generate:

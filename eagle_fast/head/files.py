@@ -105,7 +105,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def _read_shards(folder: Path, index: str) -> dict[str, torch.Tensor]:
     names = _read_object(folder / index).get("weight_map")
-    if not isinstance(names, dict) or not names or not all(isinstance(shard, str) for shard in names.values()):
+    if not isinstance(names, dict) or not all(isinstance(shard, str) for shard in names.values()):
         raise ValueError(f"{folder / index} has no weight_map from tensors to files: download the head again")
     tensors: dict[str, torch.Tensor] = {}
     for shard in sorted(set(names.values())):

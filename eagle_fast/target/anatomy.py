@@ -63,6 +63,11 @@ class Anatomy:
         return self.text.num_hidden_layers
 
     @property
+    def stated_layers(self) -> Any:
+        """The same of a config as it was read, whatever it says; None if it says nothing."""
+        return getattr(self.text, "num_hidden_layers", None)
+
+    @property
     def num_heads(self) -> int:
         return self.text.num_attention_heads
 

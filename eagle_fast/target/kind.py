@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from eagle_fast.messages import short
 from eagle_fast.target.anatomy import Anatomy, UnsupportedModel
 
 # In this order: of a type in several, AutoModelForCausalLM loads the text alone where transformers has a class for it.
@@ -27,6 +28,7 @@ _CLASSES: dict[Any, Any] = {
     AutoModelForImageTextToText: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoModelForMultimodalLM: MODEL_FOR_MULTIMODAL_LM_MAPPING,
 }
+MOST_LAYERS = 10_000
 _REMOTE = tuple(each.__name__ for each in _CLASSES)
 
 
@@ -66,6 +68,19 @@ def model_class(auto: Any, config: PreTrainedConfig, options: dict[str, Any]) ->
     return found[0] if isinstance(found, (list, tuple)) else found
 
 
+def check_layers(layers: Any, what: str = "the model") -> None:
+    """UnsupportedModel for numbers of layers that no model has: transformers would build them, for as long as it takes.
+
+    layers: None where that is not known.
+    """
+    whole = isinstance(layers, int) and not isinstance(layers, bool)
+    if layers is not None and not (whole and 1 <= layers <= MOST_LAYERS):
+        raise UnsupportedModel(
+            f"{what} has num_hidden_layers={short(layers)}: use a whole number from 1 to {MOST_LAYERS} (in config.json "
+            "or as an option), that of the checkpoint"
+        )
+
+
 def check_kind(config: PreTrainedConfig, what: str = "the model") -> None:
     """UnsupportedModel for models that read the prompt in an encoder, or are one."""
     if getattr(config, "is_encoder_decoder", False):
@@ -95,13 +110,13 @@ def model_of_config(config: PreTrainedConfig, trust_remote_code: bool = False, *
 
 def checked_dtype(dtype: Any) -> torch.dtype | None:
     """The dtype to load weights in, as given for argument dtype; None for the checkpoint's own. Raises ValueError."""
-    if dtype is None or dtype == "auto":
+    if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
         return None
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize >= 2:
         return found
     raise ValueError(
-        f"dtype={dtype!r}: use torch.bfloat16, torch.float16, torch.float32, their names, or 'auto' for the "
+        f"dtype={short(dtype)}: use torch.bfloat16, torch.float16, torch.float32, their names, or 'auto' for the "
         "checkpoint's own; weights of fewer bits are asked for by quantization_config"
     )
 

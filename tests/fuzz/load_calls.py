@@ -69,7 +69,8 @@ def load(call: Call) -> EaModel:
 def judge(model: EaModel) -> tuple[str, str]:
     """Of a pair that was loaded: a short text."""
     ids = prompt(5, CPU)
-    model.base_model.generation_config.max_length = None
+    settings = model.base_model.generation_config
+    settings.max_length, settings.use_cache = None, True  # with 0 for False, stock generate's text is not the model's
     try:
         expected = model.base_model.generate(ids, max_new_tokens=NEW, do_sample=False)[0].tolist()
     except Exception as error:

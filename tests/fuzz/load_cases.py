@@ -37,7 +37,7 @@ FITTING: dict[str, tuple] = {
     "draft_device": ("cpu", "cuda", "meta", "auto"),
     "dtype": ("auto", "float32", torch.float32, "bfloat16", torch.float64, "float8_e4m3fn", {"": "float32"}, "int8"),
     "torch_dtype": ("auto", "float32", torch.float16),
-    "attn_implementation": ("eager", "sdpa", "flash_attention_2", "flex_attention", "paged|eager"),
+    "attn_implementation": ("eager", "sdpa", "flash_attention_2", "paged|eager"),
     "experts_implementation": ("eager", "batched_mm", "grouped_mm"),
     "quantization_config": ({"load_in_8bit": True}, BitsAndBytesConfig(load_in_4bit=True), {"quant_method": "gptq"}),
     "config": (LlamaConfig(), LlamaConfig(vocab_size=131, hidden_size=64, num_attention_heads=4)),
@@ -223,7 +223,9 @@ def make_call(seed: int, number: int, folder: Path) -> Call:
         for name in names:
             options[name] = dice.choice(dice.choice((ODD, FITTING.get(name, ODD))))
         note = ", ".join(f"{name}={str(options[name])[:60]!r}" for name in names)
-        words = (*names, *("bitsandbytes" for name in names if name.startswith("load_in") or "quant" in name))
+        meant = [name.removeprefix("torch_") for name in names]
+        meant += ["bitsandbytes" for name in names if name.startswith("load_in") or "quant" in name]
+        words = (*names, *meant)
         return Call(method, f"{family}: {note}", options, words)
     part = f"{part} shards" if what == "index" else part
     changed = folder / part
@@ -233,12 +235,21 @@ def make_call(seed: int, number: int, folder: Path) -> Call:
                       "index": "model.safetensors.index.json"}[what]  # fmt: skip
     if what in ("config", "generation"):
         field, note = edit_field(file, part if what == "config" else "", dice)
-        words = (field, "config.json", file.name)
+        words = (
+            field,
+            "config.json",
+            file.name,
+            "fc.weight",
+            "norm.weight",
+            *(("encoder",) if "encoder" in field else ()),
+        )
         note = f"{field}: {note}"
     elif what == "weights":
         note = (edit_tensor if dice.random() < 0.6 else edit_bytes)(file, dice)
-        words = (file.name, note.partition(":")[0], "no weights", "weights", "tensors")
+        # the head's first layer has its sizes from some of its tensors, and others are off then
+        also = ("more.weight", "layers.0.", "fc.weight", "embeddings", "q_proj", "overflow")
+        words = (file.name, note.partition(":")[0], "no weights", "weights", "tensors", *also)
     else:
         note = edit_index(file, dice)
-        words = (file.name, note.partition(":")[0], "no weights", "tensors")
+        words = (file.name, note.partition(":")[0], "no weights", "tensors", "missing")
     return Call(method, f"{family}: {note}", options, words)
