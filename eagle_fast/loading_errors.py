@@ -77,7 +77,7 @@ def explain(error: BaseException, folder: Path, options: dict[str, Any], *, toke
         return (
             f"cannot be loaded ({first_sentence(error)}): load a tokenizer yourself, and pass tokenizer= where one is"
         )
-    given = ", ".join(f"{name}={shown(value)}" for name, value in options.items() if name not in HIDDEN)
+    given = said(options)
     if "mismatched" in str(error) or "size mismatch" in str(error):
         also = f", or {given}," if given else ""
         return f"has tensors of other shapes than its config.json{also} says: is the config of another model?"
@@ -88,6 +88,11 @@ def explain(error: BaseException, folder: Path, options: dict[str, Any], *, toke
     if gguf_file:
         return f"cannot be loaded ({type(error).__name__}: {what}): is {gguf_file} whole?"
     return f"cannot be loaded ({type(error).__name__}: {what}): is its config.json right{beside}?"
+
+
+def said(options: dict[str, Any]) -> str:
+    """Options as they were given, those without secrets."""
+    return ", ".join(f"{name}={shown(value)}" for name, value in options.items() if name not in HIDDEN)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

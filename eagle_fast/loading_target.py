@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import find_adapter_config_file
 
 from eagle_fast.head.files import can_only_be_a_path
-from eagle_fast.loading_errors import loading
+from eagle_fast.loading_errors import loading, said
 from eagle_fast.loading_options import BITSANDBYTES_OPTIONS, check_names, check_names_of_loaded
 from eagle_fast.messages import listed, short, warn_user
 from eagle_fast.target.anatomy import Anatomy
@@ -89,6 +89,9 @@ def load_target(
     path = known_path(NAME, path_or_model)
     check_device_map(device_map)
     check_max_memory(max_memory)
+    gguf_file = options.get("gguf_file")
+    if not isinstance(gguf_file, (str, os.PathLike, type(None))):
+        raise ValueError(f"gguf_file={short(gguf_file)}: give the name of a file in the folder")
     if "dtype" in options:
         options = options | {"dtype": _checked_dtypes(options["dtype"])}
     device = _one_device(device_map, max_memory)
@@ -107,8 +110,9 @@ def load_target(
         model, missing = _load(auto, path, options | placement)
     drop_wrappers(model, options)
     if missing:
+        beside = f" with {said(options)}" if options else ""
         raise ValueError(
-            f"{what} lacks tensors of {type(model).__name__}, which would be random: "
+            f"{what}{beside} lacks tensors of {type(model).__name__}, which would be random: "
             f"{listed(missing)}; is it complete, no draft head, and its config.json its own?"
         )
     check_base(model, NAME)
