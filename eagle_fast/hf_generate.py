@@ -34,19 +34,13 @@ from eagle_fast.decoding.records import NOT_RECORDED
 from eagle_fast.decoding.request import make_request, pad_id, padded
 from eagle_fast.decoding.states import IdleStates
 from eagle_fast.decoding.validate import check_flags, check_hooks, check_prompts, id_list
+from eagle_fast.inputs import OF_OTHER_MODES, is_no_text, refuse_inputs
 from eagle_fast.messages import shown
 from eagle_fast.target import Target
 from eagle_fast.target.anatomy import generating_model
 from eagle_fast.target.interface import CACHE_ARGUMENTS
 
 RECORDS = ("output_scores", "output_logits", *NOT_RECORDED)  # of a generation config
-NO_TEXT = ("pixel_values", "pixel_values_videos", "input_features", "input_values")  # images, videos and sounds
-NOT_TAKEN = (
-    *("assistant_model", "custom_generate", "inputs_embeds", "position_ids", "token_type_ids"),
-    *CACHE_ARGUMENTS,
-    *NO_TEXT,
-)
-OF_OTHER_MODES = ("num_beams", "penalty_alpha", "prompt_lookup_num_tokens", "dola_layers", "assistant_early_exit")
 MAX_NGRAM = 2**20
 PREPARED = (
     *("attention_mask", "position_ids", "cache_position", "logits_to_keep", "use_cache"),
@@ -91,9 +85,9 @@ class HFGenerateMixin:
         other than token ids are ValueErrors. As in transformers, sampling is limited to the best 50 tokens unless
         top_k= says otherwise.
         """
-        taken = [name for name in NOT_TAKEN if not _says_nothing(kwargs.get(name))]
-        if taken:
-            raise ValueError(f"{', '.join(taken)}: not possible with speculative decoding; call base_model.generate")
+        refuse_inputs(
+            [name for name, value in kwargs.items() if is_no_text(name) and not _says_nothing(value)], self.base_model
+        )
         if kwargs.get("cache_implementation") == "paged":
             raise ValueError("cache_implementation='paged' would bypass eagle_fast: leave it out")
         _check_generate(generation_config, streamer, kwargs)
@@ -181,7 +175,7 @@ class HFGenerateMixin:
             raise ValueError("this EaModel decodes its own base_model: call base_model.generate(...)")
         as_dict = check_flags(return_dict_in_generate=generation_config.return_dict_in_generate)[0]
         _check_supported(generation_config)
-        _check_inputs(model_kwargs)
+        _check_inputs(model_kwargs, self.base_model)
         self._follow()
         streamer = _streamer_of_generate() if ef_streamer is None else ef_streamer
         processors, settings = split_warpers(logits_processor)
@@ -276,7 +270,7 @@ def _says_nothing(value: Any) -> bool:
     return value is None or value == {}
 
 
-def _check_inputs(model_kwargs: dict) -> None:
+def _check_inputs(model_kwargs: dict, base_model: Any) -> None:
     """Inputs of the model that would change its text, and that rounds don't have."""
     names = [name for name, value in model_kwargs.items() if name not in PREPARED and not _says_nothing(value)]
     for name in CACHE_ARGUMENTS:
@@ -290,8 +284,7 @@ def _check_inputs(model_kwargs: dict) -> None:
         mask = torch.ones_like(positions) if mask is None else mask
         if ((positions != mask.cumsum(-1) - 1) & (mask != 0)).any():
             names.append("position_ids")
-    if names:
-        raise ValueError(f"{', '.join(names)}: not possible with speculative decoding; call base_model.generate")
+    refuse_inputs(names, base_model)
 
 
 def _streamer_of_generate():

@@ -13,8 +13,8 @@ from eagle_fast.head import DraftHead, read_head
 from eagle_fast.head.checkpoint import check_folder
 from eagle_fast.head.checks import NUMBER, plain
 from eagle_fast.head.inference import Overrides
+from eagle_fast.loading_options import BITSANDBYTES_OPTIONS, HEAD_OPTIONS, names_options
 from eagle_fast.loading_target import (
-    BITSANDBYTES_OPTIONS,
     CONFIG_OPTIONS,
     HUB_OPTIONS,
     TOKENIZER_OPTIONS,
@@ -23,6 +23,7 @@ from eagle_fast.loading_target import (
     load_tokenizer,
     modern_options,
 )
+from eagle_fast.messages import short
 from eagle_fast.target.anatomy import Anatomy
 from eagle_fast.target.sound import check_base
 from eagle_fast.target.twin import stored_weight
@@ -39,14 +40,15 @@ __all__ = [
     "load_target",
     "load_tokenizer",
     "modern_options",
+    "names_options",
     "runs_in_int8",
 ]
 
-HEAD_OPTIONS = ("feature_layers", "norm_before_residual", "norm_output", "rope_theta", "rope_interleaved")
 
-
-def check_pair(base_model: Any, ea_layer: Any, tree: Any) -> None:
-    """ValueError, or UnsupportedModel, for what is no target, no head or no tree."""
+def check_pair(base_model: Any, ea_layer: Any, tree: Any, name: Any = "") -> None:
+    """ValueError, or UnsupportedModel, for what is no target, no head, no tree or no name."""
+    if not isinstance(name, (str, os.PathLike, type(None))):
+        raise ValueError(f"name={short(name)}: give the hub name or the folder of the base model's tokenizer")
     check_base(base_model)
     if not isinstance(ea_layer, DraftHead):
         raise ValueError(f"ea_layer is a {type(ea_layer).__name__}: give a DraftHead, as from_pretrained loads one")
@@ -103,6 +105,8 @@ def runs_in_int8(head: DraftHead, wanted: bool | None) -> bool:
 
     Raises ValueError where it is wanted and cannot be.
     """
+    if not isinstance(wanted, (bool, type(None))):
+        raise ValueError(f"draft_int8={short(wanted)}: use True, False or None")
     capable = head.device.type == "cuda" and torch.cuda.get_device_capability(head.device) >= (8, 0)
     able = capable and head.dtype in (torch.bfloat16, torch.float16)
     if wanted and not able:

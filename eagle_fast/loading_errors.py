@@ -17,9 +17,13 @@ import torch
 from huggingface_hub import errors as hub
 from safetensors import safe_open
 
+from eagle_fast.loading_options import UnknownOption
+from eagle_fast.messages import shown
+
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 LFS_POINTER = b"version https://git-lfs"
 LONGEST = 300
+HIDDEN = ("token", "proxies")  # may hold secrets
 
 _HUB = (  # the first that is among an error's causes
     (hub.GatedRepoError, "is gated: ask for access on its page on the hub, then log in or pass token="),
@@ -49,17 +53,15 @@ def loading(name: str, path: str, options: dict[str, Any], *, tokenizer: bool = 
     except Exception as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if isinstance(error, TypeError) and unknown:
-            raise TypeError(
-                f"from_pretrained takes no {unknown[1]!r}: options are its own, a draft head's, and those of "
-                "transformers' from_pretrained"
-            ) from error
+            raise UnknownOption(unknown[1], rest="the rest goes to from_pretrained of transformers") from error
         folder = Path(path) / str(options.get("subfolder") or "")
-        reason = explain(error, folder, options.get("gguf_file"), tokenizer=tokenizer)
+        reason = explain(error, folder, options, tokenizer=tokenizer)
         raise ValueError(f"{name}={path!r} {reason}") from error
 
 
-def explain(error: BaseException, folder: Path, gguf_file: str | None = None, *, tokenizer: bool = False) -> str:
-    """The rest of a sentence about a checkpoint that `error` kept from loading."""
+def explain(error: BaseException, folder: Path, options: dict[str, Any], *, tokenizer: bool = False) -> str:
+    """The rest of a sentence about a checkpoint that `error` kept from loading with these options."""
+    gguf_file = options.get("gguf_file")
     causes = list(_causes(error))
     denied = next((each for each in causes if isinstance(each, PermissionError)), None)
     if denied is not None:
@@ -75,14 +77,22 @@ def explain(error: BaseException, folder: Path, gguf_file: str | None = None, *,
         return (
             f"cannot be loaded ({first_sentence(error)}): load a tokenizer yourself, and pass tokenizer= where one is"
         )
+    given = said(options)
     if "mismatched" in str(error) or "size mismatch" in str(error):
-        return "has tensors of other shapes than its config.json says: is the config of another model?"
+        also = f", or {given}," if given else ""
+        return f"has tensors of other shapes than its config.json{also} says: is the config of another model?"
     what = first_sentence(error)
+    beside = f", and {'is' if len(options) == 1 else 'are'} {given}" if given else ""
     if isinstance(error, (OSError, ValueError, ImportError)):
-        return f"cannot be loaded: {what}"
+        return f"cannot be loaded: {what}" + (f" (with {given})" if given else "")
     if gguf_file:
         return f"cannot be loaded ({type(error).__name__}: {what}): is {gguf_file} whole?"
-    return f"cannot be loaded ({type(error).__name__}: {what}): is its config.json right, and are the options?"
+    return f"cannot be loaded ({type(error).__name__}: {what}): is its config.json right{beside}?"
+
+
+def said(options: dict[str, Any]) -> str:
+    """Options as they were given, those without secrets."""
+    return ", ".join(f"{name}={shown(value)}" for name, value in options.items() if name not in HIDDEN)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -133,7 +143,11 @@ def _damage_of_gguf(file: Path) -> str:
         return f"has no file {file.name}, which gguf_file= names; its GGUF files: {found}"
     with file.open("rb") as opened:
         start = opened.read(len(LFS_POINTER))
-    return "" if start.startswith(b"GGUF") else f"is damaged: {file.name} is no GGUF file; download it again"
+    return (
+        ""
+        if start.startswith(b"GGUF")
+        else f"is damaged: {file.name} is no GGUF file, and gguf_file= names it; download it again"
+    )
 
 
 def _damage_of_index(index: Path) -> str:
@@ -144,11 +158,13 @@ def _damage_of_index(index: Path) -> str:
     if not isinstance(names, dict) or not names or not all(isinstance(shard, str) for shard in names.values()):
         return f"is damaged: {index.name} has no weight_map with names of files; download it again"
     for shard in sorted(set(names.values())):
+        if Path(shard).name != shard:
+            return f"is damaged: {index.name} names {shard!r}, which is no file of the folder; download it again"
         if not (index.parent / shard).is_file():
             return f"is incomplete: {index.name} names {shard}, which is not there; download it again"
         problem = _damage_of(index.parent / shard)
         if problem:
-            return problem
+            return f"{problem} ({index.name} names it)"
     return ""
 
 

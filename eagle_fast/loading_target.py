@@ -13,18 +13,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import find_adapter_config_file
 
 from eagle_fast.head.files import can_only_be_a_path
-from eagle_fast.loading_errors import loading
+from eagle_fast.loading_errors import loading, said
+from eagle_fast.loading_options import BITSANDBYTES_OPTIONS, check_names, check_names_of_loaded
 from eagle_fast.messages import listed, short, warn_user
 from eagle_fast.target.anatomy import Anatomy
 from eagle_fast.target.devices import STRATEGIES, check_device_map, check_max_memory, resolve_device
-from eagle_fast.target.kind import auto_class, checked_dtype
+from eagle_fast.target.kind import auto_class, check_layers, checked_dtype
 from eagle_fast.target.placement import GIB, bytes_by_device, model_bytes, plan_placement, skeleton
 from eagle_fast.target.quantized import bitsandbytes_config, drop_wrappers, quantization_options, without_its_warning
 from eagle_fast.target.sound import check_base
 
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only")
 CONFIG_OPTIONS = (*HUB_OPTIONS, "revision", "subfolder", "trust_remote_code")
-BITSANDBYTES_OPTIONS = ("load_in_4bit", "load_in_8bit")
 TOKENIZER_OPTIONS = (*HUB_OPTIONS, "revision", "subfolder", "trust_remote_code", "gguf_file")
 NAME = "base_model_path"
 
@@ -34,6 +34,9 @@ def modern_options(options: dict[str, Any]) -> dict[str, Any]:
 
     Raises ValueError for what is said in both words.
     """
+    for name in (*BITSANDBYTES_OPTIONS, "trust_remote_code"):
+        if not isinstance(options.get(name), (bool, type(None))):
+            raise ValueError(f"{name}={short(options[name])}: use True or False")
     asked = [name for name in BITSANDBYTES_OPTIONS if options.get(name)]
     options = {name: value for name, value in options.items() if name not in BITSANDBYTES_OPTIONS}
     if "torch_dtype" in options:
@@ -77,6 +80,7 @@ def load_target(
     """
     if isinstance(path_or_model, nn.Module):  # a PreTrainedModel, or a wrapper of one as PEFT's
         check_base(path_or_model, NAME)
+        check_names_of_loaded(path_or_model, options)
         given = options | {"device_map": device_map, "max_memory": max_memory}
         names = sorted(name for name, value in given.items() if name in options or value is not None)
         if names:
@@ -85,6 +89,9 @@ def load_target(
     path = known_path(NAME, path_or_model)
     check_device_map(device_map)
     check_max_memory(max_memory)
+    gguf_file = options.get("gguf_file")
+    if not isinstance(gguf_file, (str, os.PathLike, type(None))):
+        raise ValueError(f"gguf_file={short(gguf_file)}: give the name of a file in the folder")
     if "dtype" in options:
         options = options | {"dtype": _checked_dtypes(options["dtype"])}
     device = _one_device(device_map, max_memory)
@@ -93,19 +100,33 @@ def load_target(
     options = quantization_options(config, options, what)
     trusted = bool(options.get("trust_remote_code"))
     auto = AutoModelForCausalLM if config is None else auto_class(config, trusted, what)
+    check_names(auto, config, options)
+    if config is not None:
+        known = options.get("config") is None and "num_hidden_layers" in options
+        check_layers(options["num_hidden_layers"] if known else Anatomy(config).stated_layers, what)
+    _check_attention(options.get("attn_implementation"))
     placement = _placement(config, device, device_map, max_memory, options)
     with loading(NAME, path, options), without_its_warning():
         model, missing = _load(auto, path, options | placement)
     drop_wrappers(model, options)
     if missing:
+        beside = f" with {said(options)}" if options else ""
         raise ValueError(
-            f"{what} lacks tensors of {type(model).__name__}, which would be random: "
-            f"{listed(missing)}; is it complete, and no draft head?"
+            f"{what}{beside} lacks tensors of {type(model).__name__}, which would be random: "
+            f"{listed(missing)}; is it complete, no draft head, and its config.json its own?"
         )
     check_base(model, NAME)
     if Anatomy(model).softcap and "attn_implementation" not in options:
         model.set_attn_implementation("eager")  # the default, SDPA, leaves the softcap out
     return model
+
+
+def _check_attention(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("paged|"):
+        raise ValueError(
+            f"attn_implementation={name!r}: paged attention is of transformers' continuous batching, and caches are "
+            f"kept otherwise here; use {name.removeprefix('paged|')!r}, or leave it out"
+        )
 
 
 def _load(auto: Any, path: str, options: dict[str, Any]) -> tuple[PreTrainedModel, list[str]]:

@@ -40,6 +40,7 @@ from eagle_fast.loading import (
     load_target,
     load_tokenizer,
     modern_options,
+    names_options,
     runs_in_int8,
 )
 from eagle_fast.messages import warn_user
@@ -70,16 +71,23 @@ class EaModel(HFGenerateMixin, nn.Module):
 
     @own_precision()
     def __init__(
-        self, base_model: PreTrainedModel, ea_layer: DraftHead, *, tree: TreeConfig | None = None, name: str = ""
+        self,
+        base_model: PreTrainedModel,
+        ea_layer: DraftHead,
+        *,
+        tree: TreeConfig | None = None,
+        name: str = "",
+        **options,
     ):
-        check_pair(base_model, ea_layer, tree)
+        refuse_unknown(type(self).__name__, options, option_names(EaModel.__init__))
+        check_pair(base_model, ea_layer, tree, name)
         super().__init__()
         self.base_model, self.ea_layer = base_model, ea_layer
         self.config = base_model.config
         self.tree = tree or TreeConfig()
         self.target = self._new_target()
         self.device_map = device_map_of(base_model)
-        self._name = name or getattr(base_model, "name_or_path", "")
+        self._name = os.fspath(name or "") or getattr(base_model, "name_or_path", "")
         self._tokenizer: Any = None
         self._tokenizer_options: dict[str, Any] = {}
         if self.tree.total_token == -1:
@@ -88,6 +96,7 @@ class EaModel(HFGenerateMixin, nn.Module):
         warn_if_slow(base_model)
 
     @classmethod
+    @names_options
     @own_precision()
     def from_pretrained(
         cls,
@@ -116,7 +125,7 @@ class EaModel(HFGenerateMixin, nn.Module):
         as in transformers, a device, or a dict of module names; draft_device: the head's, by default the lm_head's.
         feature_layers, norm_before_residual, norm_output, rope_theta, rope_interleaved override what the head's config
         says; everything else (dtype or torch_dtype, quantization_config, revision, token, ...) goes to the
-        from_pretrained of transformers. Raises ValueError for what does not fit together.
+        from_pretrained of transformers. Raises ValueError for what does not fit together, TypeError for unknown names.
         """
         kwargs = modern_options(kwargs)
         head_path = known_path("ea_model_path", ea_model_path)
@@ -324,7 +333,7 @@ class EaModel(HFGenerateMixin, nn.Module):
             return
         behind = self._stream if method in ("ea_generate", "naive_generate") else self._collect
         taken = option_names(getattr(self, method), behind, self._prepare, make_request)
-        refuse_unknown(method, options, taken, option_names(self.generate, GenerationMixin.generate))
+        refuse_unknown(method, options, taken, option_names(self.generate, GenerationMixin.generate), self.base_model)
 
     def _prepare(
         self,
@@ -365,10 +374,10 @@ class EaModel(HFGenerateMixin, nn.Module):
     def _collect(self, speculative: bool, log: bool, input_ids, return_dict_in_generate: bool = False, **options):
         log, return_dict_in_generate = check_flags(log=log, return_dict_in_generate=return_dict_in_generate)
         request, ids = self._prepare(speculative, input_ids, return_dict_in_generate=return_dict_in_generate, **options)
+        pad = pad_id(self.base_model)
         with StopsComeOut(), closing(self._rounds(speculative, request)) as running:
             for decoding in running:  # noqa: B007  # the last one holds all tokens
                 pass
-        pad = pad_id(self.base_model)
         sequences = padded(ids, decoding.new_tokens, pad).to(input_ids.device)
         statistics = decoding.statistics
         if return_dict_in_generate:

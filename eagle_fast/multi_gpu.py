@@ -11,12 +11,14 @@ import warnings
 
 from eagle_fast.config import SamplingParams
 from eagle_fast.decoding.validate import check_positive
+from eagle_fast.loading import names_options
 from eagle_fast.messages import shown
 from eagle_fast.model import EaModel
 
 Path = str | os.PathLike
 
 
+@names_options
 def setup_multi_gpu_inference(
     model_path: Path,
     device_map="auto",
@@ -39,6 +41,7 @@ def setup_multi_gpu_inference(
     )
 
 
+@names_options
 def run_multi_gpu_inference(
     base_model_path: Path,
     ea_model_path: Path,

@@ -19,6 +19,7 @@ from eagle_fast.decoding.validate import (
     id_list,
     token_budgets,
 )
+from eagle_fast.messages import shown
 from eagle_fast.target import Target
 from eagle_fast.target.anatomy import token_settings
 
@@ -99,14 +100,25 @@ def make_request(
 
 
 def special_ids(model: PreTrainedModel, *names: str) -> list[int]:
-    """The first of a model's special ids, as "eos_token_id", that its generation config or its config has."""
-    found = (id_list(setting) for name in names for setting in token_settings(model, name))
-    return next((ids for ids in found if ids), [])
+    """The first of a model's special ids, as "eos_token_id", that its generation config or its config has. Raises
+    ValueError for what is no id."""
+    for name in names:
+        for setting in token_settings(model, name):
+            try:
+                ids = id_list(setting)
+            except ValueError as error:
+                raise ValueError(f"{name}={shown(setting)} in base_model's (generation) config: {error}") from None
+            if ids:
+                return ids
+    return []
 
 
 def pad_id(model: PreTrainedModel) -> int:
-    """What a model's texts are padded with: its pad token, else its first stop token, else 0."""
-    return (special_ids(model, "pad_token_id", "eos_token_id") or [0])[0]
+    """What a model's texts are padded with: its pad token, else its first stop token, else 0. Raises ValueError."""
+    found = (special_ids(model, "pad_token_id", "eos_token_id") or [0])[0]
+    if not -(2**63) <= found < 2**63:
+        raise ValueError(f"pad_token_id={shown(found)} of base_model's generation config: set it to a token id there")
+    return found
 
 
 def end_of_turn(tokenizer) -> int:

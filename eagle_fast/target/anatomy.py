@@ -37,6 +37,16 @@ class Anatomy:
         return getattr(self.text, name, None) or default
 
     @property
+    def fields(self) -> set[str]:
+        """Names of what the model's config holds, by any spelling that it takes."""
+        names = {*vars(self.config), *getattr(self.config, "attribute_map", ())}
+        return {name for name in names if name[0] != "_"}
+
+    def has_field(self, name: str) -> bool:
+        """Whether transformers would set this in the config: it holds it, under whatever name, or computes it."""
+        return name[0] != "_" and hasattr(self.config, name) and not callable(getattr(self.config, name))
+
+    @property
     def vocab_size(self) -> int:
         return self.text.vocab_size
 
@@ -51,6 +61,11 @@ class Anatomy:
     @property
     def num_layers(self) -> int:
         return self.text.num_hidden_layers
+
+    @property
+    def stated_layers(self) -> Any:
+        """The same of a config as it was read, whatever it says; None if it says nothing."""
+        return getattr(self.text, "num_hidden_layers", None)
 
     @property
     def num_heads(self) -> int:

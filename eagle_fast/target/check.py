@@ -22,6 +22,7 @@ from eagle_fast.target.anatomy import UnsupportedModel, decoder_layers
 from eagle_fast.target.fused import FusedLayer
 from eagle_fast.target.reference import in_precision
 from eagle_fast.target.rehearsal import NODES, PARTS, PLACE, PROMPT, Outputs, Rehearsal, rows_at
+from eagle_fast.target.sound import broken_tensor
 from eagle_fast.target.target import Target
 from eagle_fast.target.twin import evaluating
 
@@ -96,6 +97,18 @@ class _Check:
                 # twice as far from the wider precision as the model itself: three times that from the model
                 bound = rounding + 3 * own
                 if self._excess(rows, start) > bound:
+                    broken = broken_tensor(self.model)
+                    if broken is not None:
+                        raise UnsupportedModel(
+                            f"{broken} of the model holds NaN or infinite numbers, so it has no text of its own: is "
+                            "the checkpoint damaged, or has its config.json impossible rope_parameters?"
+                        )
+                    if max(rows) == float("inf"):
+                        raise UnsupportedModel(
+                            f"{name} gives NaN or infinite numbers in a prompt or a tree where the model itself gives "
+                            f"finite ones: is the checkpoint damaged, or do its weights overflow {self.dtype} (load it "
+                            "with dtype=torch.float32), or is there a hook that looks at the number of rows?"
+                        )
                     raise UnsupportedModel(_message(name, rows, bound, start))
 
     def _rounding(self, stock: Outputs) -> float:

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from eagle_fast.messages import short
 from eagle_fast.target.anatomy import Anatomy, UnsupportedModel
 
 # In this order: of a type in several, AutoModelForCausalLM loads the text alone where transformers has a class for it.
@@ -27,6 +28,7 @@ _CLASSES: dict[Any, Any] = {
     AutoModelForImageTextToText: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoModelForMultimodalLM: MODEL_FOR_MULTIMODAL_LM_MAPPING,
 }
+MOST_LAYERS = 10_000
 _REMOTE = tuple(each.__name__ for each in _CLASSES)
 
 
@@ -54,6 +56,29 @@ def auto_class(config: PreTrainedConfig, trust_remote_code: bool = False, what: 
         f"{what} is of type {_name(config)}, no causal language model: transformers has no class of that type that "
         "generates text token by token. Give a decoder, as Llama, Qwen or a vision-language model around one"
     )
+
+
+def model_class(auto: Any, config: PreTrainedConfig, options: dict[str, Any]) -> type | None:
+    """The class of transformers that `auto` makes of this config; None where the checkpoint brings its own."""
+    brought = getattr(config, "auto_map", None) or {}
+    models = _CLASSES[auto]
+    if (options.get("trust_remote_code") and auto.__name__ in brought) or type(config) not in models:
+        return None
+    found = models[type(config)]
+    return found[0] if isinstance(found, (list, tuple)) else found
+
+
+def check_layers(layers: Any, what: str = "the model") -> None:
+    """UnsupportedModel for numbers of layers that no model has: transformers would build them, for as long as it takes.
+
+    layers: None where that is not known.
+    """
+    whole = isinstance(layers, int) and not isinstance(layers, bool)
+    if layers is not None and not (whole and 1 <= layers <= MOST_LAYERS):
+        raise UnsupportedModel(
+            f"{what} has num_hidden_layers={short(layers)}: use a whole number from 1 to {MOST_LAYERS} (in config.json "
+            "or as an option), that of the checkpoint"
+        )
 
 
 def check_kind(config: PreTrainedConfig, what: str = "the model") -> None:
@@ -85,13 +110,13 @@ def model_of_config(config: PreTrainedConfig, trust_remote_code: bool = False, *
 
 def checked_dtype(dtype: Any) -> torch.dtype | None:
     """The dtype to load weights in, as given for argument dtype; None for the checkpoint's own. Raises ValueError."""
-    if dtype is None or dtype == "auto":
+    if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
         return None
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize >= 2:
         return found
     raise ValueError(
-        f"dtype={dtype!r}: use torch.bfloat16, torch.float16, torch.float32, their names, or 'auto' for the "
+        f"dtype={short(dtype)}: use torch.bfloat16, torch.float16, torch.float32, their names, or 'auto' for the "
         "checkpoint's own; weights of fewer bits are asked for by quantization_config"
     )
 

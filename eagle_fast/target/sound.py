@@ -114,6 +114,15 @@ def settle(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
+def broken_tensor(model: nn.Module) -> str | None:
+    """The name of a weight or a buffer, as a rotary embedding's frequencies, that holds NaN or infinite numbers."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.isfinite().all()):
+            return name
+    return None
+
+
+@torch.no_grad()
 def check_rows(model: nn.Module) -> None:
     """UnsupportedModel for linear layers in which a row depends on the others: scales or outliers over all of them."""
     for name, module in _kinds_of_linears(model):

@@ -181,7 +181,7 @@ CALLS = {
         ValueError,
         r"inputs_em",
     ),
-    "generate, positions": (lambda c: c.generate(position_ids=c.ids), ValueError, r"position_ids: not possible"),
+    "generate, positions": (lambda c: c.generate(position_ids=c.ids), ValueError, r"position_ids: positions count"),
     "generate, unknown name": (lambda c: c.generate(max_tokens=3), ValueError, r"'max_tokens'"),
     "generate, no new tokens": (
         lambda c: c.generate(max_new_tokens=0),
@@ -198,9 +198,13 @@ CALLS = {
     "custom_generate, cache": (
         lambda c: c.custom(**{NAME: cache(c)}),
         ValueError,
-        rf"{NAME}: not possib",
+        rf"{NAME}: caches are kept within",
     ),
-    "custom_generate, positions": (lambda c: c.custom(position_ids=c.ids), ValueError, r"position_ids: not possible"),
+    "custom_generate, positions": (
+        lambda c: c.custom(position_ids=c.ids),
+        ValueError,
+        r"position_ids: positions count",
+    ),
     "custom_generate, beams": (lambda c: c.custom(num_beams=2), ValueError, r"num_beams=2"),
     "custom_generate, mask": (
         lambda c: c.custom(attention_mask=put(torch.ones_like(c.ids), (0, 3), 0)),

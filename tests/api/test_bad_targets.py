@@ -90,7 +90,7 @@ def test_odd_options(at):
 
 
 def test_unknown_options_are_type_errors():
-    with pytest.raises(TypeError, match=r"from_pretrained takes no 'quantization'"):
+    with pytest.raises(TypeError, match=r"^EaModel.from_pretrained\(\) takes no 'quantization'"):
         load(quantization=4)
 
 

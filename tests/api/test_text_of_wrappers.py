@@ -46,5 +46,33 @@ def test_text_alone(pair, extra):
 def test_images_are_refused_by_name(pair):
     decoder, _ = pair
     ids = prompt(11, torch.device("cpu"))
-    with pytest.raises(ValueError, match="pixel_values: not possible"):
+    with pytest.raises(
+        ValueError, match=r"pixel_values: images are not taken.*base_model.generate alone takes them, as pixel_values"
+    ):
         decoder.generate(ids, max_new_tokens=NEW, do_sample=False, pixel_values=torch.ones(1, 3, 28, 28))
+
+
+INPUTS = {
+    "pixel_values": "images are not taken: .*base_model.generate alone takes them, as pixel_values$",
+    "images": "images are not taken: .*base_model.generate alone takes them, as pixel_values$",
+    "image_grid_thw": "images are not taken",
+    "pixel_values_videos": "videos are not taken: .*reads none$",
+    "input_features": "sounds are not taken: .*reads none$",
+    "inputs_embeds": "prompts are token ids",
+    "decoder_input_ids": "models with an encoder, and Gemma3ForConditionalGeneration has none",
+    "past_key_values": "caches are kept within",
+    "num_beams": "decoding is greedy or by sampling; base_model.generate takes other ways",
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_inputs_that_are_no_text_are_refused_by_name(pair, name):
+    """With the reason, and never with a method that refuses them too."""
+    decoder, _ = pair
+    ids = prompt(11, torch.device("cpu"))
+    for method in ("eagenerate", "naivegenerate", "ea_generate", "naive_generate"):
+        with pytest.raises(TypeError, match=rf"^{method}\(\) takes no '{name}': .*{INPUTS[name]}"):
+            getattr(decoder, method)(ids, **{name: torch.ones(1)})
+    if name != "num_beams":
+        with pytest.raises(ValueError, match=f"^{name}: .*{INPUTS[name]}"):
+            decoder.generate(ids, **{name: torch.ones(1)})

@@ -17,19 +17,13 @@ Calls run in worker processes, so that those that hang or end theirs are found. 
 
 from __future__ import annotations
 
-import argparse
 import inspect
-import multiprocessing
 import os
-import resource
 import sys
-import time
 import traceback
 import warnings
-from collections import Counter
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent / "support"))
 
@@ -37,22 +31,13 @@ import torch
 import transformers
 from api_cases import CPU, SETTINGS, Own, make_call
 from decoders import decoder, prompt, stock
+from workers import Outcome, main
 
 from eagle_fast import EaModel, NaNLogitsError, TreeConfig, UnsupportedModel
 from eagle_fast.config import plain_number
 from eagle_fast.messages import shown
 
-VERDICTS = ("refused", "right", "vague", "raw", "wrong", "hung", "crashed")
-FAULTS = VERDICTS[2:]
-SECONDS = 60  # a call may take
-MEMORY = 12 * 2**30  # address space of a worker
 NOT_OF_STOCK = ("seed", "shared_noise", "input_ids", "generation_config")
-
-
-class Outcome(NamedTuple):
-    verdict: str
-    method: str
-    note: str
 
 
 # -- one call ----------------------------------------------------------------------------------------------------------
@@ -60,9 +45,9 @@ class Outcome(NamedTuple):
 
 def outcome(seed: int, number: int) -> Outcome:
     """Make a call and judge it."""
-    method, call, changed = make_call(seed, number)
+    method, call, _ = make_call(seed, number)
     model = decoder("llama", CPU)
-    note = f"{method}({', '.join(f'{name}={shown(call[name], 80)}' for name in changed)})"
+    note = describe(seed, number)[1]
     torch.manual_seed(0)
     try:
         with warnings.catch_warnings():
@@ -204,15 +189,9 @@ def is_sound(model: EaModel) -> bool:
 # -- many --------------------------------------------------------------------------------------------------------------
 
 
-def work(pipe: Connection, seed: int) -> None:
-    """A worker: numbers come in, outcomes go out."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+def prepare() -> None:
     quiet()
     decoder("llama", CPU)
-    pipe.send("ready")
-    while True:
-        number = pipe.recv()
-        pipe.send(outcome(seed, number))
 
 
 def quiet() -> None:
@@ -220,99 +199,11 @@ def quiet() -> None:
     transformers.logging.set_verbosity_error()
 
 
-class Worker:
-    """A process with the number that it is at, since when; the time that it takes to start does not count."""
-
-    def __init__(self, seed: int):
-        context = multiprocessing.get_context("spawn")
-        self.pipe, there = context.Pipe()
-        self.process = context.Process(target=work, args=(there, seed), daemon=True)
-        self.process.start()
-        there.close()
-        self.number: int | None = None
-        self.since = 0.0
-        self.ready = False
-
-    def give(self, number: int) -> None:
-        if not self.ready:
-            self.ready = bool(self.pipe.recv())
-        self.pipe.send(number)
-        self.number, self.since = number, time.monotonic()
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.join()
-
-
-def judged(seed: int, numbers: list[int], jobs: int):
-    """(number, outcome) of every call, as they come."""
-    left = numbers[::-1]
-    workers = [Worker(seed) for _ in range(jobs)]
-    while left or any(each.number is not None for each in workers):
-        for place, each in enumerate(workers):
-            if each.number is not None and time.monotonic() - each.since > SECONDS:
-                yield each.number, lost(seed, each.number, "hung")
-                each.end()
-                workers[place] = Worker(seed)
-            elif each.number is None and left:
-                each.give(left.pop())
-        for ready in wait([each.pipe for each in workers if each.number is not None], timeout=1.0):
-            place = next(n for n, each in enumerate(workers) if each.pipe is ready)
-            number = workers[place].number
-            workers[place].number = None
-            try:
-                yield number, workers[place].pipe.recv()
-            except EOFError:
-                yield number, lost(seed, number, "crashed")
-                workers[place].end()
-                workers[place] = Worker(seed)
-    for each in workers:
-        each.end()
-
-
-def lost(seed: int, number: int | None, verdict: str) -> Outcome:
-    method, call, changed = make_call(seed, number or 0)
-    return Outcome(verdict, method, f"{method}({', '.join(f'{name}={shown(call[name], 80)}' for name in changed)})")
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--calls", type=int, default=1000, help="how many calls (default 1000)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed makes other calls (default 0)")
-    parser.add_argument("--jobs", type=int, default=1, help="worker processes (default 1)")
-    parser.add_argument("--first", type=int, default=0, help="the number of the first call (default 0)")
-    parser.add_argument("--only", type=int, help="make the call of this number alone, in this process")
-    parser.add_argument(
-        "--show", nargs="*", default=FAULTS, choices=VERDICTS, help="verdicts to print, by default faults"
-    )
-    args = parser.parse_args()
-    if args.only is not None:
-        quiet()
-        print(*outcome(args.seed, args.only), sep="\n")
-        return 0
-    counts: Counter[tuple[str, str]] = Counter()
-    started = time.monotonic()
-    numbers = list(range(args.first, args.first + args.calls))
-    for done, (number, found) in enumerate(judged(args.seed, numbers, args.jobs), 1):
-        counts[found.method, found.verdict] += 1
-        if found.verdict in args.show:
-            print(f"\r{found.verdict}  --seed {args.seed} --only {number}  {found.note}", flush=True)
-        if done % 20 == 0 or done == args.calls:
-            filled = 40 * done // args.calls
-            bar = "#" * filled + "." * (40 - filled)
-            print(
-                f"\r[{bar}] {done}/{args.calls} {time.monotonic() - started:.0f} s", end="", file=sys.stderr, flush=True
-            )
-    print(file=sys.stderr)
-    print(f"{'':16}" + "".join(f"{verdict:>9}" for verdict in VERDICTS))
-    methods = list(dict.fromkeys(method for method, _ in counts))
-    for method in methods:
-        print(f"{method:16}" + "".join(f"{counts[method, verdict]:9}" for verdict in VERDICTS))
-    totals = {verdict: sum(counts[method, verdict] for method in methods) for verdict in VERDICTS}
-    print(f"{'all':16}" + "".join(f"{total:9}" for total in totals.values()))
-    return int(any(totals[verdict] for verdict in FAULTS))
+def describe(seed: int, number: int) -> tuple[str, str]:
+    method, call, changed = make_call(seed, number)
+    return method, f"{method}({', '.join(f'{name}={shown(call[name], 80)}' for name in changed)})"
 
 
 if __name__ == "__main__":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nor do the workers see a GPU
-    sys.exit(main())
+    sys.exit(main("api_calls", __doc__))

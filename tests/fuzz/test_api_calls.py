@@ -1,7 +1,8 @@
 """A fixed sample of `api_calls.py`, and calls that are odd in ways of their own."""
 
 import pytest
-from api_calls import FAULTS, outcome, quiet
+from api_calls import outcome, quiet
+from workers import FAULTS
 
 PARTS, CALLS = 8, 40
 

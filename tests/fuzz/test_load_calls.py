@@ -1,0 +1,15 @@
+"""A fixed sample of `load_calls.py`."""
+
+import pytest
+from load_calls import outcome, prepare
+from workers import FAULTS
+
+PARTS, CALLS = 4, 40
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_odd_loads_are_refused_or_right(part):
+    prepare()
+    for number in range(part * CALLS, (part + 1) * CALLS):
+        found = outcome(11, number)
+        assert found.verdict not in FAULTS, f"--seed 11 --only {number}: {found.verdict} {found.note}"
