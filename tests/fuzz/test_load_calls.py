@@ -1,10 +1,12 @@
 """A fixed sample of `load_calls.py`."""
 
 import pytest
+import torch
 from load_calls import outcome, prepare
 from workers import FAULTS
 
 PARTS, CALLS = 4, 40
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="its right texts are those of a CPU")
 
 
 @pytest.mark.parametrize("part", range(PARTS))
