@@ -42,7 +42,7 @@ from eagle_fast.target.interface import CACHE_ARGUMENTS
 RECORDS = ("output_scores", "output_logits", *NOT_RECORDED)  # of a generation config
 NO_TEXT = ("pixel_values", "pixel_values_videos", "input_features", "input_values")  # images, videos and sounds
 NOT_TAKEN = (
-    *("assistant_model", "custom_generate", "inputs_embeds", "position_ids", "token_type_ids"),
+    *("adapter_names", "assistant_model", "custom_generate", "inputs_embeds", "position_ids", "token_type_ids"),
     *CACHE_ARGUMENTS,
     *NO_TEXT,
 )
