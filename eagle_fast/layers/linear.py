@@ -9,6 +9,7 @@ from eagle_fast_kernels.linear import few_rows_matmul, few_rows_sums, gated_matm
 from torch import Tensor, nn
 
 LARGEST = 127  # of a quantized weight, in either direction
+PRODUCT = nn.Linear.forward
 BLOCK_ROWS = 4096  # of a weight, quantized at a time
 
 
@@ -80,8 +81,10 @@ QuantisedLinear, quantise = QuantizedLinear, quantize  # their names in 0.1
 
 def is_plain(module: nn.Module) -> bool:
     """Whether this is nn.Linear itself with a weight that kernels can read: no subclass of either, as quantized ones
-    are, and no forward of the instance's own."""
-    return type(module) is nn.Linear and type(module.weight.data) is Tensor and "forward" not in vars(module)
+    are, and no forward of the instance's own or put on the class."""
+    if type(module) is not nn.Linear or nn.Linear.forward is not PRODUCT or "forward" in vars(module):
+        return False
+    return type(module.weight.data) is Tensor
 
 
 def use_few_rows_linear(model: nn.Module) -> None:

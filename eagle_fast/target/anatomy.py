@@ -189,8 +189,8 @@ def placed_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
             if depth == len(path) or name != path[depth]:
                 modules[f"{prefix}.{name}".lstrip(".")] = child
     embedding = model.get_input_embeddings()
-    order = {name: at for at, name in enumerate(name for name, _ in model.named_modules())}
-    names = sorted(modules, key=lambda name: (embedding not in modules[name].modules(), order[name]))
+    order = {module: at for at, module in enumerate(model.modules())}
+    names = sorted(modules, key=lambda name: (embedding not in modules[name].modules(), order[modules[name]]))
     return {name: modules[name] for name in names}
 
 
@@ -207,7 +207,11 @@ def learned_positions(decoder: nn.Module) -> int | None:
 
 def generating_model(model: Any) -> Any:
     """The PreTrainedModel whose `generate` runs: inside of a wrapper, as PEFT's, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    if hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    if isinstance(model, PreTrainedModel) or not (isinstance(model, nn.Module) and hasattr(model, "generate")):
+        return model
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
 
 
 def check_wrapper(model: Any) -> None:
@@ -217,6 +221,11 @@ def check_wrapper(model: Any) -> None:
         raise UnsupportedModel(
             f"its adapter ({type(active).__name__}) puts virtual tokens in front of every text, which only PEFT's own "
             "generate does: use an adapter of the weights, as LoRA, or base_model.generate"
+        )
+    if getattr(active, "alora_invocation_tokens", None):
+        raise UnsupportedModel(
+            "its adapter is an activated LoRA (alora_invocation_tokens), which begins where PEFT's own generate finds "
+            "these tokens in a prompt: use a LoRA that holds for every token, or base_model.generate"
         )
 
 
@@ -278,6 +287,8 @@ def llama_layer(layer: Any) -> LlamaLayer | None:
     if type(layer).__name__ not in LLAMA_LAYERS or "SiLU" not in type(layer.mlp.act_fn).__name__:
         return None
     attention, mlp = layer.self_attn, layer.mlp
+    if {type(each).__module__ for each in (attention, mlp)} != {type(layer).__module__}:
+        return None  # another part was put in
     input_norm, post_norm = llama_norm(layer.input_layernorm), llama_norm(layer.post_attention_layernorm)
     of_heads = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     q_norm, k_norm = map(llama_norm, of_heads)

@@ -28,6 +28,7 @@ from eagle_fast.target.twin import evaluating
 
 WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-14}  # of a row's length, at least
+ROUNDING[torch.float64] = ROUNDING[torch.float32]  # stock code computes norms and rotary tables in float32
 WITHOUT_WIDER = 16  # roundings by which results may be apart where no wider precision can be computed
 
 
@@ -63,6 +64,7 @@ def check_target(target: Target, num_nodes: int = NODES) -> None:
     if not target.offloaded:
         with torch.no_grad(), target.turn.lock, target.turn(), evaluating(target.stock):
             _Check(target, num_nodes).run()
+            target.leave_out_notes()
 
 
 class _Check:
@@ -123,7 +125,7 @@ class _Check:
             wide = self.rehearsal.of_the_model(
                 in_precision(self.model, WIDER[stock.layers[0].dtype]), start, stock=stock
             )
-        except (RuntimeError, TypeError, ValueError):  # packed weights, or no memory for it
+        except (KeyError, RuntimeError, TypeError, ValueError):  # none is wider, packed weights, or no memory for it
             return [rounding * WITHOUT_WIDER / 3] * len(self.names)
         return [self._typical(rows) for rows in self._distances(stock, wide)]
 

@@ -15,6 +15,7 @@ kernel that adds the residual; a `Handover` brings it to its reader.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -121,12 +122,13 @@ def merged(*linears: Any) -> FewRowsLinear:
 
 def _merge(parameters: list[nn.Parameter]) -> torch.Tensor:
     """The rows of several parameters in one tensor, of which they are views from now on."""
-    parts = [parameter.detach() for parameter in parameters]
-    whole = _stacked(parts)
-    if whole is None:
-        whole = torch.cat(parts)
-    for parameter, part in zip(parameters, whole.split([len(each) for each in parts]), strict=True):
-        parameter.data = part
+    with torch.inference_mode(parameters[0].is_inference()):  # a view is of the kind that its parameter is
+        parts = [parameter.detach() for parameter in parameters]
+        whole = _stacked(parts)
+        if whole is None:
+            whole = torch.cat(parts)
+        for parameter, part in zip(parameters, whole.split([len(each) for each in parts]), strict=True):
+            parameter.data = part
     return whole
 
 
@@ -141,11 +143,15 @@ def _stacked(parts: list[torch.Tensor]) -> torch.Tensor | None:
     return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
 
 
-def can_fuse(stock: LlamaLayer) -> bool:
-    """Whether all products are plain linear layers, without biases that the fused layer lacks."""
+def can_fuse(stock: LlamaLayer, owners: Counter[int]) -> bool:
+    """Whether all products are plain linear layers, each with a weight of its own, and without biases that the fused
+    layer lacks. owners: how many hold each weight, by its id."""
     unbiased = stock.o, stock.gate, stock.up, stock.down
-    plain = all(map(is_plain, (stock.q, stock.k, stock.v, *unbiased)))
-    return plain and all(each.bias is None for each in unbiased)
+    linears = stock.q, stock.k, stock.v, *unbiased
+    if not all(map(is_plain, linears)) or any(each.bias is not None for each in unbiased):
+        return False
+    one_kind = len({each.weight.is_inference() for each in linears}) == 1
+    return one_kind and all(owners[id(each.weight)] == 1 for each in linears)
 
 
 def share_hooks(stock: nn.Module, fused: nn.Module) -> None:
@@ -160,9 +166,10 @@ def fuse_layers(layers: nn.ModuleList, decoder: nn.Module, touched: set[nn.Modul
     touched: modules with hooks or a forward of the user's, on them or inside; they stay stock, which runs these.
     """
     handover = Handover()
+    owners = Counter(id(weight) for _, weight in layers.named_parameters(remove_duplicate=False))
     for index, layer in enumerate(layers):
         stock = llama_layer(layer)
-        if stock is not None and layer not in touched and can_fuse(stock):
+        if stock is not None and layer not in touched and can_fuse(stock, owners):
             fused = layers[index] = FusedLayer(stock, handover)
             share_hooks(layer, fused)
             if torch.cuda.is_available():

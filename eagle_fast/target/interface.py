@@ -15,12 +15,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import AttentionInterface, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from eagle_fast.layers.attention import Step
 from eagle_fast.layers.slab import KVSlab, LayerShape
@@ -78,6 +79,12 @@ def binding_of(module: nn.Module) -> LayerBinding:
 def attention_of(model: PreTrainedModel) -> str:
     """The name of the attention function that a model calls."""
     return model.config._attn_implementation
+
+
+def attention_function(model: Any) -> Any:
+    """What a model calls for attention, where it is no function of its own file."""
+    name = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    return ALL_ATTENTION_FUNCTIONS.get(name) if isinstance(name, str) else None
 
 
 def use_our_attention(model: PreTrainedModel) -> None:

@@ -81,7 +81,9 @@ def _check_readable(kind: str, part: str, module: nn.Module) -> None:
     plain = isinstance(weight, torch.Tensor) and type(weight.data).dequantize is torch.Tensor.dequantize
     if plain and weight.dim() == 2 and weight.is_floating_point() and weight.element_size() >= 2:
         return
-    held = "no weight" if weight is None else f"a weight of {type(weight.data).__name__} in {weight.dtype}"
+    held = "no plain weight"
+    if isinstance(weight, torch.Tensor):
+        held = f"a weight of {type(weight.data).__name__} in {weight.dtype}"
     raise UnsupportedModel(
         f"{kind} whose {part} ({type(module).__name__}) has {held}: the draft head reads it as a plain matrix. "
         "Leave it out where the model is quantized (modules_to_not_convert, llm_int8_skip_modules, ignore), or load "

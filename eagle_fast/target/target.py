@@ -56,7 +56,7 @@ from eagle_fast.target.twin import (
     twin,
     uncompiled,
 )
-from eagle_fast.target.watch import edits, portrait
+from eagle_fast.target.watch import Portrait, edits, noted, portrait
 
 NO_SOFTCAP = (
     "the model caps its attention scores, and its sdpa implementation leaves the cap out: decoding does the same, to "
@@ -106,7 +106,7 @@ class Target:
         settle(model)
         check_rows(model)
         self.stock, self.offloaded = model, is_offloaded(model)
-        before = self._stock_portrait()
+        before, self._noted = self._stock_portrait(), set[tuple[int, str]]()
         self.anatomy = Anatomy(model)
         self.capped = attention_of(model) != "sdpa"  # SDPA has no softcap: such a model runs without it
         self.model = twin(model)
@@ -120,7 +120,7 @@ class Target:
         found = decoder_layers(self.decoder, self.anatomy.num_layers)
         calls, self.device = probe(self.model, found and found[1], self.input_device)
         self.transfers.forget()
-        if self._stock_portrait() != before:
+        if self._stock_portrait().parts != before.parts:
             raise UnsupportedModel(CHANGES_ITSELF)
         self.devices = distinct([self.device, *devices])
         self.layer_shapes = [call.stored for call in calls]
@@ -190,6 +190,12 @@ class Target:
 
     def _layer_kinds(self) -> list[str]:
         kinds = self.anatomy.layer_kinds
+        if len(kinds) < self.anatomy.num_layers:
+            raise UnsupportedModel(
+                f"its config names the kinds of {len(kinds)} layers (layer_types), and the model has "
+                f"{self.anatomy.num_layers}: name one for each layer"
+            )
+        kinds = kinds[: self.anatomy.num_layers]  # stock code takes the first ones, where layers were taken out
         unknown = sorted(set(kinds) - set(LAYER_KINDS))
         if unknown:
             raise UnsupportedModel(f"layers of type {unknown} keep a state that cannot branch into a tree")
@@ -207,7 +213,11 @@ class Target:
 
     def is_current(self) -> bool:
         """Whether the stock model is what it was, see `watch`; whatever the tensors of offloaded ones."""
-        return self._stock_portrait() == self._portrait
+        return self._portrait.is_like(self._stock_portrait(), but=self._noted)
+
+    def leave_out_notes(self) -> None:
+        """After forwards of the stock model and the twin: what they set in attributes says nothing of the model."""
+        self._noted |= noted(self._portrait, self._stock_portrait())
 
     def edits(self) -> int | None:
         """See `watch.edits`: where it differs, keys computed earlier are another model's."""
@@ -286,7 +296,7 @@ class Target:
         self.experts.restore()
         self.features.clear()
 
-    def _stock_portrait(self) -> list:
+    def _stock_portrait(self) -> Portrait:
         return portrait(self.stock, tensors=not self.offloaded)
 
     def _step_devices(self) -> list[torch.device]:

@@ -33,9 +33,10 @@ def _twin(module: nn.Module, modules: dict[int, nn.Module], configs: dict) -> An
     module = uncompiled(module)
     if id(module) in modules:
         return modules[id(module)]
-    clone = copy.copy(module)
+    clone = object.__new__(type(module))  # not by copy.copy, which parametrized modules refuse
     modules[id(module)] = clone
     state = clone.__dict__
+    state.update(module.__dict__)
     state["_modules"] = {
         name: None if child is None else _twin(child, modules, configs) for name, child in module._modules.items()
     }

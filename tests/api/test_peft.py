@@ -84,3 +84,39 @@ def test_adapters_that_put_tokens_in_front_are_refused(kind, device):
     base = peft.get_peft_model(copy.deepcopy(plain.base_model), config)
     with pytest.raises(ValueError, match="virtual tokens"):
         EaModel(base, plain.ea_layer, tree=plain.tree)
+
+
+@pytest.mark.parametrize("given", ["LoraModel", "PeftMixedModel", "VeRA"])
+def test_wrappers_of_all_kinds_are_decoded(given, device):
+    plain, ids = decoder("llama", device), prompt(11, device)
+    config = peft.VeraConfig(r=4, target_modules=["q_proj"]) if given == "VeRA" else lora()
+    base = peft.get_peft_model(copy.deepcopy(plain.base_model), config, mixed=given == "PeftMixedModel").eval()
+    randomize(base, 1)
+    base = base.base_model if given == "LoraModel" else base
+    check(EaModel(base, plain.ea_layer, tree=plain.tree), base, ids)
+
+
+def test_adapters_that_a_call_chooses_are_refused(device):
+    base, plain = wrapped("llama", device)
+    model, ids = EaModel(base, plain.ea_layer, tree=plain.tree), prompt(11, device)
+    with pytest.raises(ValueError, match="adapter_names"):
+        model.generate(ids, max_new_tokens=4, adapter_names=["a"])
+    check(model, base, ids)
+
+
+def test_adapters_that_a_prompt_switches_on_are_refused(device):
+    plain = decoder("llama", device)
+    config = lora(task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6])
+    with pytest.raises(ValueError, match="activated LoRA"):
+        EaModel(peft.get_peft_model(copy.deepcopy(plain.base_model), config), plain.ea_layer, tree=plain.tree)
+
+
+def test_attention_that_an_adapter_replaces_is_no_raw_error(device):
+    plain, ids = decoder("llama", device), prompt(11, device)
+    base = copy.deepcopy(plain.base_model)
+    model = EaModel(base, plain.ea_layer, tree=plain.tree)
+    config = peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM")
+    around = peft.get_peft_model(base, config).eval()
+    check(model, base, ids)
+    with pytest.raises(ValueError, match="does not route attention"):
+        EaModel(around, plain.ea_layer, tree=plain.tree)

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the model caps its attention sco
 @pytest.fixture(autouse=True)
 def fused_layers_of_fake_weights(monkeypatch):
     """Numbered tensors are no plain tensors, which our layers ask for, and have no storage to be stacked in."""
-    monkeypatch.setattr(eagle_fast.target.fused, "can_fuse", lambda layer: True)
+    monkeypatch.setattr(eagle_fast.target.fused, "can_fuse", lambda *_: True)
     monkeypatch.setattr(eagle_fast.target.fused, "_stacked", lambda weights: None)
     monkeypatch.setattr(eagle_fast.layers.linear, "is_plain", lambda module: type(module) is torch.nn.Linear)
 
