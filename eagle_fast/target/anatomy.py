@@ -209,7 +209,7 @@ def generating_model(model: Any) -> Any:
     """The PreTrainedModel whose `generate` runs: inside of a wrapper, as PEFT's, or the model itself."""
     if hasattr(model, "get_base_model"):
         return model.get_base_model()
-    if isinstance(model, PreTrainedModel) or not (isinstance(model, nn.Module) and hasattr(model, "generate")):
+    if isinstance(model, PreTrainedModel) or not hasattr(model, "peft_config"):
         return model
     return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
 
