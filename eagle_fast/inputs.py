@@ -20,7 +20,7 @@ _MODALITIES = {
 _ENCODED = re.compile(r"^decoder_|^encoder_(outputs|hidden_states|attention_mask)|^cross_")
 _TAKE = "base_model.generate takes"
 _REASONS = {
-    "adapter_names": f"all prompts are decoded with the adapters that are active: use set_adapter; {_TAKE} one for each",
+    "adapter_names": f"all prompts are decoded with the active adapters: use set_adapter; {_TAKE} one for each",
     "inputs_embeds": "prompts are token ids, which the draft head looks up too: pass input_ids",
     "position_ids": "positions count a prompt's own tokens: leave it out, and mark padding by attention_mask",
     "token_type_ids": "only zeros are taken, since all text is of one type",
