@@ -14,6 +14,7 @@ import torch
 import triton
 
 from . import sample as sampling
+from .check import ANY, BY_ROWS, FLOAT32, FLOATS, INT64, MOST_BLOCKS, tensor
 from .launch import device_guard, use_triton
 from .overlap import dependent_launch
 from .sample_ref import GREEDY_TEMPERATURE, warp_ref
@@ -30,8 +31,18 @@ def warp(
 ) -> torch.Tensor:
     """x [B, T, V] float32 of logits [B, T, V] after which `sample` chose tokens [B, T] (any in [0, V) where none was).
 
-    Settings [B] as those of `sample`; the logits' last dimension is contiguous.
+    Settings [B] as those of `sample`; the logits' last dimension is contiguous. ValueError for what does not fit.
     """
+    num_sequences, num_nodes, _ = tensor("logits", logits, "B T V", FLOATS, layout=BY_ROWS)
+    near = ("logits", logits)
+    tensor("tokens", tokens, "B T", INT64, (num_sequences, num_nodes), near=near, layout=ANY)
+    for name, setting, dtypes in (
+        ("temperature", temperature, FLOAT32), ("top_k", top_k, INT64), ("top_p", top_p, FLOAT32),
+        ("min_p", min_p, FLOAT32),
+    ):  # fmt: skip
+        tensor(name, setting, "B", dtypes, (num_sequences,), near=near)
+    if num_sequences * num_nodes > MOST_BLOCKS:
+        raise ValueError(f"logits has B T = {num_sequences * num_nodes} rows; expected at most {MOST_BLOCKS}")
     sampled = (temperature > GREEDY_TEMPERATURE)[:, None, None]
     x = logits.float() / torch.where(sampled, temperature[:, None, None], 1.0)
     if use_triton(logits):
@@ -46,7 +57,6 @@ def warp(
 def _least(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     """[B, T, 1]: the least logit that top-k and top-p keep. Of greedy sequences, anything."""
     num_sequences, num_nodes, vocab_size = logits.shape
-    assert logits.stride(2) == 1
     chunk = min(sampling.CHUNK, max(128, triton.next_power_of_2(vocab_size)))
     num_rows, num_chunks = num_sequences * num_nodes, triton.cdiv(vocab_size, chunk)
     best, mass = torch.empty(2, num_rows, num_chunks, dtype=torch.float32, device=logits.device)

@@ -251,9 +251,9 @@ def test_an_adapter_alone_loads_with_its_model(tmp_path):
     assert torch.equal(decoder.eagenerate(ids, max_new_tokens=8), expected)
 
 
-def test_shapes_that_the_kernels_do_not_take(monkeypatch):
+def test_shapes_that_the_kernels_do_not_take(monkeypatch, device):
     def shapes(size, dtype):
-        return [LayerShape(2, 64, torch.float32, torch.device("cpu")), LayerShape(2, size, dtype, torch.device("cpu"))]
+        return [LayerShape(2, 64, torch.float32, device), LayerShape(2, size, dtype, device)]
 
     wide, double = shapes(512, torch.bfloat16), shapes(64, torch.float64)
     monkeypatch.setenv("EAGLE_FAST_KERNELS", "triton")

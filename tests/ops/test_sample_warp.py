@@ -81,3 +81,20 @@ def test_at_size(device):
     found, logits = check(device, 128256)
     for tokens in draw(logits, count=50):
         assert found.gather(-1, tokens[..., None]).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("at", "change", "name"),
+    [
+        (0, lambda x: x.transpose(1, 2), "logits"), (0, lambda x: x.long(), "logits"), (1, lambda x: x[:, :1], "tokens"),
+        (1, lambda x: x.int(), "tokens"), (2, lambda x: x[:1], "temperature"), (3, lambda x: x.float(), "top_k"),
+        (4, lambda x: x.double(), "top_p"), (5, lambda x: x[:, None], "min_p"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(at, change, name, device):
+    logits = torch.randn(len(SETTINGS), 2, 40, device=device)
+    arguments = [logits, torch.zeros(len(SETTINGS), 2, dtype=torch.long, device=device), *settings(device)]
+    warp(*arguments)
+    arguments[at] = change(arguments[at])
+    with pytest.raises(ValueError, match=f"^{name} is .*; expected"):
+        warp(*arguments)
