@@ -86,9 +86,9 @@ def test_at_size(device):
 @pytest.mark.parametrize(
     ("at", "change", "name"),
     [
-        (0, lambda x: x.transpose(1, 2), "logits"), (0, lambda x: x.long(), "logits"), (1, lambda x: x[:, :1], "tokens"),
-        (1, lambda x: x.int(), "tokens"), (2, lambda x: x[:1], "temperature"), (3, lambda x: x.float(), "top_k"),
-        (4, lambda x: x.double(), "top_p"), (5, lambda x: x[:, None], "min_p"),
+        (0, lambda x: x.transpose(1, 2), "logits"), (0, lambda x: x.long(), "logits"),
+        (1, lambda x: x[:, :1], "tokens"), (1, lambda x: x.int(), "tokens"), (2, lambda x: x[:1], "temperature"),
+        (3, lambda x: x.float(), "top_k"), (4, lambda x: x.double(), "top_p"), (5, lambda x: x[:, None], "min_p"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(at, change, name, device):
