@@ -98,7 +98,7 @@ class Allowed(LogitsProcessor):
     """`PrefixConstrainedLogitsProcessor` for a sequence of one prompt, which gives its function the prompt's index."""
 
     def __init__(self, function: Callable, prompt: int):
-        if not callable(function):
+        if not callable(function) or isinstance(function, type):
             raise ValueError(f"prefix_allowed_tokens_fn is {shown(function)}: pass a function of (batch_id, ids)")
         check_takes_two("prefix_allowed_tokens_fn", function, "(batch_id, ids)")
         self.function, self.prompt = function, prompt

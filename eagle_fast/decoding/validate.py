@@ -64,6 +64,12 @@ def check_forward(input_ids, attention_mask, past_key_values, position_ids, targ
         )
     if attention_mask is not None:
         _check_tensor("attention_mask", attention_mask)
+        whole = attention_mask.dtype == torch.bool or attention_mask.is_floating_point()
+        if attention_mask.dim() == 4 and not (whole and attention_mask.shape[2:] == (ids.shape[1], length)):
+            raise ValueError(
+                f"attention_mask is {list(attention_mask.shape)} of {attention_mask.dtype}: pass four dimensions "
+                f"as [{len(ids)}, 1, {ids.shape[1]}, {length}] of bool or floats, or [{len(ids)}, {length}]"
+            )
         if attention_mask.dim() != 4 and attention_mask.shape != (len(ids), length):
             raise ValueError(
                 f"attention_mask is {list(attention_mask.shape)}: pass [{len(ids)}, {length}], a 1 for every token "

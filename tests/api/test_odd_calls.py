@@ -168,6 +168,7 @@ GENERATE = {
     "n-gram": ({"no_repeat_ngram_size": 2**62}, r"no_repeat_ngram_size=4611686018427387904: no text repeats"),
     "contrastive": ({"penalty_alpha": 0.6, "top_k": 4}, r"contrastive_search \(penalty_alpha=0.6\)"),
     "allowed": ({"prefix_allowed_tokens_fn": 5}, r"prefix_allowed_tokens_fn is 5: pass a function"),
+    "allowed a class": ({"prefix_allowed_tokens_fn": int}, r"is <class 'int'>: pass a function"),
     "allowed None": ({"prefix_allowed_tokens_fn": lambda row, ids: None}, r"fn\(0, ids\) returned None: return a list"),
     "allowed 999": ({"prefix_allowed_tokens_fn": lambda row, ids: [999]}, r"returned \[999\].*below 131"),
     "stop strings": ({"stop_strings": 5}, r"stop_strings=5: pass a text or a list of texts"),
@@ -197,6 +198,10 @@ def test_custom_generate_is_not_for_users(model, ids):
 # -- the rest ----------------------------------------------------------------------------------------------------------
 
 FORWARD = {
+    "a mask of integers in four dimensions": (
+        {"attention_mask": torch.ones(1, 1, 11, 11, dtype=torch.long)},
+        r"attention_mask is \[1, 1, 11, 11\] of torch.int64",
+    ),
     "ids": ({"input_ids": None}, "input_ids is a NoneType"),
     "cache": ({"past_key_values": ((1,),)}, "past_key_values is a tuple: pass a Cache"),
     "mask": ({"attention_mask": torch.ones(1, 4)}, r"attention_mask is \[1, 4\]: pass \[1, 11\]"),
