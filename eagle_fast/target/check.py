@@ -95,7 +95,7 @@ class _Check:
         found = self._distances(twin, stock)
         rounding = self._rounding(stock)
         if any(self._excess(rows, start) > rounding for rows in found):
-            for name, rows, own in zip(self.names, found, self._own_errors(start, rounding), strict=True):
+            for name, rows, own in zip(self.names, found, self._own_errors(stock, start, rounding), strict=True):
                 # twice as far from the wider precision as the model itself: three times that from the model
                 bound = rounding + 3 * own
                 if self._excess(rows, start) > bound:
@@ -118,9 +118,10 @@ class _Check:
         tf32 = stock.logits.is_cuda and torch.backends.cuda.matmul.allow_tf32
         return ROUNDING[torch.float16 if tf32 and dtype == torch.float32 else dtype]
 
-    def _own_errors(self, start: int, rounding: float) -> list[float]:
+    def _own_errors(self, stock: Outputs, start: int, rounding: float) -> list[float]:
         """How far the model's results, of each layer and then the logits, are from those of a wider precision."""
-        stock = self.rehearsal.of_the_model(self.model, start)
+        if start == 0:  # that one was decoded token by token
+            stock = self.rehearsal.of_the_model(self.model, start)
         try:
             wide = self.rehearsal.of_the_model(
                 in_precision(self.model, WIDER[stock.layers[0].dtype]), start, stock=stock
