@@ -165,14 +165,14 @@ SPLIT = {
 }
 
 
-def set_splits(monkeypatch, splits):
-    monkeypatch.setattr(module, "_tile", lambda *a, tile=module._tile: tile(*a)._replace(num_splits=splits))
+def set_fold(monkeypatch, fold):
+    monkeypatch.setattr(module, "_tile", lambda *a, tile=module._tile: tile(*a)._replace(fold=fold))
 
 
 @pytest.mark.usefixtures("triton_kernels")
 @pytest.mark.parametrize("case", SMALL.values(), ids=SMALL.keys())
 def test_kernel_equals_dense_attention(case, device, monkeypatch):
-    set_splits(monkeypatch, 1)
+    set_fold(monkeypatch, True)
     problem = build(case)
     out = run(tree_attention, to(problem, device))
     assert out.is_contiguous()
@@ -190,8 +190,8 @@ def nan_in_new_memory():
 @pytest.mark.usefixtures("triton_kernels", "nan_in_new_memory")
 @pytest.mark.parametrize("case", SPLIT.values(), ids=SPLIT.keys())
 def test_splits_combine_to_dense_attention(case, device, monkeypatch):
-    """Three splits of a cache that has one to four tiles: some find no rows left, and write nothing."""
-    set_splits(monkeypatch, 3)
+    """A program for each split, of which most find no rows left, and write nothing."""
+    set_fold(monkeypatch, False)
     problem = build(case)
     out = run(tree_attention, to(problem, device)).cpu()
     torch.testing.assert_close(out.double(), oracle(case, problem), atol=5e-6, rtol=1e-5)
@@ -274,17 +274,22 @@ def test_window_without_depths_is_refused():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("memory", [101376, 166912, 232448], ids=["100 KB", "163 KB", "227 KB"])
 def test_tiles_fit_the_gpu(heads, head_dim, dtype, memory, monkeypatch):
-    """Shared memory of one program holds a query tile and every stage's K and V; the grid fills the GPU, once."""
-    monkeypatch.setattr(module, "_resources", lambda device: (132, memory))
+    """Shared memory of one program holds a query tile and every stage's K and V; all take the same blocks of keys."""
+    monkeypatch.setattr(module, "resources", lambda device: (132, memory))
+    blocks = set()
     for num_queries in (1, 10, 60, 256):
-        q = torch.empty(1, heads[0], num_queries, head_dim, dtype=dtype, device="meta")
-        k = torch.empty(1, heads[1], 4096, head_dim, dtype=dtype, device="meta")
-        tile = module._tile(q, k)
-        block_d = 1 << (head_dim - 1).bit_length()
-        rows = tile.block_m + 2 * tile.block_n * tile.num_stages
-        assert rows * block_d * q.element_size() <= memory
-        programs = -(-num_queries * heads[0] // heads[1] // tile.block_m) * heads[1] * tile.num_splits
-        assert tile.num_splits in (1, module.MAX_SPLITS) or 66 < programs <= 132
+        for num_sequences in (1, 32):
+            q = torch.empty(num_sequences, heads[0], num_queries, head_dim, dtype=dtype, device="meta")
+            k = torch.empty(num_sequences, heads[1], 4096, head_dim, dtype=dtype, device="meta")
+            tile = module._tile(q, k)
+            block_d = 1 << (head_dim - 1).bit_length()
+            rows = tile.block_m + 2 * tile.block_n * tile.num_stages
+            assert rows * block_d * q.element_size() <= memory
+            programs = -(-num_queries * heads[0] // heads[1] // tile.block_m) * heads[1] * num_sequences
+            assert tile.fold == (programs >= 132)
+            blocks.add(tile.block_n)
+    assert len(blocks) == 1
+    assert module.UNIT.value % blocks.pop() == 0
 
 
 # Shapes of Llama, Qwen2.5 (7 heads per KV head), Phi, Gemma-2, gpt-oss, MHA models; 32,000 rows: many tiles per split.
@@ -338,7 +343,7 @@ def test_real_shapes_are_as_close_as_pytorch(case, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["llama 8b, verify, 32k", "gqa 7, D 128", "D 96, window", "gpt-oss, sinks, window"])
 def test_a_row_does_not_depend_on_the_others(name, dtype):
-    """Bit by bit: with other queries in all the other rows. (Their number sets the tiles, and so the rounding.)"""
+    """Bit by bit: with other queries in all the other rows. How many there are: test_tree_attention_bits.py."""
     problem = build(REAL[name], dtype, "cuda")
     expected = run(tree_attention, problem)
     for node in (0, 17, REAL[name].num_queries - 1):
@@ -394,7 +399,7 @@ on_hopper = pytest.mark.skipif(
     not (module.HAS_GLUON and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9),
     reason="needs a Hopper GPU and a release of Triton that the kernel is written for",
 )
-UNITS = [(0,), (1,), (127,), (128,), (129,), (4000,), (5000,), (5000, 0, 129), (127, 4000, 1)]
+ENDS = [(0,), (1,), (63,), (64,), (65,), (4000,), (5000,), (5000, 0, 129), (127, 4000, 1)]
 
 
 def long_case(lengths, num_queries, rows=8192, **options):
@@ -411,30 +416,25 @@ def relative_error(out, exact):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("num_queries", [17, 60, 64, 100])
-@pytest.mark.parametrize("lengths", UNITS, ids=str)
-def test_specialised_warps_are_as_close_as_the_other_kernel(lengths, num_queries, dtype, monkeypatch):
-    """Prefix and tree end anywhere in a unit of 128 rows; several sequences also have a draft's `first` and sinks."""
+@pytest.mark.parametrize("lengths", ENDS, ids=str)
+def test_specialised_warps_give_the_bits_of_the_other_kernel(lengths, num_queries, dtype, monkeypatch):
+    """The prefix ends anywhere in a block of 64 rows; several sequences also have a draft's `first` and sinks."""
     options = {"first": 30, "sinks": True} if len(lengths) > 1 else {}
     problem = build(long_case(lengths, num_queries, **options), dtype, "cuda")
     assert module._by_hopper(problem.q, problem.k, problem.v, 0)
     wide = problem._replace(q=problem.q.float(), k=problem.k.float(), v=problem.v.float())
     exact = run(tree_attention_ref, wide)
     out = run(tree_attention, problem)
+    assert relative_error(out, exact) < (1e-3 if dtype == torch.float16 else 6e-3)
     monkeypatch.setattr(module, "LONG_CACHE", 2**40)
-    error, other = relative_error(out, exact), relative_error(run(tree_attention, problem), exact)
-    assert error < (1e-3 if dtype == torch.float16 else 6e-3)
-    assert error < 1.2 * other
+    assert torch.equal(run(tree_attention, problem), out)
 
 
 @on_hopper
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("lengths", "splits"), [((4500,), None), ((4500, 300), 1), ((4500,), 36), ((130,), 64)], ids=str
-)
-def test_specialised_warps_where_the_cache_ends_in_a_unit(lengths, splits, monkeypatch):
-    """The cache has no row past the live ones of the longest sequence; one split, or one for nearly every unit."""
-    if splits is not None:
-        set_splits(monkeypatch, splits)
+@pytest.mark.parametrize("lengths", [(4500,), (4500, 300), (130,)], ids=str)
+def test_specialised_warps_where_the_cache_ends_in_a_block(lengths):
+    """The cache has no row past the live ones of the longest sequence."""
     problem = build(long_case(lengths, 60, rows=4560), torch.bfloat16, "cuda")
     assert module._by_hopper(problem.q, problem.k, problem.v, 0)
     wide = problem._replace(q=problem.q.float(), k=problem.k.float(), v=problem.v.float())
@@ -493,7 +493,7 @@ kernel.run = lambda *args, warmup, **options: compiled.append(launch(*args, warm
 q = torch.zeros(1, 32, 60, 128, dtype=getattr(torch, sys.argv[1]))
 kv, lengths = torch.zeros(1, 8, 4104, 128, dtype=q.dtype), torch.zeros(1).long()
 ancestors = torch.zeros(1, 60, 1).long()
-acc, sums = torch.zeros(8, 8, 240, 128), torch.zeros(2, 8, 8, 240)
+acc, sums = torch.zeros(8, 17, 240, 128), torch.zeros(2, 8, 17, 240)
 for pdl in ({"PDL": False}, {"PDL": True, "launch_pdl": True}):
     hopper.attend(q, kv, kv, lengths, ancestors, acc, *sums, scale=0.1, first=0, **pdl)
 for each in compiled:
