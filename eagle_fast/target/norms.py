@@ -107,7 +107,7 @@ def kind_of(norm: nn.Module, parts: RowNormParts) -> Kind | None:
     if shape[-1] > MOST_COLUMNS or not takes_rows_alone:
         return None
     generator = torch.Generator("cpu").manual_seed(0)
-    loudness = torch.tensor(LOUDNESS, device="cpu").view(-1, *[1] * len(shape))
+    loudness = torch.tensor(LOUDNESS, device="cpu", dtype=torch.float32).view(-1, *[1] * len(shape))
     drawn = torch.randn(len(LOUDNESS) + 1, *shape, generator=generator, device="cpu", dtype=torch.float32)
     rows, scale = (drawn[1:] + 0.5) * loudness, drawn[0]
     kinds = list(KINDS)
