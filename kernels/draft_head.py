@@ -12,7 +12,9 @@
 Bytes: every input is read and every output written once. A level of 10 rows of an EAGLE-3 head for Llama-3.1-8B in bf16
 moves 0.33 MB (head_input) and 0.24 MB (rope_append): 0.1 us at 3.08 TB/s, so what counts is how few launches there are,
 and that they overlap (`overlap.py`). qkv may come in parts, fp32 [S, ...] from `linear.few_rows_sums`, which are added
-up here. Arithmetic is fp32; norms round where LlamaRMSNorm does.
+up here in order and rounded to the cache's dtype, to the bits of a product that comes whole. Arithmetic is fp32; norms
+round where LlamaRMSNorm does. rope_append, which a target runs, fuses no products with sums: however many rows a
+program takes, and in whatever form they come, a row has the same bits.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from .check import HUGE, flag, number, whole
 from .draft_head_inputs import check_head_input, check_rope_append
 from .launch import device_guard, use_triton
 from .overlap import after_earlier_kernels, dependent_launch
-from .rms_norm import normalize, num_warps, rms_norm_ref, sum_parts
+from .rms_norm import given_norm_ref, normalize, num_warps, sum_parts, sum_parts_ref
 
 FEW_ROWS, ROWS = 64, 8  # rope_append: one row per program up to FEW_ROWS, then ROWS per program
 
@@ -86,13 +88,13 @@ def _rope_append_kernel(
         mask, turns = tl.where(here, d < D, False), tl.where(here, d < R, False)
         sequence, row = pid // num_rows, pid % num_rows
         source = qkv_ptr + sequence * stride_xb + row * stride_xt + head * D
-        x = sum_parts(source, d, mask, stride_xs, PARTS)
+        x = sum_parts(source, d, mask, stride_xs, PARTS, q_ptr.dtype.element_ty)
         slot = tl.load(slots_ptr + sequence, mask=here, other=0) + row
         if head >= HQ + HKV:
             target = v_ptr + sequence * stride_vb + (head - HQ - HKV) * stride_vh + slot * stride_vl
             tl.store(target + d, x.to(v_ptr.dtype.element_ty), mask=mask)
         else:
-            turned = sum_parts(source, partner, turns, stride_xs, PARTS)
+            turned = sum_parts(source, partner, turns, stride_xs, PARTS, q_ptr.dtype.element_ty)
             if q_norm_ptr is not None:
                 of_q, of_k = tl.where(head < HQ, mask, False), tl.where(head >= HQ, mask, False)
                 weight = tl.load(q_norm_ptr + d, mask=of_q, other=0.0).to(tl.float32)
@@ -147,7 +149,7 @@ def rope_append(
 ) -> Tensor:  # fmt: skip
     """Rotated queries [B, Hq, T, D] (a view of [B, T, Hq, D]); rotated keys and values go to the cache.
 
-    qkv [B, T, (Hq + 2 Hkv) D], or parts of it [S, B, T, ...], which give queries in the cache's dtype; positions
+    qkv [B, T, (Hq + 2 Hkv) D], or parts of it [S, B, T, ...], whose sum is rounded to the cache's dtype; positions
     [B, T], or None where row t of sequence b has position b T + t; cos, sin [P, R], laid out as the dimensions they
     multiply, which are the first R <= D of a head: the others pass; k_slab, v_slab [B, Hkv, L, D] get rows
     slots[b] + t; q_norm, k_norm [D] are given together or not at all.
@@ -171,7 +173,8 @@ def rope_append(
             *parts.stride()[:3], *((0, 0) if positions is None else positions.stride()),
             *k_slab.stride()[:3], *v_slab.stride()[:3],
             HQ=num_heads, HKV=num_kv_heads, D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), R=rotary_dim,
-            INTERLEAVED=interleaved, PARTS=len(parts), ROWS=rows, num_warps=1, **dependent_launch(qkv.device),
+            INTERLEAVED=interleaved, PARTS=len(parts), ROWS=rows, num_warps=1, enable_fp_fusion=False,
+            **dependent_launch(qkv.device),
         )  # fmt: skip
     return q.transpose(1, 2)
 
@@ -207,8 +210,8 @@ def head_input_ref(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`head_input` in plain PyTorch, differentiable."""
     taken = hidden if rows is None else hidden[rows]
-    embedded = rms_norm_ref(embedding[tokens.clamp(min=0)], embed_norm, eps).to(hidden.dtype)
-    return torch.cat((embedded, rms_norm_ref(taken, hidden_norm, eps)), -1), taken
+    embedded = given_norm_ref(embedding[tokens.clamp(min=0)], embed_norm, eps).to(hidden.dtype)
+    return torch.cat((embedded, given_norm_ref(taken, hidden_norm, eps)), -1), taken
 
 
 def rope_append_ref(
@@ -219,13 +222,13 @@ def rope_append_ref(
     """`rope_append` in plain PyTorch."""
     head_dim = k_slab.shape[-1]
     if qkv.dim() == 4:
-        qkv = qkv.sum(0).to(k_slab.dtype)
+        qkv = sum_parts_ref(qkv, k_slab.dtype)
     heads = rearrange(qkv, "b t (h d) -> b t h d", d=head_dim)
     if positions is None:
         positions = torch.arange(heads.shape[0] * heads.shape[1], device=qkv.device).view(heads.shape[:2])
     q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), 2)
-    q = rope_ref(rms_norm_ref(q, q_norm, eps), positions, cos, sin, interleaved)
-    k = rope_ref(rms_norm_ref(k, k_norm, eps), positions, cos, sin, interleaved)
+    q = rope_ref(given_norm_ref(q, q_norm, eps), positions, cos, sin, interleaved)
+    k = rope_ref(given_norm_ref(k, k_norm, eps), positions, cos, sin, interleaved)
     rows = slots[:, None] + torch.arange(qkv.shape[1], device=qkv.device)
     index = rows[:, None, :, None].expand(-1, num_kv_heads, -1, head_dim)
     k_slab.scatter_(2, index, k.transpose(1, 2).to(k_slab.dtype))

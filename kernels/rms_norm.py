@@ -1,12 +1,17 @@
-"""RMSNorm of rows, alone or of a sum with the residual stream; rounded as LlamaRMSNorm rounds it.
+"""RMSNorm of rows, alone or of a sum with the residual stream; rounded where stock models round it.
 
     rms_norm        out = rms(x)
     add_rms_norm    total = x + residual,   normed = rms(total)          rms(x) = weight * x / sqrt(mean(x^2) + eps)
     add_parts       total alone, to the same bits, where the norm that reads it lies on another device
 
-x of the last two may come in parts, fp32 [S, R, H] from `linear.few_rows_sums`, which are added up here in order.
+x of the last two may come in parts, fp32 [S, R, H] from `linear.few_rows_sums`. They are added up here in order, and
+their sum is rounded to the residual's dtype before that is added: to the bits of a product that comes whole.
+
+One program does a row, in an order that its width alone decides, and products are never fused with sums: the bits of a
+row are the same however many rows there are, and in every variant of a kernel.
+
 Bytes: in and out once; 60 rows of 4096 in bf16 are 1 MB, 0.3 us at 3.08 TB/s: one launch, so the launch is the cost.
-Left out: widths over 65536.
+Left out: widths over 65536; a bias, which only norms have that PyTorch's own LayerNorm computes, by a block for a row.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .check import BY_ROWS, FLOAT32, FLOATS, HUGE, Named, number, tensor
+from .check import ANY, BY_ROWS, FLOAT32, FLOATS, HUGE, Named, flag, number, tensor
 from .launch import device_guard, use_triton
 from .overlap import after_earlier_kernels, dependent_launch
 
@@ -24,35 +29,49 @@ MOST_COLUMNS = 65536  # of a row, which one program holds
 
 
 @triton.jit
+def inverse_rms(x, width, eps):
+    """1 / sqrt(mean(x^2) + eps) of x (fp32, zero past `width`)."""
+    return tl.rsqrt(tl.sum(x * x, 0) / width + eps)
+
+
+@triton.jit
 def normalize(x, other, weight, other_weight, width, eps, ROUND: tl.constexpr):
     """Normalize x (fp32, zero past `width`) and a permutation of it, rounded to ROUND as LlamaRMSNorm does."""
-    factor = tl.rsqrt(tl.sum(x * x, 0) / width + eps)
+    factor = inverse_rms(x, width, eps)
     x = (x * factor).to(ROUND).to(tl.float32) * weight
     other = (other * factor).to(ROUND).to(tl.float32) * other_weight
     return x.to(ROUND).to(tl.float32), other.to(ROUND).to(tl.float32)
 
 
 @triton.jit
-def sum_parts(ptr, offsets, mask, stride_part, PARTS: tl.constexpr):
-    """fp32 sum over the parts of what is read, in order."""
+def sum_parts(ptr, offsets, mask, stride_part, PARTS: tl.constexpr, ROUND: tl.constexpr):
+    """Sum over the parts of what is read, in order, rounded to ROUND, in fp32."""
     total = tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     for part in tl.static_range(1, PARTS):
         total += tl.load(ptr + part * stride_part + offsets, mask=mask, other=0.0).to(tl.float32)
-    return total
+    return total.to(ROUND).to(tl.float32)
 
 
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr, weight_ptr, out_ptr, eps, stride_x, H: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
+    x_ptr, weight_ptr, out_ptr, eps, stride_x, H: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr,
+    CENTERED: tl.constexpr, ROUND_ONCE: tl.constexpr, PLUS_ONE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     after_earlier_kernels(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < H
-    x = tl.load(x_ptr + row * stride_x + columns, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    normed, _ = normalize(x, x, weight, weight, H, eps, out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * H + columns, normed.to(out_ptr.dtype.element_ty), mask=inside)
+    row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    mask = i < H
+    x = tl.load(x_ptr + row * stride_x + i, mask=mask, other=0.0).to(tl.float32)
+    if CENTERED:
+        x = tl.where(mask, x - tl.sum(x, 0) / H, 0.0)
+    x = x * inverse_rms(x, H, eps)
+    if not ROUND_ONCE:
+        x = x.to(out_ptr.dtype.element_ty).to(tl.float32)
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + row % GROUPS * H + i, mask=mask, other=0.0).to(tl.float32)
+        if PLUS_ONE:
+            weight = 1.0 + weight
+        x = x * weight
+    tl.store(out_ptr + row * H + i, x.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -64,7 +83,7 @@ def _add_rms_norm_kernel(
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     mask = i < H
     weight = tl.load(weight_ptr + i, mask=mask, other=0.0).to(tl.float32)
-    total = sum_parts(x_ptr + row * stride_x, i, mask, stride_s, PARTS)
+    total = sum_parts(x_ptr + row * stride_x, i, mask, stride_s, PARTS, total_ptr.dtype.element_ty)
     total += tl.load(residual_ptr + row * stride_r + i, mask=mask, other=0.0).to(tl.float32)
     rounded = total.to(total_ptr.dtype.element_ty)
     tl.store(total_ptr + row * H + i, rounded, mask=mask)
@@ -81,7 +100,7 @@ def _add_parts_kernel(
     after_earlier_kernels(PDL)
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     mask = i < H
-    total = sum_parts(x_ptr + row * stride_x, i, mask, stride_s, PARTS)
+    total = sum_parts(x_ptr + row * stride_x, i, mask, stride_s, PARTS, total_ptr.dtype.element_ty)
     total += tl.load(residual_ptr + row * stride_r + i, mask=mask, other=0.0).to(tl.float32)
     tl.store(total_ptr + row * H + i, total.to(total_ptr.dtype.element_ty), mask=mask)
 
@@ -91,22 +110,38 @@ def num_warps(block: int) -> int:
     return min(16, max(1, block // 512))
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """x [..., H], weight [H], a floating dtype each -> [..., H] in x's, contiguous.
+def rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float = 1e-6, *, centered: bool = False, round_once: bool = False,
+    plus_one: bool = False,
+) -> Tensor:  # fmt: skip
+    """x [..., H], of any strides, weight [H], or [G, H] for x [..., G, H] -> [..., H] in x's dtype, contiguous.
 
+    weight: None for a norm that has none.
+    centered: the mean is taken out of each row first.
+    round_once: at the end, as OLMo's and Gemma's norms; otherwise before the weight too, as Llama's.
+    plus_one: the weight is one more than what is stored, in fp32, as Gemma's.
     ValueError, here as in all wrappers, where arguments do not fit: it names them and shows both sides.
     """
-    width = tensor("x", x, "... H", FLOATS, layout=BY_ROWS, empty=True)[-1]
-    eps = _norm_settings(weight, width, eps, ("x", x))
+    shape = tensor("x", x, "... H", FLOATS, layout=ANY, empty=True)
+    eps = _eps(eps, shape[-1], ("x", x))
+    if weight is not None:
+        grouped = isinstance(weight, Tensor) and weight.dim() == 2
+        _check_weight(weight, shape[-2:] if grouped else shape[-1:], ("x", x))
+    rounding = {"centered": centered, "round_once": round_once, "plus_one": plus_one}
+    for name, value in rounding.items():
+        flag(name, value)
     if not use_triton(x, weight):
-        return rms_norm_ref(x, weight, eps)
-    rows = x.reshape(-1, width)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    block = triton.next_power_of_2(width)
+        return rms_norm_ref(x, weight, eps, **rounding)
+    rows = x.reshape(-1, shape[-1])
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    out = torch.empty(shape, dtype=x.dtype, device=x.device)
+    block = triton.next_power_of_2(shape[-1])
     with device_guard(x):
-        _rms_norm_kernel[(rows.shape[0],)](
-            rows, weight, out, eps, rows.stride(0), H=width, BLOCK=block, num_warps=num_warps(block),
-            **dependent_launch(x.device),
+        _rms_norm_kernel[(len(rows),)](
+            rows, weight, out, eps, rows.stride(0), H=shape[-1], BLOCK=block,
+            GROUPS=1 if weight is None else weight.numel() // shape[-1], CENTERED=centered, ROUND_ONCE=round_once,
+            PLUS_ONE=plus_one, num_warps=num_warps(block), enable_fp_fusion=False, **dependent_launch(x.device),
         )  # fmt: skip
     return out
 
@@ -114,7 +149,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """(RMSNorm of x + residual, x + residual), both [R, H] as residual is; x [R, H] or parts of it, fp32 [S, R, H]."""
     num_rows, width = _summands(x, residual)
-    eps = _norm_settings(weight, width, eps, ("residual", residual))
+    eps = _eps(eps, width, ("residual", residual))
+    _check_weight(weight, (width,), ("residual", residual))
     if not use_triton(x, residual, weight):
         return add_rms_norm_ref(x, residual, weight, eps)
     parts = x if x.dim() == 3 else x[None]
@@ -123,7 +159,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6)
     with device_guard(x):
         _add_rms_norm_kernel[(num_rows,)](
             x, residual, weight, normed, total, eps, *parts.stride()[:2], residual.stride(0),
-            H=width, BLOCK=block, PARTS=len(parts), num_warps=num_warps(block), **dependent_launch(x.device),
+            H=width, BLOCK=block, PARTS=len(parts), num_warps=num_warps(block), enable_fp_fusion=False,
+            **dependent_launch(x.device),
         )  # fmt: skip
     return normed, total
 
@@ -139,17 +176,21 @@ def add_parts(x: Tensor, residual: Tensor) -> Tensor:
     with device_guard(x):
         _add_parts_kernel[(num_rows,)](
             x, residual, total, *parts.stride()[:2], residual.stride(0),
-            H=width, BLOCK=block, PARTS=len(parts), num_warps=num_warps(block), **dependent_launch(x.device),
+            H=width, BLOCK=block, PARTS=len(parts), num_warps=num_warps(block), enable_fp_fusion=False,
+            **dependent_launch(x.device),
         )  # fmt: skip
     return total
 
 
-def _norm_settings(weight: Tensor, width: int, eps: float, near: Named) -> float:
-    """Check the weight [H] of a norm over rows of `width` and its eps, which comes back."""
+def _eps(eps: float, width: int, near: Named) -> float:
+    """Check the eps of a norm over rows of `width`, which comes back, and that a program can hold such a row."""
     if width > MOST_COLUMNS:
         raise ValueError(f"{near[0]} has rows of H = {width}; expected at most {MOST_COLUMNS}")
-    tensor("weight", weight, "H", FLOATS, (width,), near=near)
     return number("eps", eps, 0, HUGE)
+
+
+def _check_weight(weight: Tensor, sizes: tuple[int, ...], near: Named) -> None:
+    tensor("weight", weight, "G H" if len(sizes) == 2 else "H", FLOATS, sizes, near=near)
 
 
 def _summands(x: Tensor, residual: Tensor) -> torch.Size:
@@ -163,13 +204,25 @@ def _summands(x: Tensor, residual: Tensor) -> torch.Size:
     return shape
 
 
-def rms_norm_ref(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """RMSNorm over the last dimension as LlamaRMSNorm rounds it, differentiable; without a weight, x itself."""
-    if weight is None:
-        return x
+def rms_norm_ref(
+    x: Tensor, weight: Tensor | None, eps: float, *, centered: bool = False, round_once: bool = False,
+    plus_one: bool = False,
+) -> Tensor:  # fmt: skip
+    """`rms_norm` in plain PyTorch, differentiable."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if centered:
+        wide = wide - wide.mean(-1, keepdim=True)
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (weight * normed.to(x.dtype)).to(x.dtype)
+    if not round_once:
+        normed = normed.to(x.dtype)
+    if weight is not None:
+        normed = (1.0 + weight.to(wide.dtype) if plus_one else weight) * normed
+    return normed.to(x.dtype)
+
+
+def given_norm_ref(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm over the last dimension where there is a weight, else x itself; differentiable."""
+    return x if weight is None else rms_norm_ref(x, weight, eps)
 
 
 def add_rms_norm_ref(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -180,5 +233,13 @@ def add_rms_norm_ref(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1
 
 def add_parts_ref(x: Tensor, residual: Tensor) -> Tensor:
     """`add_parts` in plain PyTorch, differentiable."""
-    whole = x if x.dim() == residual.dim() else x.sum(0)
+    whole = x if x.dim() == residual.dim() else sum_parts_ref(x, residual.dtype)
     return (whole + residual).to(residual.dtype)
+
+
+def sum_parts_ref(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of parts [S, ...], in order, in this dtype."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total.to(dtype)

@@ -24,7 +24,7 @@ from typing import cast
 
 import torch
 from eagle_fast_kernels.draft_head import head_input
-from eagle_fast_kernels.rms_norm import add_parts, add_rms_norm, rms_norm_ref
+from eagle_fast_kernels.rms_norm import add_parts, add_rms_norm, given_norm_ref
 from torch import Tensor, nn
 
 from eagle_fast.head.checkpoint import HeadCheckpoint, check_shapes, write_head
@@ -182,8 +182,8 @@ class DraftHead(nn.Module):
             return features
         if self.config.fc_norm:
             parts = zip(features.chunk(len(self.feature_norms), -1), self.feature_norms, strict=True)
-            features = torch.cat([rms_norm_ref(part, weight, eps) for part, weight in parts], -1)
-        features = rms_norm_ref(features, self.feature_norm, eps)
+            features = torch.cat([given_norm_ref(part, weight, eps) for part, weight in parts], -1)
+        features = given_norm_ref(features, self.feature_norm, eps)
         return features if self.fc is None else self.fc(features)
 
     def forward(
@@ -231,7 +231,7 @@ class DraftHead(nn.Module):
             return x, x[..., -width:] if self.config.norm_before_residual else hidden
         assert self.fc is not None
         x = self.fc(x)
-        return rms_norm_ref(x, first.input_norm, eps), x
+        return given_norm_ref(x, first.input_norm, eps), x
 
     def _layers(self) -> list[DraftLayer]:
         return cast("list[DraftLayer]", self.layers)

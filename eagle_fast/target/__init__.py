@@ -11,6 +11,7 @@ interface    our attention and our cache as transformers sees them; what each at
 probe        what the attention layers are, learned from one token; which models are refused
 twin         a copy of the module tree that shares every weight
 fused        decoder layers of Llama's shape in nine launches
+norms        norms whose rows do not depend on how many there are
 longrope, experts   the two modules that would ask the device for a value
 shards       a model over several devices
 kind         which class of transformers loads a checkpoint, or that none does

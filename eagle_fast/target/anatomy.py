@@ -19,6 +19,8 @@ LAYER_LISTS = ("layers", "h", "blocks", "block")
 POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings")
 LLAMA_LAYERS = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"})
 LLAMA_NORMS = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"})
+NORM_EPSILONS = ("variance_epsilon", "eps")
+STOCK_CODE = ("transformers", "transformers_modules")  # the second: what came with a checkpoint
 
 
 class UnsupportedModel(ValueError):
@@ -260,6 +262,29 @@ def llama_norm(module: Any) -> Norm | None:
     if type(module).__name__ not in LLAMA_NORMS:
         return None
     return Norm(module.weight, module.variance_epsilon)
+
+
+class RowNormParts(NamedTuple):
+    """What a norm of rows has, whatever it computes."""
+
+    weight: nn.Parameter | None  # [H], or [G, H] for rows in groups of G
+    eps: float
+
+
+def row_norm_parts(module: Any) -> RowNormParts | None:
+    """Of a module that transformers or a checkpoint's own code calls a norm, if it has a plain weight or none, an
+    epsilon, and nothing else to compute with. PyTorch's own norms are not among them."""
+    kind = type(module)
+    if "Norm" not in kind.__name__ or kind.__module__.partition(".")[0] not in STOCK_CODE:
+        return None
+    held = {name: value for name, value in [*module._parameters.items(), *module._buffers.items()] if value is not None}
+    weight = held.pop("weight", None)
+    eps = next((vars(module)[name] for name in NORM_EPSILONS if name in vars(module)), None)
+    if held or module._modules or not isinstance(eps, float):
+        return None
+    if weight is not None and (type(weight.data) is not torch.Tensor or weight.dim() > 2 or weight.is_meta):
+        return None
+    return RowNormParts(weight, eps)
 
 
 class LlamaLayer(NamedTuple):

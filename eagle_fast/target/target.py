@@ -44,6 +44,7 @@ from eagle_fast.target.interface import (
     use_our_attention,
 )
 from eagle_fast.target.longrope import LongRope, freeze_alpha_rope, freeze_longrope
+from eagle_fast.target.norms import use_row_norms
 from eagle_fast.target.probe import probe
 from eagle_fast.target.shards import Shard, connect, shards_of
 from eagle_fast.target.sound import check_rows, check_shapes, settle
@@ -132,6 +133,7 @@ class Target:
         if not self.offloaded:
             if fuse:
                 self.handover = fuse_layers(self.decoder_layers, self.decoder, self.touched)
+            use_row_norms(self.model, self.touched)
             use_few_rows_linear(self.model)
         lm_head = model.get_output_embeddings()
         self.vocab_size, self.dtype = lm_head.weight.shape[0], lm_head.weight.dtype

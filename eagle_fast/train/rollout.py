@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from eagle_fast_kernels.draft_head import rope_ref
-from eagle_fast_kernels.rms_norm import rms_norm_ref
+from eagle_fast_kernels.rms_norm import given_norm_ref
 from torch import Tensor
 
 from eagle_fast.head import DraftHead
@@ -50,7 +50,7 @@ def _rotated(head: DraftHead, layer, qkv: Tensor, positions: Tensor, tables) -> 
     config = head.config
     heads = qkv.view(*qkv.shape[:2], -1, config.head_dim)
     query, key, value = heads.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), 2)
-    query, key = rms_norm_ref(query, layer.q_norm, layer.eps), rms_norm_ref(key, layer.k_norm, layer.eps)
+    query, key = given_norm_ref(query, layer.q_norm, layer.eps), given_norm_ref(key, layer.k_norm, layer.eps)
     query, key = (rope_ref(x, positions, *tables, config.rope_interleaved) for x in (query, key))
     return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 

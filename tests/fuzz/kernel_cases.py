@@ -55,6 +55,12 @@ def compact_arguments() -> dict[str, Any]:
     )
 
 
+def grouped_norm_arguments() -> dict[str, Any]:
+    return dict(
+        x=floats(2, 3, 6), weight=floats(3, 6), eps=1e-5, centered=True, round_once=True, plus_one=False
+    )  # fmt: skip
+
+
 def grow_arguments(level: int) -> dict[str, Any]:
     rows = 2 if level else 1
     return dict(
@@ -221,6 +227,7 @@ def _cases() -> dict[str, Case]:
         "rms_norm": Case(
             rms_norm.rms_norm, rms_norm.rms_norm_ref, lambda: dict(x=floats(2, 3, 6), weight=floats(6), eps=1e-5)
         ),
+        "rms_norm, of groups": Case(rms_norm.rms_norm, rms_norm.rms_norm_ref, grouped_norm_arguments),
         "add_parts": Case(
             rms_norm.add_parts, rms_norm.add_parts_ref, lambda: dict(x=floats(3, 6), residual=floats(3, 6))
         ),

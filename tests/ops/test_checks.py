@@ -44,7 +44,11 @@ def test_both_sides_are_shown(device):
     with refused(r"gate_up has rows of 9"):
         silu_mul(x[:, :9])
     with refused(r"weight is None \(NoneType\)"):
-        rms_norm(x, None)
+        add_rms_norm(x, x, None)
+    with refused(r"weight is float32 \[2, 128\]", r"\[G, H\] = \[4, 128\]"):
+        rms_norm(x, torch.stack([weight, weight]))
+    with refused(r"round_once is 1 \(int\)"):
+        rms_norm(x, weight, round_once=1)
     with refused("eps is nan"):
         rms_norm(x, weight, float("nan"))
     with refused(r"residual: float32 \[4, 128\], contiguous, on meta", "x is float32"):

@@ -1,5 +1,7 @@
 """Products in parts, and launches that overlap: they change when things run, not what comes out."""
 
+import functools
+
 import pytest
 import torch
 from eagle_fast_kernels.draft_head import rope_append
@@ -47,6 +49,52 @@ def test_rope_append_adds_the_parts(normed, way, monkeypatch, device):
     torch.testing.assert_close(queries, whole, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(kept, slabs, rtol=1e-5, atol=1e-5)
     assert kept.any()
+
+
+@WAYS
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_parts_are_rotated_and_written_to_the_bits_of_the_product_that_comes_whole(
+    dtype, normed, way, monkeypatch, device
+):
+    monkeypatch.setenv("EAGLE_FAST_KERNELS", way)
+    parts = torch.randn(3, 2, 3, 8 * 16, device=device)
+    check_parts_and_rows(parts, normed, dtype, device)
+
+
+def check_parts_and_rows(parts, normed, dtype, device):
+    """The same queries, keys and values from parts [S, 2, T, 8 D] or whole, of all rows or of the last alone."""
+    num_rows, head_dim = parts.shape[2], parts.shape[3] // 8
+    norms = {name: (torch.rand(head_dim, device=device) + 0.5).to(dtype) for name in ("q_norm", "k_norm")}
+    (positions, cos, sin, keys, values, slots, *heads), slabs = rope_case(device, dtype, num_rows, head_dim=head_dim)
+
+    def run(qkv, rows=slice(None)):
+        slabs.zero_()
+        arguments = (positions[:, rows].contiguous(), cos, sin, keys, values, slots + (rows.start or 0), *heads)
+        queries = rope_append(qkv[..., rows, :], *arguments, **(norms if normed else {}))
+        return queries.clone(), slabs.clone()
+
+    whole = functools.reduce(torch.add, parts).to(dtype)
+    queries, kept = run(parts)
+    assert kept.any()
+    for mine, expected in zip(run(whole), (queries, kept), strict=True):
+        assert torch.equal(mine, expected)
+    for given in (parts, whole):
+        last = run(given, slice(num_rows - 1, num_rows))
+        assert torch.equal(last[0], queries[:, :, -1:])
+        for sequence, slot in enumerate((7, 2)):
+            row = slot + num_rows - 1
+            assert torch.equal(last[1][:, sequence, :, row], kept[:, sequence, :, row])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_a_rotated_row_of_a_real_width_has_the_same_bits_in_every_form(head_dim, dtype, normed):
+    """One row in a program, and several: 2 sequences of 1, 30 and 60 rows."""
+    for num_rows in (30, 60):
+        check_parts_and_rows(torch.randn(4, 2, num_rows, 8 * head_dim, device="cuda"), normed, dtype, "cuda")
 
 
 @WAYS

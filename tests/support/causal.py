@@ -1,7 +1,8 @@
 """Attention for a draft head on its own, without a slab."""
 
 import torch
-from eagle_fast_kernels.draft_head import rms_norm_ref, rope_ref
+from eagle_fast_kernels.draft_head import rope_ref
+from eagle_fast_kernels.rms_norm import given_norm_ref
 
 POSITIONS = 10  # most rows of a sequence
 
@@ -17,8 +18,8 @@ class CausalAttention:
         heads = qkv.unflatten(-1, (-1, layer.head_dim))
         q, k, v = heads.split((layer.num_heads, layer.num_kv_heads, layer.num_kv_heads), 2)
         table = positions, self.cos, self.sin, layer.rope_interleaved
-        q = rope_ref(rms_norm_ref(q, layer.q_norm, layer.eps), *table)
-        k = rope_ref(rms_norm_ref(k, layer.k_norm, layer.eps), *table)
+        q = rope_ref(given_norm_ref(q, layer.q_norm, layer.eps), *table)
+        k = rope_ref(given_norm_ref(k, layer.k_norm, layer.eps), *table)
         if index in self.kept:
             k, v = torch.cat((self.kept[index][0], k), 1), torch.cat((self.kept[index][1], v), 1)
         self.kept[index] = k, v
