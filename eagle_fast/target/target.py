@@ -30,6 +30,7 @@ from eagle_fast.target.anatomy import (
     learned_positions,
     take_temperature,
 )
+from eagle_fast.target.exactness import UNMEASURED, UNMEASURED_OFFLOADED
 from eagle_fast.target.experts import ExpertChoice
 from eagle_fast.target.features import Features
 from eagle_fast.target.fused import Handover, fuse_layers
@@ -90,6 +91,7 @@ class Target:
     of the embedding, `devices` are all of them, that of the logits first. Raises UnsupportedModel.
     turn: whose turn it is to launch forwards, see `Turns`.
     fuse: False leaves every decoder layer to the stock code.
+    exactness: whether decoding with a head gives the bits of plain decoding, as the check found it.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class Target:
         settle(model)
         check_rows(model)
         self.stock, self.offloaded = model, is_offloaded(model)
+        self.exactness = UNMEASURED_OFFLOADED if self.offloaded else UNMEASURED  # until it is checked
         before, self._noted = self._stock_portrait(), set[tuple[int, str]]()
         self.anatomy = Anatomy(model)
         self.capped = attention_of(model) != "sdpa"  # SDPA has no softcap: such a model runs without it
