@@ -16,7 +16,8 @@ from eagle_fast.target import Exactness, Target
 from eagle_fast.target.bits import measured
 from eagle_fast.target.check import check_target
 from eagle_fast.target.fused import FusedLayer
-from eagle_fast.target.paths import BUSHY, CHAIN, PATH, wide
+from eagle_fast.target.paths import BUSHY, CHAIN, PATH, runs, wide
+from eagle_fast.target.rehearsal import MOST_NODES
 
 DENSE = [
     "llama", "llama3_rope", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "smollm3",
@@ -181,6 +182,34 @@ def test_numbers_that_are_none_are_equal(monkeypatch):
     target = Target(make("llama"), (2,), fuse=False)
     wrap(target.decoder_layers[2], "mlp", lambda out: out * float("nan"))
     assert measure(target) == "bitwise"
+
+
+def test_before_the_size_of_trees_is_known_the_largest_is_tried():
+    target = Target(make("llama"), (2,))
+    cache = target.new_cache(1, 64)
+    sizes = [[len(run.form.parents) for _, others in runs(target, cache.slab, 0, n) for run in others] for n in (9, -1)]
+    assert sizes[0] == [5, 12, 9, 17, 12, 5, 12, 9, 33]
+    assert max(sizes[1]) == MOST_NODES
+
+
+def test_learned_positions_that_end_early_are_kept_to():
+    target = Target(make("gpt2", n_positions=40), (2,))
+    check_target(target, 60)
+    assert target.exactness in {"bitwise", "rounding"}
+
+
+def test_without_memory_for_it_nothing_is_promised(monkeypatch):
+    target = Target(make("llama"), (2,))
+    verify = target.verify
+
+    def out_of_memory(tokens, *rest):
+        if len(tokens) > 1:
+            raise torch.OutOfMemoryError
+        return verify(tokens, *rest)
+
+    compute_row_by_row(monkeypatch)
+    target.verify = out_of_memory
+    assert measure(target).reason == "bits were not compared, so texts may differ by rounding"
 
 
 # -- what a model is told to be ---------------------------------------------------------------------------------------
