@@ -21,7 +21,7 @@ from eagle_fast.decoding.validate import check_flags
 from eagle_fast.head import DraftHead
 from eagle_fast.messages import warn_user
 from eagle_fast.options import option_names, refuse_unknown
-from eagle_fast.target import Target
+from eagle_fast.target import Exactness, Target
 from eagle_fast.target.check import checked_target
 from eagle_fast.target.turns import autocast_on
 
@@ -41,6 +41,17 @@ class CallsMixin:
     states: IdleStates
     tokenizer: Any
     generate: Callable
+
+    @property
+    def exactness(self) -> Exactness:
+        """How exactly decoding with the head gives the text of the engine's own plain decoding, as measured of
+        base_model when it was loaded, or changed.
+
+        "bitwise": in this model's dtype on this device, it gives the bits of plain decoding, and so its text.
+        "rounding": the two may differ by rounding, from the module `exactness.module` on, and a text may part where the
+        two best scores are about a rounding apart. `exactness.reason` says why. See docs/exactness.md.
+        """
+        return self.target.exactness
 
     def _new_target(self) -> Target:
         boundaries = tuple(self.ea_layer.config.feature_layers)

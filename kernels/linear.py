@@ -9,6 +9,7 @@ for 7.5 B weights in bf16 at 3.08 TB/s). x comes from L2 once for every BLOCK_N 
 as still fill the GPU; narrow weights are also split along K, and the parts are added by the kernel that reads the
 product (`add_rms_norm`, `rope_append`), which costs no launch. The tile and the splits depend on the weight alone, as
 does the order of additions: a row's result does not depend on how many rows there are, nor on what they hold.
+`many_rows.py` has the same for more rows than are fast here.
 
 int8 weights (a scale per row) become bf16 after the load, exactly: a byte with 0x43 above it is cut into 0x4300 | its
 low seven bits, which is 128 more than they are, and 0x4300 | its top bit, 128 or 256; the difference is its value.
@@ -87,6 +88,13 @@ def weight_tile(weight: Tensor, num_rows: int, *, split: bool) -> Tile:
     most = shared_memory // 2 - 1024 if crowded else shared_memory  # room for two programs per multiprocessor
     num_stages = min(4 if size == 2 or wide else 6, max(2, most // stage))
     return Tile(block_m, block_n, block_k, splits, num_warps, num_stages)
+
+
+def part_bounds(weight: Tensor) -> list[int]:
+    """Where K is cut into the parts of `few_rows_sums`, 0 and K included."""
+    tile, inner = weight_tile(weight, MOST_ROWS, split=True), weight.shape[1]
+    share = triton.cdiv(triton.cdiv(inner, tile.block_k), tile.splits) * tile.block_k
+    return [min(part * share, inner) for part in range(tile.splits + 1)]
 
 
 def _most_splits(steps: int, most: int) -> int:
@@ -196,7 +204,7 @@ def _few_rows_kernel(
     if bias_ptr is not None:
         z += tl.where(split == 0, tl.load(bias_ptr + weight_rows).to(tl.float32), 0.0)[None, :]
     if GATED:
-        gate, up = tl.split(tl.reshape(z, (BLOCK_M, BLOCK_N // 2, 2)))
+        gate, up = tl.split(tl.reshape(z.to(out_ptr.dtype.element_ty).to(tl.float32), (BLOCK_M, BLOCK_N // 2, 2)))
         z = gate * tl.sigmoid(gate) * up
         columns = tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
     else:
@@ -256,9 +264,7 @@ def few_rows_matmul(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, b
     _check(x, weight, scale, bias)
     if not _streams(x, weight, scale, bias):
         return few_rows_matmul_ref(x, weight, scale=scale, bias=bias)
-    out = x.new_empty(*x.shape[:-1], len(weight))
-    _launch(x, weight, scale, bias, out, weight_tile(weight, x.shape[:-1].numel(), split=False))
-    return out
+    return kernel_product(x, weight, scale, bias, split=False)
 
 
 def few_rows_sums(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -269,14 +275,11 @@ def few_rows_sums(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bia
     _check(x, weight, scale, bias)
     if not _streams(x, weight, scale, bias):
         return few_rows_matmul_ref(x, weight, scale=scale, bias=bias)
-    tile = weight_tile(weight, x.shape[:-1].numel(), split=True)
-    out = x.new_empty(tile.splits, *x.shape[:-1], len(weight), dtype=torch.float32)
-    _launch(x, weight, scale, bias, out, tile)
-    return out
+    return kernel_product(x, weight, scale, bias, split=True)
 
 
 def gated_matmul(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """silu(gate) * up, [..., I], of the rows gate | up of weight [2I, K]; others as `few_rows_matmul`."""
+    """silu(gate) * up, [..., I], of the rows gate | up of weight [2I, K], both rounded; others as `few_rows_matmul`."""
     _check(x, weight, scale, bias, "2I K")
     if len(weight) % 2:
         raise ValueError(f"weight has {len(weight)} rows; expected 2I, an even number: gate | up")
@@ -284,6 +287,15 @@ def gated_matmul(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bias
         return gated_matmul_ref(x, weight, scale=scale, bias=bias)
     out = x.new_empty(*x.shape[:-1], len(weight) // 2)
     _launch(x, weight, scale, bias, out, weight_tile(weight, x.shape[:-1].numel(), split=False), gated=True)
+    return out
+
+
+def kernel_product(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, *, split: bool) -> Tensor:
+    """The kernel's, of any number of rows: [..., N] in x's dtype, or with `split` its parts, fp32 [S, ..., N]."""
+    tile = weight_tile(weight, x.shape[:-1].numel(), split=split)
+    shape = *x.shape[:-1], len(weight)
+    out = x.new_empty(tile.splits, *shape, dtype=torch.float32) if split else x.new_empty(*shape)
+    _launch(x, weight, scale, bias, out, tile)
     return out
 
 
@@ -303,7 +315,7 @@ def _launch(
             tile.splits, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GATED=gated,
             EVEN=even, UPCAST=upcast(x.dtype),
             PREFETCH=even and prefetches(weight, inner // tile.splits),
-            num_warps=tile.num_warps, num_stages=tile.num_stages, **dependent_launch(x.device),
+            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=False, **dependent_launch(x.device),
         )  # fmt: skip
 
 

@@ -39,8 +39,9 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     block = min(1024, triton.next_power_of_2(width))
     with device_guard(gate_up):
         _silu_mul_kernel[(num_rows, triton.cdiv(width, block))](
-            gate_up, out, gate_up.stride(0), I=width, BLOCK=block, num_warps=4, **dependent_launch(gate_up.device)
-        )
+            gate_up, out, gate_up.stride(0), I=width, BLOCK=block, num_warps=4, enable_fp_fusion=False,
+            **dependent_launch(gate_up.device),
+        )  # fmt: skip
     return out
 
 

@@ -144,7 +144,7 @@ def tree_attention(
     paths = q.new_empty(groups, node_programs, first + num_queries, dtype=torch.int32)
     # Programs that start early find some multiprocessors taken and crowd on the rest: a long cache does not forgive it.
     overlap = dependent_launch(q.device)
-    late = {name: value and (name == "PDL" or num_rows < LONG_CACHE) for name, value in overlap.items()}
+    late: dict[str, Any] = {name: value and (name == "PDL" or num_rows < LONG_CACHE) for name, value in overlap.items()}
     by_depth = 0 if depths is None else depths.stride(0)
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *ancestors.stride()[:2], by_depth
     shared: dict[str, Any] = dict(

@@ -6,6 +6,7 @@ import copy
 
 import torch
 from eagle_fast_kernels.linear import few_rows_matmul, few_rows_sums, gated_matmul, streams
+from eagle_fast_kernels.many_rows import row_invariant_gated, row_invariant_matmul, row_invariant_sums
 from torch import Tensor, nn
 
 LARGEST = 127  # of a quantized weight, in either direction
@@ -13,8 +14,18 @@ PRODUCT = nn.Linear.forward
 BLOCK_ROWS = 4096  # of a weight, quantized at a time
 
 
+class RowOrder:
+    """Whether products of any number of rows are to have the bits of few rows: while decoded rows are computed."""
+
+    def __init__(self) -> None:
+        self.kept = False
+
+
 class FewRowsLinear(nn.Linear):
-    """nn.Linear whose products of a few rows take the fast way."""
+    """nn.Linear whose products of a few rows take the fast way. order: of whoever runs it, None where bits of more rows
+    do not matter."""
+
+    order: RowOrder | None = None
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None = None) -> FewRowsLinear:
@@ -26,16 +37,26 @@ class FewRowsLinear(nn.Linear):
         return linear
 
     def forward(self, input: Tensor) -> Tensor:
+        if self._keeps_order:
+            return row_invariant_matmul(input, self.weight, self.bias)
         if input.device.type != "cpu" and not streams(input, self.weight):
             return super().forward(input)
         return few_rows_matmul(input, self.weight, bias=self.bias)
 
+    @property
+    def _keeps_order(self) -> bool:
+        return self.order is not None and self.order.kept
+
     def sums(self, input: Tensor) -> Tensor:
         """The product [..., N], or parts of it [S, ..., N] in fp32: see `few_rows_sums`."""
+        if self._keeps_order:
+            return row_invariant_sums(input, self.weight, self.bias)
         return few_rows_sums(input, self.weight, bias=self.bias)
 
     def gated(self, input: Tensor) -> Tensor:
         """silu(gate) * up, [..., N / 2], where the weight is gate | up."""
+        if self._keeps_order:
+            return row_invariant_gated(input, self.weight, self.bias)
         return gated_matmul(input, self.weight, bias=self.bias)
 
 
@@ -87,11 +108,14 @@ def is_plain(module: nn.Module) -> bool:
     return type(module.weight.data) is Tensor
 
 
-def use_few_rows_linear(model: nn.Module) -> None:
-    """Replace every plain nn.Linear of `model` by one that shares its weight."""
+def use_few_rows_linear(model: nn.Module, order: RowOrder | None = None) -> None:
+    """Replace every plain nn.Linear of `model` by one that shares its weight. All, old and new, get the order."""
     for module in list(model.modules()):
         for name, child in module._modules.items():
             if child is not None and is_plain(child):
                 clone = copy.copy(child)
                 clone.__class__ = FewRowsLinear
                 module._modules[name] = clone
+    for module in model.modules():
+        if isinstance(module, FewRowsLinear):
+            module.order = order

@@ -7,6 +7,7 @@ absolute rotary position already, so a move is exact.
 
 from __future__ import annotations
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -54,6 +55,14 @@ class KVSlab:
             if slab.device not in moves:
                 moves[slab.device] = transfers.packed(slab.device, path, counts, lengths)
             compact_kv(slab, *moves[slab.device])
+
+    def sequence(self, index: int) -> KVSlab:
+        """One sequence of this slab: views of its rows."""
+        one, only = copy.copy(self), slice(index, index + 1)
+        one.slabs = [slab[:, only] for slab in self.slabs]
+        one.keys = {layer: keys[only] for layer, keys in self.keys.items()}
+        one.values = {layer: values[only] for layer, values in self.values.items()}
+        return one
 
     def copy_prefix(self, other: KVSlab, count: int) -> None:
         """Take over the first `count` rows of every sequence of `other`, a slab of the same layers and batch."""

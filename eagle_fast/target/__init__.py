@@ -17,6 +17,8 @@ shards       a model over several devices
 kind         which class of transformers loads a checkpoint, or that none does
 quantized    how quantized checkpoints are loaded
 sound        what a loaded model must be before it has a twin
+check, rehearsal, made_up, reference   a twin held against the user's model before it is trusted
+exactness, bits, paths, differing   a twin held against itself, bit for bit
 devices, placement  device maps, checked before anything is loaded
 turns        one thread launches at a time, and devices run turns in order
 
@@ -24,6 +26,7 @@ A further family of Llama's shape: see CONTRIBUTING.md.
 """
 
 from eagle_fast.target.anatomy import UnsupportedModel
+from eagle_fast.target.exactness import Exactness
 from eagle_fast.target.target import Target, Verified
 
-__all__ = ["Target", "UnsupportedModel", "Verified"]
+__all__ = ["Exactness", "Target", "UnsupportedModel", "Verified"]

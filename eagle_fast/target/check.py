@@ -19,6 +19,8 @@ from transformers import PreTrainedModel
 
 from eagle_fast.messages import warn_user
 from eagle_fast.target.anatomy import UnsupportedModel, decoder_layers
+from eagle_fast.target.bits import measured
+from eagle_fast.target.exactness import Exactness
 from eagle_fast.target.fused import FusedLayer
 from eagle_fast.target.reference import in_precision
 from eagle_fast.target.rehearsal import NODES, PARTS, PLACE, PROMPT, Outputs, Rehearsal, rows_at
@@ -57,13 +59,16 @@ def checked_target(
 
 def check_target(target: Target, num_nodes: int = NODES) -> None:
     """Raises UnsupportedModel, which names the module, where the twin of a target computes something else than the
-    user's model does. num_nodes: how many each tree has; more than NODES change no result.
+    user's model does; else sets the target's `exactness`. num_nodes: how many each tree has; more than NODES change
+    nothing but, maybe, the exactness. Not positive: not known yet.
 
     Offloaded models are not checked, whose every forward takes seconds.
     """
     if not target.offloaded:
         with torch.no_grad(), target.turn.lock, target.turn(), evaluating(target.stock):
-            _Check(target, num_nodes).run()
+            check = _Check(target, num_nodes)
+            check.run()
+            target.exactness = check.exactness(num_nodes)
             target.leave_out_notes()
 
 
@@ -87,6 +92,11 @@ class _Check:
         runs.make_up()
         stock = runs.of_the_model(self.model, deep)
         self._compare(runs.of_the_twin(deep, stock), stock, deep)
+
+    def exactness(self, num_nodes: int) -> Exactness:
+        """After `run`, whose rows deep in a text are real ones to make others up after."""
+        runs = self.rehearsal
+        return measured(runs.target, self.names, runs.cache.slab, runs.deep, num_nodes)
 
     # -- how far apart ---------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ user's model runs both paths as texts, token by token or in one piece.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -59,7 +59,7 @@ class Rehearsal:
         count = PROMPT + NODES + AFTER
         ids = 5 + torch.arange(count) * 37 % (min(target.vocab_size, 1000) - 5)
         self.prompt, self.nodes, self.after = ids.to(target.device)[None].split([PROMPT, NODES, AFTER], 1)
-        self.deep = self._depth()
+        self.deep = depth_for(target, DEEP, PROMPT + DECODED + self.num_nodes)
         self.cache = target.new_cache(1, -(-(self.deep + PROMPT + len(ACCEPTED) + self.num_nodes) // 64) * 64)
 
     def make_up(self) -> None:
@@ -83,7 +83,9 @@ class Rehearsal:
         assert layers is not None
         logits = []
         forced = stock if self.routed else None
-        with _outputs(layers[1], lambda layer, _, hidden: hidden if forced is None else forced.texts[layer]) as found:
+        with layer_outputs(
+            layers[1], lambda layer, _, hidden: hidden if forced is None else forced.texts[layer]
+        ) as found:
             for part in parts:
                 out = model(input_ids=part, use_cache=True, **{cache_argument(model): cache})  # counts positions itself
                 logits.append(out.logits)
@@ -110,7 +112,7 @@ class Rehearsal:
                     hidden[0, row - first] = stock.layers[layer][place]
             return hidden
 
-        with _outputs(target.decoder_layers, force) as found:
+        with layer_outputs(target.decoder_layers, force) as found:
             target.choose_frequencies(cache, length)
             target.prefill(self.prompt, start, cache)
             first = target.verify(*self._tree(self.nodes, PARENTS, length), cache)
@@ -126,23 +128,28 @@ class Rehearsal:
     def _tree(self, tokens: Tensor, parents: Any, lengths: Tensor) -> tuple[Tensor, TreeStep]:
         """(tokens [1, T], step) of a tree whose first nodes are given; the rest are children of the root."""
         parents = [*parents, *[0] * (self.num_nodes - tokens.shape[1])]
-        seen: list[int] = []
-        for node, parent in enumerate(parents):
-            seen.append(1 << node | (seen[parent] if node else 0))
-        depths = torch.tensor([[bits.bit_count() - 1 for bits in seen]], device=lengths.device)
         more = tokens[:, :1].expand(-1, self.num_nodes - tokens.shape[1])
-        ancestors = torch.tensor(seen, device=lengths.device).view(1, -1, 1)
-        return torch.cat([tokens, more], 1), TreeStep(lengths, ancestors, depths)
+        return torch.cat([tokens, more], 1), TreeStep(lengths, *masks_of(parents, lengths.device))
 
-    def _depth(self) -> int:
-        """Position of the deep pass: DEEP, or what learned positions and a quarter of the memory left allow."""
-        target, room = self.target, PROMPT + DECODED + self.num_nodes
-        depth = DEEP if target.max_positions is None else min(DEEP, target.max_positions - room)
-        for device in {shape.device for shape in target.layer_shapes}:
-            if device.type == "cuda":
-                row = sum(shape.token_bytes for shape in target.layer_shapes if shape.device == device)
-                depth = min(depth, torch.cuda.mem_get_info(device)[0] // 4 // row)
-        return max(depth, PROMPT)
+
+def masks_of(parents: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(ancestors [1, T, 1], depths [1, T]) of a tree of up to MOST_NODES; -1 is the root's parent."""
+    seen: list[int] = []
+    for node, parent in enumerate(parents):
+        seen.append(1 << node | (seen[parent] if node else 0))
+    depths = torch.tensor([[bits.bit_count() - 1 for bits in seen]], device=device)
+    return torch.tensor(seen, device=device).view(1, -1, 1), depths
+
+
+def depth_for(target: Target, most: int, room: int, sequences: int = 1) -> int:
+    """A position up to `most`, as deep as learned positions, with `room` rows behind it, and a quarter of the memory
+    left for the rows of so many sequences allow."""
+    depth = most if target.max_positions is None else min(most, target.max_positions - room)
+    for device in {shape.device for shape in target.layer_shapes}:
+        if device.type == "cuda":
+            row = sum(shape.token_bytes for shape in target.layer_shapes if shape.device == device)
+            depth = min(depth, torch.cuda.mem_get_info(device)[0] // 4 // (row * sequences))
+    return max(depth, PROMPT)
 
 
 def rows_at(start: int) -> list[int]:
@@ -163,7 +170,9 @@ def _runnable(target: Target) -> PreTrainedModel:
 
 
 @contextmanager
-def _outputs(layers: nn.ModuleList, passed_on: Callable[[int, int, Tensor], Tensor]) -> Iterator[list[list[Tensor]]]:
+def layer_outputs(
+    layers: nn.ModuleList, passed_on: Callable[[int, int, Tensor], Tensor] = lambda layer, forward, hidden: hidden
+) -> Iterator[list[list[Tensor]]]:
     """In this block, the hidden states that each layer returns are kept, one for each forward.
 
     passed_on: of a layer's index, the forward's and these hidden states, what goes on to the next layer.

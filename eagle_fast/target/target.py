@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from eagle_fast.layers.attention import PrefillStep, Step, TreeStep
-from eagle_fast.layers.linear import use_few_rows_linear
+from eagle_fast.layers.linear import RowOrder, use_few_rows_linear
 from eagle_fast.layers.slab import KVSlab
 from eagle_fast.layers.transfers import Transfers, distinct
 from eagle_fast.messages import warn_user
@@ -30,6 +30,7 @@ from eagle_fast.target.anatomy import (
     learned_positions,
     take_temperature,
 )
+from eagle_fast.target.exactness import UNMEASURED, UNMEASURED_OFFLOADED
 from eagle_fast.target.experts import ExpertChoice
 from eagle_fast.target.features import Features
 from eagle_fast.target.fused import Handover, fuse_layers
@@ -91,6 +92,7 @@ class Target:
     of the embedding, `devices` are all of them, that of the logits first. Raises UnsupportedModel.
     turn: whose turn it is to launch forwards, see `Turns`.
     fuse: False leaves every decoder layer to the stock code.
+    exactness: whether decoding with a head gives the bits of plain decoding, as the check found it.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class Target:
         settle(model)
         check_rows(model)
         self.stock, self.offloaded = model, is_offloaded(model)
+        self.exactness = UNMEASURED_OFFLOADED if self.offloaded else UNMEASURED  # until it is checked
         before, self._noted = self._stock_portrait(), set[tuple[int, str]]()
         self.anatomy = Anatomy(model)
         self.capped = attention_of(model) != "sdpa"  # SDPA has no softcap: such a model runs without it
@@ -129,12 +132,12 @@ class Target:
         self.contexts = {device: AttentionContext() for device in distinct(shape.device for shape in self.layer_shapes)}
         self.bindings: list[LayerBinding] = []  # of the layers
         self._bind(calls)
-        self.handover = Handover()
+        self.handover, self.row_order = Handover(), RowOrder()
         if not self.offloaded:
             if fuse:
                 self.handover = fuse_layers(self.decoder_layers, self.decoder, self.touched)
             use_row_norms(self.model, self.touched)
-            use_few_rows_linear(self.model)
+            use_few_rows_linear(self.model, self.row_order)
         lm_head = model.get_output_embeddings()
         self.vocab_size, self.dtype = lm_head.weight.shape[0], lm_head.weight.dtype
         self.draft_device = draft_device or self.device
@@ -281,6 +284,7 @@ class Target:
             rope.long_rows = cache.long_rows[rope.device]
         if tree_rows is not None:
             self.experts.for_rows(tree_rows)
+            self.row_order.kept = True
         try:
             yield
         finally:
@@ -295,6 +299,7 @@ class Target:
             rope.long_rows = None
         self.transfers.forget()
         self.handover.clear()
+        self.row_order.kept = False
         self.experts.restore()
         self.features.clear()
 

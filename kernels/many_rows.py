@@ -1,0 +1,146 @@
+"""Products of more rows than `linear.py`'s kernel is fast for, with the bits that it gives each (16 bits, a GPU).
+
+cuBLAS is faster there, and adds up along K in the order of the kernel's matrix instructions, wherever it does not cut K
+into parts of its own: which it does for some numbers of rows. So every number of rows is tried once, on random numbers:
+the product in one call, then a call for each part of K that the kernel has, then both with more rows, which are
+padding. The first whose bits are the kernel's is taken from then on; where none is, the kernel itself, which reads the
+weight once for every 64 rows. Tried on an H100 (cuBLAS 13.0), 13 numbers of rows from 65 to 2,048, eight weights: one
+call is right for all weights that the kernel does not cut, a call for each part nearly always.
+
+Bytes and flops: those of the product, and 4 S R N bytes of parts.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .check import ANY, HALVES, tensor
+from .linear import few_rows_matmul, few_rows_sums, gated_matmul, kernel_product, part_bounds, streams
+from .silu_mul import silu_mul
+
+PADDED = (128, 256)  # multiples of rows that are tried as well
+
+
+class Way(NamedTuple):
+    """rows: as many as the call to cuBLAS has; by_part: a call for each part of K."""
+
+    rows: int
+    by_part: bool
+
+
+class Shape(NamedTuple):
+    """Of a product, all that cuBLAS may choose by."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rows: int
+    columns: int
+    inner: int
+    biased: bool
+
+
+def row_invariant_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`few_rows_matmul` with its bits for any number of rows, where it has them: on a GPU, in 16 bits."""
+    if not _takes(x, weight, bias):
+        return few_rows_matmul(x, weight, bias=bias)
+    return _whole(_product(x, weight, bias, split=False), x.dtype)
+
+
+def row_invariant_sums(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`few_rows_sums` in the same way; or what they add up to, [..., N] in x's dtype, to the same bits."""
+    return _product(x, weight, bias, split=True) if _takes(x, weight, bias) else few_rows_sums(x, weight, bias=bias)
+
+
+def row_invariant_gated(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`gated_matmul` in the same way."""
+    if not _takes(x, weight, bias):
+        return gated_matmul(x, weight, bias=bias)
+    gate_up = _whole(_product(x, weight, bias, split=False), x.dtype)
+    return silu_mul(gate_up.view(-1, len(weight))).view(*x.shape[:-1], len(weight) // 2)
+
+
+def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether there are more rows than the kernel takes, which it would take if they were fewer."""
+    columns = tensor("x", x, "... K", HALVES, layout=ANY, empty=True)[-1] if x.dtype in HALVES else 0
+    return x.is_cuda and columns > 0 and not streams(x, weight) and streams(x.reshape(-1, columns)[:1], weight)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, *, split: bool) -> Tensor:
+    """[..., N] in x's dtype, or parts, fp32 [S, ..., N]."""
+    rows = x.reshape(-1, x.shape[-1])
+    aligned = all(
+        each.data_ptr() % 16 == 0 and each.stride(0) * each.element_size() % 16 == 0 for each in (rows, weight)
+    )
+    way = None
+    if aligned and rows.stride(1) == 1:
+        columns, inner = weight.shape
+        way = exact_way(Shape(x.device, x.dtype, len(rows), columns, inner, bias is not None), split)
+    if way is None:  # noqa: SIM108
+        out = kernel_product(rows, weight, None, bias, split=split)
+    else:
+        out = _by_torch(rows, weight, bias, way)
+    return out.view(*out.shape[:-2], *x.shape[:-1], len(weight))
+
+
+def _whole(product: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product, where it may be parts of it in fp32 [S, ..., N], which are added up in order."""
+    if product.dtype == dtype:
+        return product
+    total = product[0]
+    for part in product[1:]:
+        total = total + part
+    return total.to(dtype)
+
+
+def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, way: Way) -> Tensor:
+    """x [R, K] times weight [N, K] transposed, plus bias [N]: [R, N], or parts of it, fp32 [S, R, N]."""
+    num_rows = len(x)
+    if way.rows > num_rows:
+        x = F.pad(x, (0, 0, 0, way.rows - num_rows))
+    if not way.by_part:
+        return F.linear(x, weight, bias)[:num_rows]
+    bounds = part_bounds(weight)
+    out = x.new_empty(len(bounds) - 1, way.rows, len(weight), dtype=torch.float32)
+    for part, low, high in zip(out, bounds[:-1], bounds[1:], strict=True):
+        torch.mm(x[:, low:high], weight[:, low:high].T, out_dtype=torch.float32, out=part)
+    if bias is not None:
+        out[0] += bias
+    return out[:, :num_rows]
+
+
+def _ways(rows: int) -> Iterator[Way]:
+    for multiple in (1, *PADDED):
+        padded = -(-rows // multiple) * multiple
+        if multiple == 1 or padded > rows:
+            yield Way(padded, False)
+            yield Way(padded, True)
+
+
+@functools.cache
+def exact_way(shape: Shape, split: bool) -> Way | None:
+    """The first way that gives the bits of the kernel; None where there is none, or no memory to try. Waits for the
+    device, once for each shape."""
+    generator = torch.Generator(shape.device).manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=shape.device, dtype=shape.dtype)
+
+    try:
+        x, weight = normal(shape.rows, shape.inner), normal(shape.columns, shape.inner)
+        bias = normal(shape.columns) if shape.biased else None
+        expected = kernel_product(x, weight, None, bias, split=split)
+        for way in _ways(shape.rows):
+            if way.by_part and not split:
+                continue
+            out = _by_torch(x, weight, bias, way)
+            if torch.equal(out, expected if way.by_part else _whole(expected, shape.dtype)):
+                return way
+    except torch.OutOfMemoryError:
+        pass
+    return None
