@@ -62,7 +62,7 @@ def main() -> None:
     tokens = torch.randint(0, model.target.vocab_size, (1, args.context), generator=torch.Generator().manual_seed(0))
     states = [Round(model.target, head, tree, 1, args.context + tree.max_path) for head in (model.ea_layer, None)]
     for state in states:
-        state.begin(tokens, torch.tensor([args.context]), torch.tensor([state.max_length - 1]))
+        state.begin(tokens.tolist(), [state.max_length - 1])
     print(f"{'':<44}{'round':>9}{'plain':>9}{'draft':>9}  ms")
     for name, change in variants():
         with change:

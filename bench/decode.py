@@ -50,12 +50,19 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def read_turns(path: Path, limit: int) -> list[list[str]]:
+    """What the user says, turn after turn, in each of the first lines."""
+    return [json.loads(line)["turns"] for line in path.read_text().splitlines()[:limit]]
+
+
+def templated(tokenizer, chat: list[dict[str, str]]) -> list[int]:
+    """The prompt of a chat whose next turn is the assistant's."""
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
 def read_prompts(path: Path, tokenizer, limit: int) -> list[list[int]]:
-    prompts = []
-    for line in path.read_text().splitlines()[:limit]:
-        chat = [{"role": "user", "content": json.loads(line)["turns"][0]}]
-        prompts.append(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"])
-    return prompts
+    """The first turns."""
+    return [templated(tokenizer, [{"role": "user", "content": turns[0]}]) for turns in read_turns(path, limit)]
 
 
 def accepted_counts(model: EaModel, prompts: list[list[int]], args, temperature: float) -> Statistics:

@@ -69,6 +69,12 @@ def _op(op: str, shape: str, name: str) -> Callable[[dict], float]:
     return value
 
 
+def _share_of_texts(record: dict) -> float:
+    """Of all temperatures, sizes of a batch and conversations; a KeyError where the record is older than these."""
+    rows = [*record["rows"], *record["chat"]]
+    return sum(row["same"] for row in rows) / sum(row["prompts"] for row in rows)
+
+
 def _boundary(several: dict, one: dict) -> float:
     """What each boundary between GPUs adds to a round, in us."""
     return (several["round_ms"] - one["round_ms"]) / several["boundaries"] * 1e3
@@ -94,6 +100,10 @@ FIGURES = (
     ),
     Figure("round, SmolLM2-135M", ("round-smollm2-135m",), _field("round_ms"), "{:.2f} ms", "", _field("floor_ms")),
     Figure("SmolLM2 pair over plain decoding, T=0", (DECODE,), _mean_speedup, "{:.2f} x", "≥ 1.8 x"),
+    Figure("rows of logits, 8B, with a bit that is not plain decoding's", ("bits-llama-3.1-8b",), _field("differ"),
+           "{:,.0f}", "0"),
+    Figure("texts of the SmolLM2 pair that are plain decoding's, bfloat16", ("lossless-bfloat16",), _share_of_texts,
+           "{:.1%}", "100 %"),
     Figure("8B over 2 GPUs: a boundary adds", (f"{ROUND}-2gpus", ROUND), _boundary, "{:.0f} us", "≤ 60 us"),
     Figure("round, 70B over 2 GPUs", (f"{ROUND_70B}-2gpus",), _field("round_ms"), "{:.1f} ms", "≤ 1.15 x the floor",
            _field("floor_ms")),
@@ -121,9 +131,8 @@ def figure_row(figure: Figure, records: dict[str, dict]) -> str | None:
 
 def figures_table(records: dict[str, dict]) -> list[str]:
     rows = [row for figure in FIGURES if (row := figure_row(figure, records))]
-    head = (
-        "| `bench/round.py`, `bench/decode.py`, `bench/ops.py` | measured | aim | floor (bytes) | hardware | commit |"
-    )
+    benches = "`round`, `decode`, `ops`, `bits`, `lossless` in `bench/`"
+    head = f"| {benches} | measured | aim | floor (bytes) | hardware | commit |"
     return [head, "| --- | --- | --- | --- | --- | --- |", *rows] if rows else []
 
 

@@ -89,10 +89,9 @@ def prompt(model: EaModel, args: argparse.Namespace) -> torch.Tensor:
 
 def begin(state: Round, tokens: torch.Tensor, temperature: float) -> None:
     """Prefill [B, L] tokens."""
-    batch, context = tokens.shape
     top_p = 0.9 if temperature else 0.0
     state.sampling.load(SamplingParams(temperature=temperature, top_p=top_p, seed=0), shared_noise=True)
-    state.begin(tokens, torch.full((batch,), context), torch.full((batch,), state.max_length - 1))
+    state.begin(tokens.tolist(), [state.max_length - 1] * len(tokens))
 
 
 def repeatable(state: Round) -> Callable[[], None]:

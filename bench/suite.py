@@ -37,6 +37,11 @@ ROUNDS = {  # record -> arguments of round.py
     "round-qwen3-32b": ["qwen3-32b"],
     "round-smollm2-135m": ["smollm2-135m"],
 }
+BITS = {  # record -> arguments of bits.py
+    "bits-llama-3.1-8b": [],
+    "bits-llama-3.1-8b-float16": ["--dtype", "float16"],
+}
+LOSSLESS = ("float32", "bfloat16", "float16")
 OVER_SEVERAL = ("llama-3.1-8b", "llama-3.3-70b")  # over 2, 4 and 8 GPUs, where there are as many
 
 
@@ -72,6 +77,10 @@ def run_round(name: str, args: argparse.Namespace) -> bool:
     return run("round.py", *arguments)
 
 
+def run_bits(name: str, args: argparse.Namespace) -> bool:
+    return run("bits.py", *BITS[name], "--out", str(RESULTS / f"{name}.json"), "--commit", args.commit)
+
+
 def run_ops(args: argparse.Namespace) -> bool:
     if not run("ops.py", "--out", str(RESULTS)):
         return False
@@ -105,8 +114,7 @@ def of_pair() -> dict[str, list[str]]:
     count = torch.cuda.device_count()
     several = {f"placements-smollm2-135m-{count}gpus": ["placements.py"]} if count > 1 else {}
     return {
-        "lossless-float32": ["lossless.py"],
-        "lossless-bfloat16": ["lossless.py", "--dtype", "bfloat16"],
+        **{f"lossless-{dtype}": ["lossless.py", "--chat", "--dtype", dtype] for dtype in LOSSLESS},
         "int8-head-smollm2-135m": ["int8_head.py"],
         **several,
     }
@@ -126,6 +134,7 @@ def main() -> int:
         print("bench: the benches of record need a CUDA GPU, and torch sees none here", file=sys.stderr)
         return 1
     benches = {name: lambda name=name: run_round(name, args) for name in rounds()}
+    benches |= {name: lambda name=name: run_bits(name, args) for name in BITS}
     benches["ops"] = lambda: run_ops(args)
     if args.prompts and (user_cache() / SMOLLM2 / "model.safetensors").is_file():
         benches["decode-smollm2-135m"] = lambda: run_decode(args)

@@ -31,13 +31,17 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-8b": _llama(4096, 12288, 36, 32, 8, 151936, model_type="qwen3", head_dim=128),
     "qwen3-32b": _llama(5120, 25600, 64, 64, 8, 151936, model_type="qwen3", head_dim=128),
     "smollm2-135m": _llama(576, 1536, 30, 9, 3, 49152, tie_word_embeddings=True),
+    "tiny": _llama(64, 96, 2, 4, 2, 131),  # for tests
 }
 DRAFT_VOCAB = 32000
 
 
-def build_target(name: str, device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
-    """A stock model with random weights; no byte of it passes through the host."""
+def build_target(
+    name: str, device: torch.device | str, dtype: torch.dtype = torch.bfloat16, *, layers: int | None = None
+) -> PreTrainedModel:
+    """A stock model with random weights; no byte of it passes through the host. layers: how many, if not its own."""
     settings = dict(SHAPES[name])
+    settings["num_hidden_layers"] = layers or settings["num_hidden_layers"]
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

@@ -9,6 +9,8 @@ Li et al. 2024; EAGLE-2 for the beam and the reranking, section 4).
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from eagle_fast_kernels.draft_head import rope_append
 from eagle_fast_kernels.grow import finish_tree, grow
@@ -38,14 +40,19 @@ class NoHead:
         """Take in what was accepted: features [B, T, F] of the tree's nodes, the path [B, A] of counts [B] of them,
         the tokens [B, A] after those, lengths [B] before them."""
 
-    def absorb_prompt(self, features: Tensor, tokens: Tensor, start: int, lengths: Tensor) -> None:
+    def absorb_prompt(self, features: Tensor, tokens: Tensor, start: int) -> None:
         """Take in a prompt chunk: features [B, C, F] of positions start.., tokens [B, C] after each."""
 
     def start_without_prefix(self, roots: Tensor) -> None:
         """Before a prompt is absorbed, which may have no token but its root."""
 
+    def row(self, index: int) -> NoHead:
+        """One sequence of this drafter, in the same memory: a drafter of batch 1."""
+        return self
+
     def copy_prefix(self, other: NoHead, count: int) -> None:
-        """Take over the first `count` cache rows of every sequence of `other`, which has the same batch."""
+        """Take over the first `count` cache rows of every sequence of `other`, which has the same batch, and the state
+        that its next tree grows from."""
 
     def adopt(self, rows: Tensor, other: NoHead) -> None:
         """Copy the first sequences of `other` to sequences `rows` [R] of this one."""
@@ -150,16 +157,13 @@ class Drafter(NoHead):
         torch.gather(hidden, 1, last, out=self.hidden[:, None])
         torch.gather(states, 1, last, out=self.states[:, None])
 
-    def absorb_prompt(self, features: Tensor, tokens: Tensor, start: int, lengths: Tensor) -> None:
-        count = tokens.shape[1]
-        attend = self._attend(PrefillStep(start, count), torch.full_like(lengths, start))
+    def absorb_prompt(self, features: Tensor, tokens: Tensor, start: int) -> None:
+        batch, count = tokens.shape
+        attend = self._attend(PrefillStep(start, count), torch.full((batch,), start, device=tokens.device))
         positions = torch.arange(start, start + count, device=tokens.device).expand_as(tokens)
         hidden, states = self.head(tokens, self.head.embed_features(features), positions, attend, parts=True)
-        last = lengths - 1 - start
-        here = ((last >= 0) & (last < count))[:, None]
-        last = last.clamp(0, count - 1)[:, None, None].expand(-1, 1, hidden.shape[-1])
-        self.hidden.copy_(torch.where(here, hidden.gather(1, last)[:, 0], self.hidden))
-        self.states.copy_(torch.where(here, states.gather(1, last)[:, 0], self.states))
+        self.hidden.copy_(hidden[:, -1])
+        self.states.copy_(states[:, -1])
 
     def start_without_prefix(self, roots: Tensor) -> None:
         """A sequence of one token has no features yet: draft its first tree from zeros. Costs acceptance, not text."""
@@ -168,9 +172,20 @@ class Drafter(NoHead):
         nothing = torch.zeros_like(roots)
         self._absorb_path(features, roots[:, None].repeat(1, path), nothing + 1, nothing)
 
+    def row(self, index: int) -> Drafter:
+        one, view = slice(index, index + 1), copy.copy(self)
+        view.slab = self.slab.row(index)
+        view.slabs = view.slab.slabs
+        view.hidden, view.states, view.path_masks = self.hidden[one], self.states[one], self.path_masks[one]
+        scores, candidates, masks = self.root
+        view.root = scores[one], candidates[one], masks[one]
+        return view
+
     def copy_prefix(self, other: NoHead, count: int) -> None:
         assert isinstance(other, Drafter)
         self.slab.copy_prefix(other.slab, count)
+        self.hidden.copy_(other.hidden)
+        self.states.copy_(other.states)
 
     def adopt(self, rows: Tensor, other: NoHead) -> None:
         assert isinstance(other, Drafter)

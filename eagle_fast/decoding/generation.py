@@ -142,7 +142,7 @@ class Decoding:
         started = time.perf_counter()
         with self.turn.lock, self.turn():
             self.state.sampling.load(self.request.sampling, self.request.shared_noise)
-            self.statistics.reused_tokens = [self._prefill()] * len(self.texts)
+            self.statistics.reused_tokens = self._prefill()
         device = self.state.target.device
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
@@ -176,23 +176,26 @@ class Decoding:
 
     # -- prompts ---------------------------------------------------------------------------------------------------
 
-    def _prefill(self) -> int:
-        """Prefill the texts so far; returns from which token on. With longrope, no further than the switch: past it,
-        all keys are recomputed."""
-        cpu = torch.device("cpu")  # whatever the default device is
-        lengths = torch.tensor([len(text) for text in self.texts], device=cpu)
-        tokens = torch.zeros(len(self.texts), int(lengths.max()), dtype=torch.long, device=cpu)
-        for row, text in enumerate(self.texts):
-            tokens[row, : len(text)] = torch.tensor(text, device=cpu)
+    def _prefill(self) -> list[int]:
+        """Prefill the prompts; returns from which token on each. With longrope, texts run to the switch for now."""
         ends = [self._end(row) for row in range(len(self.texts))]
         state, target, kept = self.state, self.state.target, self.request.reuse_cache
         edits = target.edits()
-        start = state.held.shared(self.texts, target, edits) if kept and state.held else 0
-        state.begin(tokens, lengths, torch.tensor(ends, device=cpu), start)
+        starts = state.held.shared(self.texts, target, edits) if kept and state.held else [0] * len(self.texts)
+        state.begin(self.texts, ends, starts)
         state.held = Held(self.texts, [0] * len(self.texts), are_long(self.texts, target), edits, kept)
         self._note_rows()
         self.limits = [end + 1 for end in ends]
-        return start
+        return starts
+
+    def _prefill_past_switch(self, row: int) -> None:
+        """Prefill a text that stands at longrope's switch: past it, all of its keys are recomputed."""
+        held, end = self.state.held, self._end(row)
+        if held is not None:
+            held.rows[row], held.long[row] = 0, True
+        self.state.begin_row(row, self.texts[row], end)
+        self._note_rows()
+        self.limits[row] = end + 1
 
     def _note_rows(self) -> None:
         """What the caches hold after a prefill or a whole round: all tokens that were read but the newest."""
@@ -216,22 +219,21 @@ class Decoding:
         for row in self.stopped:
             self.state.finish(row)
         self.stopped.clear()
-        if 0 in self._rooms() and not self.reports:
-            self._prefill()
+        for row in [row for row, room in self._rooms().items() if room == 0 and not self.reports]:
+            self._prefill_past_switch(row)
 
     def _launch(self) -> None:
         """Launch rounds until enough are under way. Each brings every live sequence a token or more, so none is
         launched where those under way end all of them for certain, nor where longrope's switch is due."""
-        rooms = self._rooms()
+        rooms = self._rooms().values()
         while len(self.reports) < self.ahead and min(rooms) > 0 and max(rooms) > len(self.reports):
             self.step()
             self.reports.send()
             self.records.send()
 
-    def _rooms(self) -> list[int]:
+    def _rooms(self) -> dict[int, int]:
         """Of every live sequence, how many tokens its text lacks to the length at which the device stops it."""
-        rows = zip(self.texts, self.limits, self.done, strict=True)
-        return [limit - len(text) for text, limit, done in rows if not done]
+        return {row: self.limits[row] - len(text) for row, text in enumerate(self.texts) if not self.done[row]}
 
     def _read(self) -> None:
         """Take in the oldest round under way. What it emitted for a sequence that had ended is dropped."""

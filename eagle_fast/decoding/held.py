@@ -1,9 +1,10 @@
 """What the cache of a decoding state holds when a call is over, and how much of it another call can go on with.
 
 B sequences. Row n of the cache holds the keys and values of token n, and row n of the head's cache pairs the features
-of token n with the token after it. So a call whose texts share their first P tokens with those held finds P rows for
-the target and P - 1 for the head: it prefills from token P - 1 on. All rows that differ are written over, whatever is
-different there: a chat template may render an earlier answer in other tokens than were decoded.
+of token n with the token after it. So a text that shares its first P tokens with the one held finds P rows for the
+target and P - 1 for the head: it is prefilled from token P - 1 on, whatever its neighbours share with theirs. All rows
+that differ are written over, whatever is different there: a chat template may render an earlier answer in other tokens
+than were decoded.
 
 Which rows are held is kept by the host, between rounds: on the device the caches go on past a stop token, and a round
 may be under way when a call ends. What such rounds write lies behind the rows that count here.
@@ -33,17 +34,17 @@ class Held:
     edits: int | None
     kept: bool
 
-    def shared(self, texts: Texts, target: Target, edits: int | None) -> int:
-        """From which token on all of these texts have to be prefilled now, the same for all: 0 where nothing fits."""
+    def shared(self, texts: Texts, target: Target, edits: int | None) -> list[int]:
+        """From which token on each of these texts has to be prefilled now: 0 where nothing fits."""
         if len(texts) != len(self.texts) or self.edits is None or self.edits != edits:
-            return 0
+            return [0] * len(texts)
         starts = []
         for text, mine, rows, long, now_long in zip(
             texts, self.texts, self.rows, self.long, are_long(texts, target), strict=True
         ):
             common = common_prefix(text, mine, rows) if long == now_long else 0
-            starts.append(min(common, len(text) - 1) - 1)
-        return max(min(starts), 0)
+            starts.append(max(min(common, len(text) - 1) - 1, 0))
+        return starts
 
 
 def are_long(texts: Texts, target: Target) -> list[bool]:

@@ -181,7 +181,8 @@ def walk_processed(
         chosen: list[int] = []
         node: int | None = 0
         while node is not None and len(nodes) < limit:
-            scores = process(row, logits[row, node][None].float())
+            # a copy: kernels add up a row in another order where it starts at an odd address
+            scores = process(row, logits[row, node][None].to(torch.float32, copy=True))
             token = state.sampling.choose_row(scores, row, lengths[row] + depths[row][node])
             nodes.append(node)
             chosen.append(token)

@@ -19,6 +19,7 @@ from enum import Enum
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from eagle_fast.decoding.reports import ReportRing
@@ -27,6 +28,7 @@ from eagle_fast.decoding.validate import check_flags
 
 NOT_RECORDED = ("output_attentions", "output_hidden_states")
 HOST = torch.device("cpu")
+ALIGNED = 4  # a softmax adds up a row that starts at no multiple of so many numbers in another order
 
 
 class Keeps(Enum):
@@ -89,7 +91,7 @@ class Kept:
         """Within a round: logits [B, T, V] of the tree's nodes, the accepted ones [B, A], the tokens after each."""
         accepted = logits[self.sequences, path].float()
         tokens = emitted.clamp(min=0)[..., None]  # -1 stands for NaN logits
-        self.logprobs.copy_(accepted.log_softmax(-1).gather(-1, tokens)[..., 0])
+        self.logprobs.copy_(_aligned(accepted).log_softmax(-1).gather(-1, tokens)[..., 0])
         if self.logits is not None:
             self.logits.copy_(accepted)
 
@@ -176,6 +178,12 @@ class Records:
                 if step < len(rows):
                     rows[step] = settled[step][row]  # the memory is held once
         return (*settled, *(_step(figures, step, pad) for step in range(len(settled), longest)))
+
+
+def _aligned(rows: Tensor) -> Tensor:
+    """rows [..., V], with -inf behind up to a multiple of ALIGNED: a row has the same bits wherever it lies."""
+    spare = -rows.shape[-1] % ALIGNED
+    return F.pad(rows, (0, spare), value=float("-inf")) if spare else rows
 
 
 def _step(figures: list[list[Tensor]], step: int, pad: int) -> Tensor:

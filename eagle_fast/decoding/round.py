@@ -16,7 +16,7 @@ The state lies on the device of the logits. A head elsewhere gets the roots and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -34,8 +34,10 @@ from eagle_fast.head import DraftHead
 from eagle_fast.layers.attention import TreeStep
 from eagle_fast.layers.transfers import distinct
 from eagle_fast.target import Target, Verified
+from eagle_fast.target.interface import SlabCache
 
-PREFILL_CHUNK = 8192  # prompt rows of all sequences that one forward takes: bounds its activations
+PREFILL_CHUNK = 8192  # rows of a prompt that one forward takes: bounds its activations
+HOST = torch.device("cpu")  # whatever the default device is
 
 
 class Round:
@@ -141,32 +143,52 @@ class Round:
     # -- before the first round ------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def begin(self, tokens: Tensor, prompt_lengths: Tensor, ends: Tensor, start: int = 0) -> None:
-        """Prefill all but the last token of each prompt.
+    def begin(self, texts: Sequence[Sequence[int]], ends: Sequence[int], starts: Sequence[int] | None = None) -> None:
+        """Prefill all but the last token of each prompt, `texts` [B] of one token or more.
 
-        tokens [B, P] from position 0 on, padded behind with any valid id; prompt_lengths [B] >= 1; ends [B]: the
-        length, root not counted, at which a sequence is done. All on the CPU or the target's device.
-        start: the first token to prefill, where the caches hold those before it; <= prompt_lengths - 2 unless 0.
+        Each is prefilled by itself, in chunks that its own length sets: its cache rows have the bits that they have
+        alone, whatever its neighbours are. Prompts of the very same tokens are prefilled once, and their rows copied.
+
+        ends [B]: the length, root not counted, at which a sequence is done.
+        starts [B]: the first token to prefill, where the caches hold those before it; <= its length - 2 unless 0.
         """
         self.held = None
-        device = self.target.device
-        tokens, prompt_lengths = tokens.to(device), prompt_lengths.to(device)
-        self.lengths.copy_(prompt_lengths - 1)
-        self.ends.copy_(ends)
-        self.roots.copy_(tokens.gather(1, self.lengths[:, None])[:, 0])
-        self.target.choose_frequencies(self.cache, prompt_lengths)
         if self.draft_sampling is not self.sampling:
             self.draft_sampling.copy_(self.sampling)
-        roots, lengths = self.target.transfers.packed(self.drafter.device, self.roots, self.lengths)
-        if start == 0:
-            self.drafter.start_without_prefix(roots)
-        prefix = tokens.shape[1] - 1
-        chunk = max(1, PREFILL_CHUNK // self.batch)
-        for first in range(start, prefix, chunk):
-            end = min(first + chunk, prefix)
-            features = self.target.prefill(tokens[:, first:end], first, self.cache)
-            following = tokens[:, first + 1 : end + 1].to(self.drafter.device)
-            self.drafter.absorb_prompt(features, following, first, lengths)
+        prefilled: dict[tuple[int, ...], int] = {}
+        for row, (text, end, start) in enumerate(zip(texts, ends, starts or [0] * len(texts), strict=True)):
+            source = row if start else prefilled.setdefault(tuple(text), row)
+            if source == row:
+                self.begin_row(row, text, end, start)
+            else:
+                self._begin_like(source, row, text, end)
+
+    @torch.no_grad()
+    def begin_row(self, row: int, text: Sequence[int], end: int, start: int = 0) -> None:
+        """`begin` of one sequence with the prompt `text`; the others stay as they are."""
+        cache, drafter = self._place(row, text, end)
+        tokens = torch.tensor([text], device=HOST).to(self.target.device)
+        prefix = len(text) - 1
+        if prefix == 0:
+            drafter.start_without_prefix(tokens[:, 0].to(drafter.device))
+        for first in range(start, prefix, PREFILL_CHUNK):
+            last = min(first + PREFILL_CHUNK, prefix)
+            features = self.target.prefill(tokens[:, first:last], first, cache)
+            drafter.absorb_prompt(features, tokens[:, first + 1 : last + 1].to(drafter.device), first)
+
+    def _begin_like(self, source: int, row: int, text: Sequence[int], end: int) -> None:
+        """`begin_row` by a copy of sequence `source`, which has the same prompt."""
+        cache, drafter = self._place(row, text, end)
+        cache.slab.copy_prefix(self.cache.slab.row(source), len(text) - 1)
+        drafter.copy_prefix(self.drafter.row(source), len(text) - 1)
+
+    def _place(self, row: int, text: Sequence[int], end: int) -> tuple[SlabCache, NoHead]:
+        """Set all that a sequence has but its cache rows; returns the caches of target and head, narrowed to it."""
+        for values, value in ((self.lengths, len(text) - 1), (self.roots, text[-1]), (self.ends, end)):
+            values[row].fill_(value)  # an assignment would wait for the device
+        cache = self.cache.row(row)
+        self.target.choose_frequencies(cache, torch.tensor([len(text)], device=HOST))
+        return cache, self.drafter.row(row)
 
     def finish(self, row: int) -> None:
         """Emit nothing more for this sequence."""

@@ -158,11 +158,11 @@ class IdleStates:
         """
         target, edits, alike = self.target, self.target.edits(), self._alike(wanted)
         found = [(each.state.held.shared(texts, target, edits), each) for each in alike if each.state.held]
-        start, best = max(found, key=lambda each: each[0], default=(0, None))
-        if best is None or start == 0:
+        starts, best = max(found, key=lambda each: sum(each[0]), default=([0], None))
+        if best is None or not any(starts):
             return None
         held = best.state.held
-        goes_on = held is not None and 2 * (start + 1) >= max(held.rows)
+        goes_on = held is not None and 2 * sum(start + 1 for start in starts) >= sum(held.rows)
         if goes_on and best.state.max_length >= wanted.max_length:
             return self._claim(best)
         try:
@@ -174,7 +174,7 @@ class IdleStates:
         except torch.OutOfMemoryError:
             return None  # for two there is no room
         if other is not best:
-            other.state.copy_prefix(best.state, start + 1)
+            other.state.copy_prefix(best.state, max(starts) + 1)
         if goes_on:
             self._drop([best])
         return other

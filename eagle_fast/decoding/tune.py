@@ -35,9 +35,7 @@ def round_seconds(target: Target, head: DraftHead, tree: TreeConfig, streams: Si
     max_length = PROMPT + (WARMUP_STEPS + 2 + ROUNDS) * tree.max_path
     state = Round(target, head, tree, 1, max_length)
     step = GraphedStep(state.step, state.devices, streams)
-    cpu = torch.device("cpu")  # whatever the default device is
-    tokens = torch.ones(1, PROMPT, dtype=torch.long, device=cpu)
-    state.begin(tokens, torch.tensor([PROMPT], device=cpu), torch.tensor([max_length - 1], device=cpu))
+    state.begin([[1] * PROMPT], [max_length - 1])
     for _ in range(WARMUP_STEPS + 1):
         step()
     _wait(target.device)

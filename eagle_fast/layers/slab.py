@@ -48,6 +48,14 @@ class KVSlab:
             for place, index in enumerate(members):
                 self.keys[index], self.values[index] = slab[2 * place], slab[2 * place + 1]
 
+    def row(self, index: int) -> KVSlab:
+        """One sequence of this slab, in the same memory: a slab of batch 1."""
+        one, view = slice(index, index + 1), copy.copy(self)
+        view.slabs = [slab[:, one] for slab in self.slabs]
+        view.keys = {layer: keys[one] for layer, keys in self.keys.items()}
+        view.values = {layer: values[one] for layer, values in self.values.items()}
+        return view
+
     def compact(self, path: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor, transfers: Transfers) -> None:
         """Move tree rows path[b, r], r < counts[b], to rows lengths[b] + r, in every layer, on whichever device."""
         moves: dict[torch.device, tuple[torch.Tensor, ...]] = {path.device: (path, counts, lengths)}

@@ -184,6 +184,11 @@ class SlabCache(Cache):
         self.layer_class_to_replicate = None
         self.offloading = False
 
+    def row(self, index: int) -> SlabCache:
+        """One sequence of this cache, in the same memory: a cache of batch 1."""
+        long_rows = {device: rows[index : index + 1] for device, rows in self.long_rows.items()}
+        return SlabCache(self.slab.row(index), self.contexts, long_rows)
+
     def adopt(self, rows: torch.Tensor, other: SlabCache) -> None:
         """Copy the first sequences of `other`, a cache of the same target, to sequences `rows` [R] of this one."""
         self.slab.adopt(rows, other.slab)

@@ -22,8 +22,7 @@ from eagle_fast.decoding.round import Round
 from eagle_fast.target import Target
 
 STEPS = 16  # a text runs STEPS / 2 tokens too far on average; a look takes the host some milliseconds
-ENTRY_SHARE = 16  # one of these of the batch is prefilled together
-PROMPT_STEP = 32  # prompts are padded to multiples of this
+ENTRY_SHARE = 16  # one of these of the batch is adopted together
 
 
 class Job(NamedTuple):
@@ -48,7 +47,6 @@ class Completer:
 
     def __init__(self, target: Target, batch: int, max_prompt: int, max_new: int, stop_ids: list[int], seed: int = 0):
         self.device, self.max_prompt, self.max_new = target.device, max_prompt, max_new
-        max_prompt = -(-max_prompt // PROMPT_STEP) * PROMPT_STEP
         self.state = Round(target, None, TreeConfig(), batch, max_prompt + max_new)
         self.entry = Round(target, None, TreeConfig(), max(1, batch // ENTRY_SHARE), max_prompt)
         for round_ in (self.state, self.entry):
@@ -75,28 +73,24 @@ class Completer:
         return self._collect(self.recent.cpu().numpy().T)
 
     def _admit(self, next_job: Callable[[], Job]) -> None:
-        """Only full rounds of new prompts, of like length, unless nothing else is left to run."""
+        """Only full rounds of new prompts, unless nothing else is left to run."""
         free, size = np.flatnonzero(~self.busy), self.entry.batch
         if self.busy.any():
             free = free[: len(free) // size * size]
-        jobs = sorted((next_job() for _ in free), key=lambda job: len(job.prompt))
+        jobs = [next_job() for _ in free]
         for first in range(0, len(free), size):
             self._start(free[first : first + size], jobs[first : first + size])
 
     def _start(self, rows: np.ndarray, jobs: list[Job]) -> None:
         entry = self.entry
         padding = [Job([0], 0)] * (entry.batch - len(jobs))
-        lengths = torch.tensor([len(job.prompt) for job in jobs + padding])
-        assert int(lengths.max()) <= self.max_prompt
+        prompts = [job.prompt for job in jobs + padding]
+        assert max(map(len, prompts)) <= self.max_prompt
         assert max(job.max_new for job in jobs) <= self.max_new
-        width = min(-(-int(lengths.max()) // PROMPT_STEP) * PROMPT_STEP, entry.max_length)
-        tokens = torch.zeros(entry.batch, width, dtype=torch.long)
-        for row, job in enumerate(jobs):
-            tokens[row, : len(job.prompt)] = torch.tensor(job.prompt)
         entry.sampling.temperature.copy_(torch.tensor([job.temperature for job in jobs + padding]))
         entry.sampling.min_p.copy_(torch.tensor([job.min_p for job in jobs + padding]))
         entry.sampling.sequences.copy_(torch.arange(entry.batch) + self.num_started)
-        entry.begin(tokens, lengths, lengths + torch.tensor([job.max_new - 1 for job in jobs + padding]))
+        entry.begin(prompts, [len(job.prompt) + job.max_new - 1 for job in jobs + padding])
         self.state.adopt(torch.from_numpy(rows).to(self.device), entry)
         self.numbers[rows] = self.num_started + np.arange(len(jobs))
         self.num_started += len(jobs)

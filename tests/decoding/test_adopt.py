@@ -19,8 +19,7 @@ def prompts(batch, length, seed):
 def begin(decoder, ids, seeds, speculative, temperature=1.0):
     state = Round(decoder.target, decoder.ea_layer if speculative else None, decoder.tree, len(ids), 64)
     state.sampling.load(SamplingParams(temperature, seed=seeds), shared_noise=True)
-    lengths = torch.full((len(ids),), ids.shape[1])
-    state.begin(ids, lengths, lengths + NEW - 1)
+    state.begin(ids.tolist(), [ids.shape[1] + NEW - 1] * len(ids))
     return state
 
 

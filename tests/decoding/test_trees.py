@@ -14,9 +14,8 @@ NEW = 24
 
 def text_of(state, ids, temperature=0.0):
     """(new tokens, rounds) of one sequence."""
-    length = torch.tensor([ids.shape[1]])
     state.sampling.load(SamplingParams(temperature, seed=3), shared_noise=True)
-    state.begin(ids, length, length + NEW - 1)
+    state.begin(ids.tolist(), [ids.shape[1] + NEW - 1])
     text, rounds = [], 0
     while len(text) < NEW:
         state.step()
@@ -46,9 +45,8 @@ def test_a_head_absorbs_under_a_root_alone_as_under_a_tree(device):
     alone = Round(model.target, model.ea_layer, ROOT_ALONE, 1, 64)
     text, _ = text_of(alone, ids)
     fresh = Round(model.target, model.ea_layer, TreeConfig(16, 3, 4), 1, 64)
-    whole = torch.cat([ids.cpu(), torch.tensor([text])], 1)
-    length = torch.tensor([whole.shape[1]])
-    fresh.begin(whole, length, length + NEW)
+    whole = [*ids[0].tolist(), *text]
+    fresh.begin([whole], [len(whole) + NEW])
     torch.testing.assert_close(alone.drafter.hidden, fresh.drafter.hidden, rtol=0, atol=1e-4)
     rows = int(alone.lengths)
     assert rows == int(fresh.lengths)

@@ -153,11 +153,12 @@ def test_the_suite_runs_every_bench_and_completes_its_record(bench, monkeypatch,
     for name, value in stand_ins.items():
         monkeypatch.setattr(suite, name, value)
     monkeypatch.setattr(sys, "argv", ["suite.py", "--prompts", "some.jsonl", "--commit", "c1"])
-    assert suite.main() == 1, "two of them failed"
+    assert suite.main() == 1, "three of them failed"
     assert commands == ["round.py"] * 11 + [
+        *["bits.py"] * 2,
         "ops.py",
         "decode.py",
-        *["lossless.py"] * 2,
+        *["lossless.py"] * 3,
         "int8_head.py",
         "placements.py",
     ]

@@ -155,7 +155,7 @@ def test_copies_of_a_prompt_chunk(monkeypatch):
         ids = prompt(25, torch.device("cpu"))
         state = Round(decoder.target, decoder.ea_layer, decoder.tree, 1, 64)
         devices.between_devices()
-        state.begin(ids, torch.tensor([25]), torch.tensor([40]))
+        state.begin(ids.tolist(), [40])
         copies = devices.between_devices()
         # per chunk: tokens to the embedding, hidden rows with feature 3, feature 2
         assert dict(routes(copies)) == {(1, 0): 3, (0, 1): 6}

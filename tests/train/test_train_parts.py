@@ -86,7 +86,7 @@ def test_a_rollout_computes_what_drafting_computes(variant, device):
     drafted = []
     handle = head.register_forward_hook(lambda module, args, output: drafted.append(output[1][:, -1]))
     with torch.no_grad():
-        drafter.absorb_prompt(features, prefix[:, 1:], 0, lengths)
+        drafter.absorb_prompt(features, prefix[:, 1:], 0)
         tree = drafter.grow(prefix[:, -1].contiguous(), lengths, SamplingTensors(3, device))
     handle.remove()
     assert tree.parents[0].tolist() == list(range(-1, num_steps)), "not a chain"

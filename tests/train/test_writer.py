@@ -24,8 +24,7 @@ def alone(target, job, number):
     state = Round(target, None, TreeConfig(), 1, 256)
     state.sampling.load(SamplingParams(job.temperature, min_p=job.min_p, seed=SEED), shared_noise=False)
     state.sampling.sequences.fill_(number)
-    tokens, length = torch.tensor([job.prompt]), torch.tensor([len(job.prompt)])
-    state.begin(tokens, length, length + job.max_new - 1)
+    state.begin([job.prompt], [len(job.prompt) + job.max_new - 1])
     text = []
     for _ in range(job.max_new):
         state.step()
