@@ -64,14 +64,6 @@ class KVSlab:
                 moves[slab.device] = transfers.packed(slab.device, path, counts, lengths)
             compact_kv(slab, *moves[slab.device])
 
-    def sequence(self, index: int) -> KVSlab:
-        """One sequence of this slab: views of its rows."""
-        one, only = copy.copy(self), slice(index, index + 1)
-        one.slabs = [slab[:, only] for slab in self.slabs]
-        one.keys = {layer: keys[only] for layer, keys in self.keys.items()}
-        one.values = {layer: values[only] for layer, values in self.values.items()}
-        return one
-
     def copy_prefix(self, other: KVSlab, count: int) -> None:
         """Take over the first `count` rows of every sequence of `other`, a slab of the same layers and batch."""
         for mine, theirs in zip(self.slabs, other.slabs, strict=True):

@@ -195,11 +195,6 @@ class SlabCache(Cache):
         for device, mine in self.long_rows.items():
             mine[rows.to(device)] = other.long_rows[device][: len(rows)]
 
-    def sequence(self, index: int) -> SlabCache:
-        """One sequence of this cache: views of its rows."""
-        long_rows = {device: rows[index : index + 1] for device, rows in self.long_rows.items()}
-        return SlabCache(self.slab.sequence(index), self.contexts, long_rows)
-
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """Write k, v [B, Hkv, T, D] of this forward; return the layer's whole slab views [B, Hkv, L, D]."""
         keys, values = self.slab.keys[layer_idx], self.slab.values[layer_idx]

@@ -107,19 +107,19 @@ def runs(target: Target, real: KVSlab, at: int, num_nodes: int) -> Iterator[tupl
         return
     lengths = [deep - 77 if deep > 2 * 77 else 8, deep]
     long = _new_cache(target, lengths)
-    one = long.sequence(OWN)
-    one.slab.copy_prefix(short.sequence(OWN).slab, START[OWN])  # a long cache may have kernels of its own
+    one = long.row(OWN)
+    one.slab.copy_prefix(short.row(OWN).slab, START[OWN])  # a long cache may have kernels of its own
     yield plainly, [Run(one, [START[OWN]], 0, BUSHY)]
     _make_up(target, long, lengths, real, at)
     yield _plainly(long, lengths), _among_others(long, lengths, widest)
 
 
 def _plainly(cache: SlabCache, lengths: list[int]) -> Run:
-    return Run(cache.sequence(OWN), [lengths[OWN]], 0, CHAIN, node_by_node=True)
+    return Run(cache.row(OWN), [lengths[OWN]], 0, CHAIN, node_by_node=True)
 
 
 def _among_others(cache: SlabCache, lengths: list[int], widest: Form) -> list[Run]:
-    one, batch = cache.sequence(OWN), len(lengths)
+    one, batch = cache.row(OWN), len(lengths)
     each = wide(max(len(widest.parents), -(-MANY_ROWS // batch)))
     alone = [Run(one, [lengths[OWN]], 0, form) for form in (CHAIN, BUSHY, widest)]
     return [*alone, Run(cache, lengths, OWN, each)]

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from eagle_fast_kernels.linear import few_rows_matmul, few_rows_sums, gated_matmul, streams, weight_tile
+from eagle_fast_kernels.linear import few_rows_matmul, few_rows_sums, gated_matmul, part_bounds, streams, weight_tile
+from eagle_fast_kernels.many_rows import exact_way, row_invariant_gated, row_invariant_matmul, row_invariant_sums
 from torch import nn
 
 from eagle_fast.layers.linear import FewRowsLinear, QuantizedLinear, is_plain, quantize, use_few_rows_linear
@@ -132,6 +133,62 @@ def test_every_int8_number_becomes_its_bf16():
     x = torch.eye(64, dtype=torch.bfloat16, device="cuda")[4:8]
     product = few_rows_matmul(x, weight, scale=torch.ones(256, device="cuda"))
     assert torch.equal(product, weight[:, 4:8].T.bfloat16())
+
+
+def added_up(product, dtype):
+    """What the kernels that read parts make of them."""
+    if product.dtype == dtype:
+        return product
+    total = product[0]
+    for part in product[1:]:
+        total = total + part
+    return total.to(dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_rows", [65, 96, 128, 240, 480, 1920])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("num_columns", "inner"),
+    [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (3072, 2048), (960, 576), (576, 1536), (200, 72)],
+)
+def test_more_rows_have_the_bits_of_few(num_columns, inner, bias, dtype, num_rows):
+    x, weight, more, _ = case((num_rows,), num_columns, inner, dtype, "cuda", bias=bias)
+    pairs = (
+        (row_invariant_matmul, few_rows_matmul), (row_invariant_sums, few_rows_sums),
+        (row_invariant_gated, gated_matmul),
+    )  # fmt: skip
+    for many, few in pairs:
+        expected = torch.cat([added_up(few(part, weight, **more), dtype) for part in x.split(60)])
+        assert torch.equal(added_up(many(x, weight, more.get("bias")), dtype), expected), many.__name__
+
+
+@pytest.mark.gpu
+def test_more_rows_than_torch_has_the_order_for_take_the_kernel(monkeypatch):
+    """A weight of odd alignment, and one that no call of torch's has the bits of."""
+    x, weight, _, _ = case((100,), 4096, 4096, torch.bfloat16, "cuda")
+    inside = torch.empty(4096, 4100, device="cuda", dtype=torch.bfloat16)
+    inside[:, 1:4097] = weight
+    expected = torch.cat([few_rows_matmul(part, weight) for part in x.split(50)])
+    assert torch.equal(row_invariant_matmul(x, inside[:, 1:4097]), expected)
+    monkeypatch.setattr("eagle_fast_kernels.many_rows.exact_way", lambda shape, split: None)
+    assert torch.equal(row_invariant_matmul(x, weight), expected)
+
+
+def test_parts_cover_the_columns(device):
+    for num_columns, inner in ((4096, 4096), (576, 1536), (34, 1024), (130, 33)):
+        bounds = part_bounds(torch.empty(num_columns, inner, dtype=torch.bfloat16, device=device))
+        assert (bounds[0], bounds[-1]) == (0, inner)
+        assert bounds == sorted(set(bounds))
+
+
+def test_few_rows_and_a_cpu_take_what_they_took(device):
+    x, weight, more, _ = case((5,), 64, 32, torch.float32, device, bias=True)
+    assert torch.equal(row_invariant_matmul(x, weight, more["bias"]), few_rows_matmul(x, weight, **more))
+    assert torch.equal(row_invariant_gated(x, weight, more["bias"]), gated_matmul(x, weight, **more))
+    assert torch.equal(row_invariant_sums(x, weight, more["bias"]), few_rows_sums(x, weight, **more))
+    assert exact_way.cache_info().currsize == 0 or device.type == "cuda"
 
 
 @pytest.mark.gpu
