@@ -81,7 +81,7 @@ def _tile(q: Tensor, k: Tensor) -> Tile:
     wanted = 64 if num_sequences == 1 else most_rows  # one sequence: more programs rather than fewer reads
     block_m = min(most_rows, wanted, max(LEAST_ROWS[size], triton.next_power_of_2(packed_rows)))
     num_warps = 8 if block_m == 128 or block_d == 256 or size == 4 else 4
-    fold = triton.cdiv(packed_rows, block_m) * groups >= num_sms
+    fold = 4 * triton.cdiv(packed_rows, block_m) * groups >= 3 * num_sms
     num_stages = (shared_memory - 4096 - block_m * block_d * size) // (2 * block_n * block_d * size)
     most_stages = 3 if fold or num_rows > SHORT_CACHE else 1
     return Tile(block_m, block_n, num_warps, min(most_stages, max(1, num_stages)), fold)

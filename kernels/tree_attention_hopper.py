@@ -189,8 +189,8 @@ def _attend_hopper_kernel(
     num_slots, live_rows = first + num_queries, num_queries * G
     # As in `prefix_kernel`: a second set of programs where the rows' positions have two widths of splits.
     widest = units(length + num_slots - 1, 0, 0)
-    width = units(length - 1, 0, 0) + slot // SLOTS
-    slot = slot % SLOTS
+    width = units(length - 1, 0, 0) + slot // SPLITS
+    slot = slot % SPLITS
     split = width * (UNIT // BLOCK)
     begin = slot * split
     blocks = gl.maximum(gl.minimum(split, length // BLOCK - begin), 0)
@@ -279,7 +279,7 @@ def attend(
     tiles = -(-packed_rows // ROWS.value)
     (keys, *rows_k), (values, *rows_v) = _matrix(k), _matrix(v)
     with device_guard(q):
-        _attend_hopper_kernel[(2 * SLOTS.value, tiles, groups)](
+        _attend_hopper_kernel[(2 * SPLITS.value, tiles, groups)](
             q, keys, values, lengths, ancestors, acc, peak, total,
             num_queries, num_kv_heads, first, scale * LOG2E.value,
             *q.stride()[:3], *rows_k, *rows_v, *ancestors.stride()[:2],

@@ -28,12 +28,14 @@ from .tree_attention_order import (
     write_path,
 )
 
+L2 = tl.constexpr(".cg")
+
 
 @triton.jit
-def _load(ptrs, live, d, D: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr):
+def _load(ptrs, live, d, D: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr, CACHE: tl.constexpr = ""):
     """Rows of q, k or v; `live` [rows], or None where all of them are."""
     if live is not None:
-        x = tl.load(ptrs, mask=live[:, None] & (d < D)[None, :], other=0.0)
+        x = tl.load(ptrs, mask=live[:, None] & (d < D)[None, :], other=0.0, cache_modifier=CACHE)
     elif D == BLOCK_D:
         x = tl.load(ptrs)
     else:
@@ -158,14 +160,18 @@ def finish_kernel(
     HEADS: tl.constexpr, LEAST: tl.constexpr, FINE: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """HEADS: the G rows of a node, or as many of them as a tile of BLOCK_M takes, rounded up to a power of two. LEAST:
-    rows of a product."""
+    rows of a product.
+
+    Before the wait, what earlier kernels wrote is read from L2: this one starts when they are done, but caches of
+    multiprocessors may still hold what was there before.
+    """
     if PDL:
         gdc_launch_dependents()
     tiles: tl.constexpr = (G + HEADS - 1) // HEADS
     node, group = tl.program_id(0) // tiles, tl.program_id(1).to(tl.int64)
     sequence, kv_head = group // num_kv_heads, group % num_kv_heads
     num_slots = first + num_queries
-    length = tl.load(lengths_ptr + sequence).to(tl.int32)
+    length = tl.load(lengths_ptr + sequence, cache_modifier=L2).to(tl.int32)
     words = ancestors_ptr + sequence * stride_ab + node.to(tl.int64) * stride_at
     path_ptr = paths_ptr + (group * tl.num_programs(0) + tl.program_id(0)) * path_size
     write_path(path_ptr, words, num_slots)
@@ -179,26 +185,26 @@ def finish_kernel(
     acc_mask = (g_acc < HEADS) & (g_acc + tl.program_id(0) % tiles * HEADS < G)
     g_acc += tl.program_id(0) % tiles * HEADS
     q_base = q_ptr + sequence * stride_qb + node.to(tl.int64) * stride_qt + d
-    q = _load(q_base + (kv_head * G + g)[:, None] * stride_qh, row_mask, d, D, BLOCK_D, UPCAST)
+    q = _load(q_base + (kv_head * G + g)[:, None] * stride_qh, row_mask, d, D, BLOCK_D, UPCAST, L2)
     k_base = k_ptr + sequence * stride_kb + kv_head * stride_kh + d
     v_base = v_ptr + sequence * stride_vb + kv_head * stride_vh + d
     of_tails = (group * num_queries + node) * num_tails * G
     depths_base, at_depth = depths_ptr, position
     if WINDOW > 0 or CHUNK > 0:
         depths_base += sequence * stride_db
-        at_depth = length + tl.load(depths_base + first + node).to(tl.int32)
+        at_depth = length + tl.load(depths_base + first + node, cache_modifier=L2).to(tl.int32)
     tl.debug_barrier()  # the path is read by other threads
     for block in range(whole, position // BLOCK_N + 1):
         keys = block * BLOCK_N + n
         live = keys <= position
-        slots = tl.load(path_ptr + keys - length, mask=live & (keys >= length), other=0)
+        slots = tl.load(path_ptr + keys - length, mask=live & (keys >= length), other=0, cache_modifier=L2)
         cache_rows = tl.where(keys < length, keys, length + slots).to(tl.int64)
-        k = _load(k_base + cache_rows[:, None] * stride_kl, live, d, D, BLOCK_D, UPCAST)
-        v = _load(v_base + cache_rows[:, None] * stride_vl, live, d, D, BLOCK_D, UPCAST)
+        k = _load(k_base + cache_rows[:, None] * stride_kl, live, d, D, BLOCK_D, UPCAST, L2)
+        v = _load(v_base + cache_rows[:, None] * stride_vl, live, d, D, BLOCK_D, UPCAST, L2)
         visible = live[:, None] & (g >= 0)[None, :]
         if WINDOW > 0 or CHUNK > 0:
-            of_path = length + tl.load(depths_base + slots, mask=live & (keys >= length), other=0).to(tl.int32)
-            key_positions = tl.where(keys < length, keys, of_path)
+            of_path = tl.load(depths_base + slots, mask=live & (keys >= length), other=0, cache_modifier=L2)
+            key_positions = tl.where(keys < length, keys, length + of_path.to(tl.int32))
             visible = in_reach(visible, at_depth, key_positions[:, None], WINDOW, CHUNK)
         acc, peak, total = block_sums_of_few(q, k, v, visible, scale, LEAST, SOFTCAP, FINE)
         tail = of_tails + (block - whole) * G

@@ -73,7 +73,11 @@ def _lowest(count):
 @triton.jit
 def _word(words_ptr, index, num_slots, inside):
     """A word of a mask, without bits of slots from num_slots on; of rows that are not inside, 0."""
-    word = tl.load(words_ptr + index) if inside is None else tl.load(words_ptr + index, mask=inside, other=0)
+    word = (
+        tl.load(words_ptr + index, cache_modifier=".cg")
+        if inside is None
+        else tl.load(words_ptr + index, mask=inside, other=0)
+    )
     return word & _lowest(tl.minimum(num_slots - 64 * index, 64))
 
 
