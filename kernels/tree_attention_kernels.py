@@ -28,11 +28,11 @@ from .tree_attention_order import (
     write_path,
 )
 
-L2 = tl.constexpr(".cg")
+ANY, L2 = tl.constexpr(""), tl.constexpr(".cg")  # caches that loads may go through
 
 
 @triton.jit
-def _load(ptrs, live, d, D: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr, CACHE: tl.constexpr = ""):
+def _load(ptrs, live, d, D: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr, CACHE: tl.constexpr):
     """Rows of q, k or v; `live` [rows], or None where all of them are."""
     if live is not None:
         x = tl.load(ptrs, mask=live[:, None] & (d < D)[None, :], other=0.0, cache_modifier=CACHE)
@@ -113,7 +113,7 @@ def prefix_kernel(
     d, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     row_mask = query < num_queries
     q_ptrs = q_ptr + (sequence * stride_qb + head * stride_qh + query.to(tl.int64) * stride_qt)[:, None] + d
-    q = _load(q_ptrs, row_mask, d, D, BLOCK_D, UPCAST)
+    q = _load(q_ptrs, row_mask, d, D, BLOCK_D, UPCAST, ANY)
     k_base = k_ptr + sequence * stride_kb + kv_head * stride_kh + d
     v_base = v_ptr + sequence * stride_vb + kv_head * stride_vh + d
     positions = row
@@ -127,8 +127,8 @@ def prefix_kernel(
             done_acc, done_peak, done_total = add(done_acc, done_peak, done_total, acc, peak, total)
             acc, peak, total = _nothing(BLOCK_M, BLOCK_D)
         keys = block * BLOCK_N + n
-        k = _load(k_base + keys.to(tl.int64)[:, None] * stride_kl, None, d, D, BLOCK_D, UPCAST)
-        v = _load(v_base + keys.to(tl.int64)[:, None] * stride_vl, None, d, D, BLOCK_D, UPCAST)
+        k = _load(k_base + keys.to(tl.int64)[:, None] * stride_kl, None, d, D, BLOCK_D, UPCAST, ANY)
+        v = _load(v_base + keys.to(tl.int64)[:, None] * stride_vl, None, d, D, BLOCK_D, UPCAST, ANY)
         visible = None
         if WINDOW > 0 or CHUNK > 0:
             visible = in_reach(row_mask[:, None], positions[:, None], keys[None, :], WINDOW, CHUNK)
