@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .check import ANY, HALVES, tensor
+from .check import HALVES
 from .linear import few_rows_matmul, few_rows_sums, gated_matmul, kernel_product, part_bounds, streams
 from .silu_mul import silu_mul
 
@@ -43,32 +43,34 @@ class Shape(NamedTuple):
     columns: int
     inner: int
     biased: bool
+    settings: tuple[object, ...]  # torch's, of all products
 
 
 def row_invariant_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`few_rows_matmul` with its bits for any number of rows, where it has them: on a GPU, in 16 bits."""
-    if not _takes(x, weight, bias):
+    if not _takes(x, weight):
         return few_rows_matmul(x, weight, bias=bias)
     return _whole(_product(x, weight, bias, split=False), x.dtype)
 
 
 def row_invariant_sums(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`few_rows_sums` in the same way; or what they add up to, [..., N] in x's dtype, to the same bits."""
-    return _product(x, weight, bias, split=True) if _takes(x, weight, bias) else few_rows_sums(x, weight, bias=bias)
+    return _product(x, weight, bias, split=True) if _takes(x, weight) else few_rows_sums(x, weight, bias=bias)
 
 
 def row_invariant_gated(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`gated_matmul` in the same way."""
-    if not _takes(x, weight, bias):
+    if not _takes(x, weight):
         return gated_matmul(x, weight, bias=bias)
     gate_up = _whole(_product(x, weight, bias, split=False), x.dtype)
     return silu_mul(gate_up.view(-1, len(weight))).view(*x.shape[:-1], len(weight) // 2)
 
 
-def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _takes(x: Tensor, weight: Tensor) -> bool:
     """Whether there are more rows than the kernel takes, which it would take if they were fewer."""
-    columns = tensor("x", x, "... K", HALVES, layout=ANY, empty=True)[-1] if x.dtype in HALVES else 0
-    return x.is_cuda and columns > 0 and not streams(x, weight) and streams(x.reshape(-1, columns)[:1], weight)
+    if not x.is_cuda or x.dtype not in HALVES or streams(x, weight):
+        return False
+    return streams(x[(0,) * (x.dim() - 1)], weight)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, *, split: bool) -> Tensor:
@@ -80,12 +82,19 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, *, split: bool) -> 
     way = None
     if aligned and rows.stride(1) == 1:
         columns, inner = weight.shape
-        way = exact_way(Shape(x.device, x.dtype, len(rows), columns, inner, bias is not None), split)
+        way = exact_way(Shape(x.device, x.dtype, len(rows), columns, inner, bias is not None, _settings()), split)
     if way is None:  # noqa: SIM108
         out = kernel_product(rows, weight, None, bias, split=split)
     else:
         out = _by_torch(rows, weight, bias, way)
     return out.view(*out.shape[:-2], *x.shape[:-1], len(weight))
+
+
+def _settings() -> tuple[object, ...]:
+    """What a user may set that changes how cuBLAS adds up, or what takes its place."""
+    cuda = torch.backends.cuda
+    reduced = cuda.matmul.allow_bf16_reduced_precision_reduction, cuda.matmul.allow_fp16_reduced_precision_reduction
+    return (*reduced, cuda.preferred_blas_library(), torch.are_deterministic_algorithms_enabled())
 
 
 def _whole(product: Tensor, dtype: torch.dtype) -> Tensor:

@@ -98,13 +98,19 @@ def _padded(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def _by_hopper(q: Tensor, k: Tensor, v: Tensor, other: float) -> bool:
+def _num_widths(num_rows: int, num_slots: int) -> int:
+    """Most widths of splits that the rows of one tree have."""
+    return 1 if num_rows <= SHORT_CACHE else 1 + triton.cdiv(num_slots, SHORT_CACHE)
+
+
+def _by_hopper(q: Tensor, k: Tensor, v: Tensor, first: int, other: float) -> bool:
     """Whether `tree_attention_hopper` takes the prefix; `other` is not 0 where a window, a chunk or a softcap is asked
     for."""
     (_, num_heads, num_queries, head_dim), (_, num_kv_heads, num_rows, _) = q.shape, k.shape
     if not HAS_GLUON or not hopper.is_hopper(q.device):
         return False
     fits = q.dtype in hopper.TYPES and head_dim in hopper.HEAD_DIMS and hopper.can_fetch(k) and hopper.can_fetch(v)
+    fits = fits and _num_widths(num_rows, first + num_queries) <= hopper.WIDTHS.value
     return fits and not other and num_rows >= LONG_CACHE and num_queries * num_heads // num_kv_heads > 64
 
 
@@ -131,7 +137,7 @@ def tree_attention(
         )  # fmt: skip
     num_sequences, num_heads, num_queries, head_dim = q.shape
     num_kv_heads, num_rows = k.shape[1:3]
-    tile, by_hopper = _tile(q, k), _by_hopper(q, k, v, window or chunk or softcap)
+    tile, by_hopper = _tile(q, k), _by_hopper(q, k, v, first, window or chunk or softcap)
     fold = tile.fold and not by_hopper
     packed_rows, groups = num_queries * num_heads // num_kv_heads, num_sequences * num_kv_heads
     slots = 2 if fold else _num_slots(num_rows)
@@ -151,7 +157,7 @@ def tree_attention(
         G=group_size, D=head_dim, WINDOW=window, CHUNK=chunk, SOFTCAP=softcap, SLOTS=slots, FOLD=fold,
         BLOCK_N=tile.block_n, FINE=q.dtype == torch.float32, UPCAST=upcast(q.dtype), enable_fp_fusion=False,
     )  # fmt: skip
-    widths = 1 if num_rows <= SHORT_CACHE else 2
+    widths = _num_widths(num_rows, first + num_queries)
     with device_guard(q):
         if by_hopper:
             hopper.attend(q, k, v, lengths, ancestors, *partials, scale=scale, first=first, **late)

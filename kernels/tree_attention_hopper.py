@@ -46,6 +46,7 @@ from .tree_attention_order import LOG2E, SPLITS, UNIT, path_length, units
 BLOCK = gl.constexpr(64)  # cache rows
 ROWS = gl.constexpr(128)  # packed query rows of a program
 STAGES = gl.constexpr(6)  # 6 * 2 * 16 KB, and 32 KB of q
+WIDTHS = gl.constexpr(2)  # of splits, that the rows of one tree may have
 SLOTS = gl.constexpr(SPLITS.value + 1)  # of partial results, as `tree_attention` has them for long caches
 FIRST, SECOND = gl.constexpr(0), gl.constexpr(64)  # rows of the two warpgroups
 HEAD_DIMS = (128,)  # 64 compiles as well, and has not been measured
@@ -265,6 +266,8 @@ def attend(
     (num_sequences, num_heads, num_queries, head_dim), num_kv_heads = q.shape, k.shape[1]
     if head_dim not in HEAD_DIMS or not is_hopper(q.device):
         raise ValueError(f"q is {described(q)}; expected a head size D of {HEAD_DIMS} and a Hopper GPU")
+    if first + num_queries > SPLITS.value * UNIT.value:
+        raise ValueError(f"first + T is {first + num_queries}; expected at most {SPLITS.value * UNIT.value} tree slots")
     if k.shape[2] < 2 or not can_fetch(k) or not can_fetch(v):
         raise ValueError(f"k is {described(k)}, v {described(v)}; expected rows of one matrix, aligned to 16 bytes")
     groups, packed_rows = num_sequences * num_kv_heads, num_queries * num_heads // num_kv_heads
@@ -279,7 +282,7 @@ def attend(
     tiles = -(-packed_rows // ROWS.value)
     (keys, *rows_k), (values, *rows_v) = _matrix(k), _matrix(v)
     with device_guard(q):
-        _attend_hopper_kernel[(2 * SPLITS.value, tiles, groups)](
+        _attend_hopper_kernel[(WIDTHS.value * SPLITS.value, tiles, groups)](
             q, keys, values, lengths, ancestors, acc, peak, total,
             num_queries, num_kv_heads, first, scale * LOG2E.value,
             *q.stride()[:3], *rows_k, *rows_v, *ancestors.stride()[:2],

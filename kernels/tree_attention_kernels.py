@@ -2,10 +2,10 @@
 
 B sequences, T queries, Hq/Hkv heads, G = Hq/Hkv, D head size; slots of partial results, fp32, [B Hkv, slots, T G, D].
 
-    _prefix_kernel   whole blocks of the prefix, for tiles of the T G rows that share a KV head. A program takes one
+    prefix_kernel    whole blocks of the prefix, for tiles of the T G rows that share a KV head. A program takes one
                      split and leaves its sum, or with FOLD all of them: the sum of the finished splits in slot 0,
                      that of the split that goes on behind the prefix in slot 1.
-    _finish_kernel   for the G rows of a node: the blocks from the prefix's ragged end to the node itself, with its
+    finish_kernel    for the G rows of a node: the blocks from the prefix's ragged end to the node itself, with its
                      ancestors gathered in order; then everything is added up. It starts while the other still runs.
 """
 
@@ -79,7 +79,7 @@ def prefix_kernel(
     SOFTCAP: tl.constexpr, SLOTS: tl.constexpr, FOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     FINE: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:  # in this order: `_finish_kernel` reads q, k and v before it waits for this one
+    if PDL:  # in this order: `finish_kernel` reads q, k and v before it waits for this one
         gdc_wait()
         gdc_launch_dependents()
     group = tl.program_id(2).to(tl.int64)
@@ -87,7 +87,7 @@ def prefix_kernel(
     num_slots = first + num_queries
     length = tl.load(lengths_ptr + sequence).to(tl.int32)
     whole, begin = length // BLOCK_N, first_key(length, WINDOW, CHUNK)
-    # Where the rows' positions have two widths of splits, there is a second set of programs.
+    # Where the rows' positions have several widths of splits, there is another set of programs for each.
     width = units(length - 1, WINDOW, CHUNK)
     widest = units(length + num_slots - 1, WINDOW, CHUNK)
     slot = tl.program_id(0)

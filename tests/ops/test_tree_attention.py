@@ -292,6 +292,16 @@ def test_tiles_fit_the_gpu(heads, head_dim, dtype, memory, monkeypatch):
     assert module.UNIT.value % blocks.pop() == 0
 
 
+def test_every_width_of_splits_has_programs():
+    """Positions from the one in front of the tree to that of its last slot, if all slots were one path."""
+    for num_slots in (1, 60, 2048, 2049, 5000):
+        for length in (0, 1, 2047, 2048, 2049, 4096, 9000):
+            at = torch.arange(max(length - 1, 0), length + num_slots)
+            widths = -(-(at + 1) // module.SHORT_CACHE)
+            assert len(widths.unique()) <= module._num_widths(2**20, num_slots)
+    assert module._num_widths(module.SHORT_CACHE, 60) == 1
+
+
 # Shapes of Llama, Qwen2.5 (7 heads per KV head), Phi, Gemma-2, gpt-oss, MHA models; 32,000 rows: many tiles per split.
 REAL = {
     "llama 8b, verify, 2k": Case((2048,), 60, (32, 8), 128),
@@ -421,7 +431,7 @@ def test_specialised_warps_give_the_bits_of_the_other_kernel(lengths, num_querie
     """The prefix ends anywhere in a block of 64 rows; several sequences also have a draft's `first` and sinks."""
     options = {"first": 30, "sinks": True} if len(lengths) > 1 else {}
     problem = build(long_case(lengths, num_queries, **options), dtype, "cuda")
-    assert module._by_hopper(problem.q, problem.k, problem.v, 0)
+    assert module._by_hopper(problem.q, problem.k, problem.v, problem.options["first"], 0)
     wide = problem._replace(q=problem.q.float(), k=problem.k.float(), v=problem.v.float())
     exact = run(tree_attention_ref, wide)
     out = run(tree_attention, problem)
@@ -436,7 +446,7 @@ def test_specialised_warps_give_the_bits_of_the_other_kernel(lengths, num_querie
 def test_specialised_warps_where_the_cache_ends_in_a_block(lengths):
     """The cache has no row past the live ones of the longest sequence."""
     problem = build(long_case(lengths, 60, rows=4560), torch.bfloat16, "cuda")
-    assert module._by_hopper(problem.q, problem.k, problem.v, 0)
+    assert module._by_hopper(problem.q, problem.k, problem.v, problem.options["first"], 0)
     wide = problem._replace(q=problem.q.float(), k=problem.k.float(), v=problem.v.float())
     assert relative_error(run(tree_attention, problem), run(tree_attention_ref, wide)) < 6e-3
 
