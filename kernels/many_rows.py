@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from .check import HALVES
 from .linear import few_rows_matmul, few_rows_sums, gated_matmul, kernel_product, part_bounds, streams
+from .rms_norm import sum_parts_ref
 from .silu_mul import silu_mul
 
 PADDED = (128, 256)  # multiples of rows that are tried as well
@@ -50,7 +51,7 @@ def row_invariant_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     """`few_rows_matmul` with its bits for any number of rows, where it has them: on a GPU, in 16 bits."""
     if not _takes(x, weight):
         return few_rows_matmul(x, weight, bias=bias)
-    return _whole(_product(x, weight, bias, split=False), x.dtype)
+    return _product(x, weight, bias, split=False)
 
 
 def row_invariant_sums(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -62,7 +63,7 @@ def row_invariant_gated(x: Tensor, weight: Tensor, bias: Tensor | None = None) -
     """`gated_matmul` in the same way."""
     if not _takes(x, weight):
         return gated_matmul(x, weight, bias=bias)
-    gate_up = _whole(_product(x, weight, bias, split=False), x.dtype)
+    gate_up = _product(x, weight, bias, split=False)
     return silu_mul(gate_up.view(-1, len(weight))).view(*x.shape[:-1], len(weight) // 2)
 
 
@@ -83,10 +84,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, *, split: bool) -> 
     if aligned and rows.stride(1) == 1:
         columns, inner = weight.shape
         way = exact_way(Shape(x.device, x.dtype, len(rows), columns, inner, bias is not None, _settings()), split)
-    if way is None:  # noqa: SIM108
-        out = kernel_product(rows, weight, None, bias, split=split)
-    else:
-        out = _by_torch(rows, weight, bias, way)
+    out = _by_torch(rows, weight, bias, way) if way else kernel_product(rows, weight, None, bias, split=split)
     return out.view(*out.shape[:-2], *x.shape[:-1], len(weight))
 
 
@@ -95,16 +93,6 @@ def _settings() -> tuple[object, ...]:
     cuda = torch.backends.cuda
     reduced = cuda.matmul.allow_bf16_reduced_precision_reduction, cuda.matmul.allow_fp16_reduced_precision_reduction
     return (*reduced, cuda.preferred_blas_library(), torch.are_deterministic_algorithms_enabled())
-
-
-def _whole(product: Tensor, dtype: torch.dtype) -> Tensor:
-    """The product, where it may be parts of it in fp32 [S, ..., N], which are added up in order."""
-    if product.dtype == dtype:
-        return product
-    total = product[0]
-    for part in product[1:]:
-        total = total + part
-    return total.to(dtype)
 
 
 def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, way: Way) -> Tensor:
@@ -123,12 +111,13 @@ def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, way: Way) -> Tenso
     return out[:, :num_rows]
 
 
-def _ways(rows: int) -> Iterator[Way]:
+def _ways(rows: int, split: bool) -> Iterator[Way]:
     for multiple in (1, *PADDED):
         padded = -(-rows // multiple) * multiple
         if multiple == 1 or padded > rows:
             yield Way(padded, False)
-            yield Way(padded, True)
+            if split:
+                yield Way(padded, True)
 
 
 @functools.cache
@@ -147,12 +136,10 @@ def exact_way(shape: Shape, split: bool) -> Way | None:
         x[:, half : 2 * half] = x[:, :half]
         weight[:, half : 2 * half] = weight[:, half : 2 * half] / 64 - weight[:, :half]
         bias = normal(shape.columns) if shape.biased else None
-        expected = kernel_product(x, weight, None, bias, split=split)
-        for way in _ways(shape.rows):
-            if way.by_part and not split:
-                continue
-            out = _by_torch(x, weight, bias, way)
-            if torch.equal(out, expected if way.by_part else _whole(expected, shape.dtype)):
+        parts = kernel_product(x, weight, None, bias, split=split)
+        whole = sum_parts_ref(parts, shape.dtype) if split else parts
+        for way in _ways(shape.rows, split):
+            if torch.equal(_by_torch(x, weight, bias, way), parts if way.by_part else whole):
                 return way
     except torch.OutOfMemoryError:
         pass

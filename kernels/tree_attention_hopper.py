@@ -117,7 +117,7 @@ def _add(acc, peak, total, acc_b, peak_b, total_b, ROWS_O: gl.constexpr):
 def _attend(q, shared, rows, out, GROUP: gl.constexpr):
     """One warpgroup. An iteration issues S(i) and P(i-1) V(i-1); the softmax of S(i) runs under the second."""
     k_bufs, v_bufs, k_full, v_full, free, blocks = shared
-    tile_row, live_rows, factor, words, stride_t, length, num_slots, width, widest, G = rows
+    tile_row, live_rows, factor, words, stride_t, length, num_slots, width, narrowest, widest, G = rows
     acc_ptr, peak_ptr, total_ptr, base = out
     dtype: gl.constexpr = k_bufs.dtype
     D: gl.constexpr = k_bufs.shape[2]
@@ -163,7 +163,7 @@ def _attend(q, shared, rows, out, GROUP: gl.constexpr):
 
         out_row = tile_row + GROUP + gl.arange(0, 64, ROWS_O)
         inside = out_row < live_rows
-        if width < widest or width > units(length - 1, 0, 0):
+        if widest > narrowest:
             position = length + path_length(words + (out_row // G).to(gl.int64) * stride_t, num_slots, inside) - 1
             inside = inside & (units(position, 0, 0) == width)
         d = gl.arange(0, D, gl.SliceLayout(0, MMA_O))
@@ -190,7 +190,8 @@ def _attend_hopper_kernel(
     num_slots, live_rows = first + num_queries, num_queries * G
     # As in `prefix_kernel`: a second set of programs where the rows' positions have two widths of splits.
     widest = units(length + num_slots - 1, 0, 0)
-    width = units(length - 1, 0, 0) + slot // SPLITS
+    narrowest = units(length - 1, 0, 0)
+    width = narrowest + slot // SPLITS
     slot = slot % SPLITS
     split = width * (UNIT // BLOCK)
     begin = slot * split
@@ -215,7 +216,7 @@ def _attend_hopper_kernel(
     base = (group.to(gl.int64) * SLOTS + slot) * live_rows
     shared = (k_bufs, v_bufs, k_full, v_full, free, blocks)
     words = ancestors_ptr + wide * stride_ab
-    rows = (tile_row, live_rows, factor, words, stride_at, length, num_slots, width, widest, G)
+    rows = (tile_row, live_rows, factor, words, stride_at, length, num_slots, width, narrowest, widest, G)
     out = (acc_ptr, peak_ptr, total_ptr, base)
     gl.warp_specialize([
         (_attend, (q_first, shared, rows, out, FIRST)),

@@ -88,23 +88,17 @@ def prefix_kernel(
     length = tl.load(lengths_ptr + sequence).to(tl.int32)
     whole, begin = length // BLOCK_N, first_key(length, WINDOW, CHUNK)
     # Where the rows' positions have several widths of splits, there is another set of programs for each.
-    width = units(length - 1, WINDOW, CHUNK)
+    narrowest = units(length - 1, WINDOW, CHUNK)
     widest = units(length + num_slots - 1, WINDOW, CHUNK)
-    slot = tl.program_id(0)
-    if FOLD:
-        width += slot
-    else:
-        width += slot // SLOTS
-        slot = slot % SLOTS
+    slot, programs = tl.program_id(0), 1 if FOLD else SLOTS
+    width, slot = narrowest + slot // programs, slot % programs
     if width > widest:
         return
     split = width * (UNIT // BLOCK_N)  # blocks
     low, high = begin // BLOCK_N, whole
     if not FOLD:
-        low, high = (
-            tl.maximum(low, (begin // (split * BLOCK_N) + slot) * split),
-            tl.minimum(high, (begin // (split * BLOCK_N) + slot + 1) * split),
-        )
+        split_begin = (begin // (split * BLOCK_N) + slot) * split
+        low, high = tl.maximum(low, split_begin), tl.minimum(high, split_begin + split)
     if low >= high:
         return
 
@@ -135,7 +129,7 @@ def prefix_kernel(
         acc_b, peak_b, total_b = block_sums(q, k, v, visible, scale, SOFTCAP, FINE)
         acc, peak, total = add(acc, peak, total, acc_b, peak_b, total_b)
 
-    if widest > units(length - 1, WINDOW, CHUNK):
+    if widest > narrowest:
         words = ancestors_ptr + sequence * stride_ab + query.to(tl.int64) * stride_at
         mine = units(length + path_length(words, num_slots, row_mask) - 1, WINDOW, CHUNK)
         row_mask = row_mask & (mine == width)
@@ -179,11 +173,11 @@ def finish_kernel(
     d, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     whole = length // BLOCK_N
 
-    g = tl.arange(0, BLOCK_M) + tl.program_id(0) % tiles * HEADS
-    row_mask = (tl.arange(0, BLOCK_M) < HEADS) & (g < G)
-    g_acc = tl.arange(0, BLOCK_M if BLOCK_M > LEAST else LEAST)
-    acc_mask = (g_acc < HEADS) & (g_acc + tl.program_id(0) % tiles * HEADS < G)
-    g_acc += tl.program_id(0) % tiles * HEADS
+    first_head = tl.program_id(0) % tiles * HEADS
+    here = tl.minimum(HEADS, G - first_head)  # heads of this tile
+    g, g_acc = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_M if BLOCK_M > LEAST else LEAST)
+    row_mask, acc_mask = g < here, g_acc < here
+    g, g_acc = first_head + g, first_head + g_acc
     q_base = q_ptr + sequence * stride_qb + node.to(tl.int64) * stride_qt + d
     q = _load(q_base + (kv_head * G + g)[:, None] * stride_qh, row_mask, d, D, BLOCK_D, UPCAST, L2)
     k_base = k_ptr + sequence * stride_kb + kv_head * stride_kh + d
@@ -217,7 +211,7 @@ def finish_kernel(
     if PDL:
         gdc_wait()
 
-    h = tl.arange(0, HEADS) + tl.program_id(0) % tiles * HEADS
+    h = first_head + tl.arange(0, HEADS)
     heads = h < G
     begin = first_key(length, WINDOW, CHUNK)
     split = units(position, WINDOW, CHUNK) * (UNIT // BLOCK_N)

@@ -73,14 +73,12 @@ class MadeUpContexts:
     def __init__(self, target: Target, batch: int, rows: int, most_nodes: int = 64):
         self.target, self.batch, self.rows = target, batch, rows
         self.cache = new_cache(target, batch, rows + most_nodes)
-        bindings = target.bindings
-        reach, chunks = [each.window for each in bindings], [each.chunk for each in bindings]
         for row in range(batch):
             sequence = self.cache.row(row)
             target.choose_frequencies(sequence, torch.tensor([rows], device="cpu"))
             tokens = random_tokens(target, (1, min(REAL, rows)), random.Random(row))
             target.prefill(tokens, 0, sequence)
-            make_up(sequence.slab, rows, reach, chunks, min(REAL, rows))
+            make_up(sequence.slab, rows, target.bindings, min(REAL, rows))
 
     @torch.no_grad()
     def compare(

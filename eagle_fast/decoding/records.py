@@ -27,7 +27,7 @@ from eagle_fast.decoding.sampling import SamplingTensors
 from eagle_fast.decoding.validate import check_flags
 
 NOT_RECORDED = ("output_attentions", "output_hidden_states")
-HOST = torch.device("cpu")
+HOST = torch.device("cpu")  # whatever the default device is
 ALIGNED = 4  # a softmax adds up a row that starts at no multiple of so many numbers in another order
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from eagle_fast.config import ROOT_ALONE, TreeConfig
 from eagle_fast.decoding.draft import Drafter, NoHead
 from eagle_fast.decoding.held import Held
-from eagle_fast.decoding.records import Keeps, Kept
+from eagle_fast.decoding.records import HOST, Keeps, Kept
 from eagle_fast.decoding.sampling import SamplingTensors
 from eagle_fast.decoding.tree import Tree
 from eagle_fast.head import DraftHead
@@ -37,7 +37,6 @@ from eagle_fast.target import Target, Verified
 from eagle_fast.target.interface import SlabCache
 
 PREFILL_CHUNK = 8192  # rows of a prompt that one forward takes: bounds its activations
-HOST = torch.device("cpu")  # whatever the default device is
 
 
 class Round:

@@ -15,17 +15,19 @@ from collections.abc import Sequence
 import torch
 
 from eagle_fast.layers.slab import KVSlab
+from eagle_fast.target.interface import LayerBinding
 
 MARKED = 24  # rows on either side of a border
 
 
-def make_up(slab: KVSlab, rows: int, reach: Sequence[int], chunks: Sequence[int], real: int) -> None:
-    """Overwrite the first `rows` rows of a slab of one sequence; the first `real` of them give the measures.
+def make_up(slab: KVSlab, rows: int, bindings: Sequence[LayerBinding], real: int) -> None:
+    """Overwrite the first `rows` rows of a slab; the first `real` of them give the measures.
 
-    reach, chunks: each layer's window and chunk, 0 for none.
+    bindings: of the layers, with the window and chunk of each.
     """
     noise: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
-    for layer, (window, chunk) in enumerate(zip(reach, chunks, strict=True)):
+    for layer, binding in enumerate(bindings):
+        window, chunk = binding.window, binding.chunk
         keys, values = slab.keys[layer], slab.values[layer]
         visible = min(window or rows, rows % chunk or chunk if chunk else rows, rows)
         key_norm = keys[:, :, :real].float().norm(dim=-1).mean()

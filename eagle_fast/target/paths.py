@@ -134,5 +134,4 @@ def _make_up(target: Target, cache: SlabCache, lengths: list[int], real: KVSlab,
     """Rows in front of the trees, for all as many as the longest has."""
     for mine, theirs in zip(cache.slab.slabs, real.slabs, strict=True):
         mine[..., :PROMPT, :] = theirs[..., at : at + PROMPT, :]
-    windows, chunks = zip(*((each.window, each.chunk) for each in target.bindings), strict=True)
-    make_up(cache.slab, max(lengths), windows, chunks, PROMPT)
+    make_up(cache.slab, max(lengths), target.bindings, PROMPT)

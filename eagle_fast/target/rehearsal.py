@@ -63,8 +63,7 @@ class Rehearsal:
         self.cache = target.new_cache(1, -(-(self.deep + PROMPT + len(ACCEPTED) + self.num_nodes) // 64) * 64)
 
     def make_up(self) -> None:
-        bindings = self.target.bindings
-        make_up(self.cache.slab, self.deep, [b.window for b in bindings], [b.chunk for b in bindings], PROMPT)
+        make_up(self.cache.slab, self.deep, self.target.bindings, PROMPT)
 
     def of_the_model(
         self, model: Any, start: int, token_by_token: bool = False, stock: Outputs | None = None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from load_calls import outcome, prepare
-from workers import FAULTS
+from workers import assert_no_fault
 
 PARTS, CALLS = 4, 40
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="its right texts are those of a CPU")
@@ -12,6 +12,4 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="its right tex
 @pytest.mark.parametrize("part", range(PARTS))
 def test_odd_loads_are_refused_or_right(part):
     prepare()
-    for number in range(part * CALLS, (part + 1) * CALLS):
-        found = outcome(11, number)
-        assert found.verdict not in FAULTS, f"--seed 11 --only {number}: {found.verdict} {found.note}"
+    assert_no_fault(outcome, range(part * CALLS, (part + 1) * CALLS))

@@ -134,3 +134,10 @@ def main(name: str, text: str) -> int:
     totals = {verdict: sum(counts[method, verdict] for method in methods) for verdict in VERDICTS}
     print(f"{'all':16}" + "".join(f"{total:9}" for total in totals.values()))
     return int(any(totals[verdict] for verdict in FAULTS))
+
+
+def assert_no_fault(outcome, numbers, seed: int = 11) -> None:
+    """None of these calls is a fault; what is said of one makes it again."""
+    for number in numbers:
+        found = outcome(seed, number)
+        assert found.verdict not in FAULTS, f"--seed {seed} --only {number}: {found.verdict} {found.note}"

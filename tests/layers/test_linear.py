@@ -4,6 +4,7 @@ import pytest
 import torch
 from eagle_fast_kernels.linear import few_rows_matmul, few_rows_sums, gated_matmul, part_bounds, streams, weight_tile
 from eagle_fast_kernels.many_rows import exact_way, row_invariant_gated, row_invariant_matmul, row_invariant_sums
+from eagle_fast_kernels.rms_norm import sum_parts_ref
 from torch import nn
 
 from eagle_fast.layers.linear import FewRowsLinear, QuantizedLinear, is_plain, quantize, use_few_rows_linear
@@ -143,12 +144,7 @@ def test_every_int8_number_becomes_its_bf16():
 
 def added_up(product, dtype):
     """What the kernels that read parts make of them."""
-    if product.dtype == dtype:
-        return product
-    total = product[0]
-    for part in product[1:]:
-        total = total + part
-    return total.to(dtype)
+    return product if product.dtype == dtype else sum_parts_ref(product, dtype)
 
 
 @pytest.mark.gpu
