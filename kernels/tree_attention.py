@@ -103,14 +103,13 @@ def _num_widths(num_rows: int, num_slots: int) -> int:
     return 1 if num_rows <= SHORT_CACHE else 1 + triton.cdiv(num_slots, SHORT_CACHE)
 
 
-def _by_hopper(q: Tensor, k: Tensor, v: Tensor, first: int, other: float) -> bool:
+def _by_hopper(q: Tensor, k: Tensor, v: Tensor, other: float) -> bool:
     """Whether `tree_attention_hopper` takes the prefix; `other` is not 0 where a window, a chunk or a softcap is asked
     for."""
     (_, num_heads, num_queries, head_dim), (_, num_kv_heads, num_rows, _) = q.shape, k.shape
     if not HAS_GLUON or not hopper.is_hopper(q.device):
         return False
     fits = q.dtype in hopper.TYPES and head_dim in hopper.HEAD_DIMS and hopper.can_fetch(k) and hopper.can_fetch(v)
-    fits = fits and _num_widths(num_rows, first + num_queries) <= hopper.WIDTHS.value
     return fits and not other and num_rows >= LONG_CACHE and num_queries * num_heads // num_kv_heads > 64
 
 
@@ -137,7 +136,7 @@ def tree_attention(
         )  # fmt: skip
     num_sequences, num_heads, num_queries, head_dim = q.shape
     num_kv_heads, num_rows = k.shape[1:3]
-    tile, by_hopper = _tile(q, k), _by_hopper(q, k, v, first, window or chunk or softcap)
+    tile, by_hopper = _tile(q, k), _by_hopper(q, k, v, window or chunk or softcap)
     fold = tile.fold and not by_hopper
     packed_rows, groups = num_queries * num_heads // num_kv_heads, num_sequences * num_kv_heads
     slots = 2 if fold else _num_slots(num_rows)

@@ -3,10 +3,9 @@
     B sequences   T queries   Hq, Hkv heads   G = Hq / Hkv   L cache rows   D head size
 
 The same pieces as in `tree_attention_order.py`: blocks of 64 keys by matrix instructions of 64 rows, each block summed
-for itself and added to its split, a split for each program; so the same bits. A program takes 128 of the T * G rows
-that share a KV head. One warp asks for K and V by TMA, six blocks deep, and two warpgroups attend, 64 rows each. Each
-issues S(i) = q K(i)^T and P(i-1) V(i-1) together and waits for the first alone: the softmax of S(i) runs under the
-second product, and each group's softmax under the other's products.
+for itself and added to its split; so the same bits. A program takes 128 of the T * G rows that share a KV head, and as
+many splits as let all programs run at once. One warp asks for K and V by TMA, six blocks deep, and two warpgroups
+attend, 64 rows each. The softmax of S(i) = q K(i)^T runs under P(i-1) V(i-1), and the addition of that under S(i+1).
 
 Bytes: K and V of the prefix, 4 Hkv length D per sequence in 16 bits, once from memory, by further tiles of 128 rows
 from L2; partial results, 4 T Hq D a split. Flops: 4 Hq T length D, of whole tiles. Llama-3.1-8B, 60 nodes, 32,000 rows:
@@ -39,14 +38,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .check import FLOAT32, described, number, tensor, whole, written
-from .launch import device_guard
+from .launch import device_guard, resources
 from .tree_attention_inputs import check_inputs
 from .tree_attention_order import LOG2E, SPLITS, UNIT, path_length, units
 
 BLOCK = gl.constexpr(64)  # cache rows
 ROWS = gl.constexpr(128)  # packed query rows of a program
 STAGES = gl.constexpr(6)  # 6 * 2 * 16 KB, and 32 KB of q
-WIDTHS = gl.constexpr(2)  # of splits, that the rows of one tree may have
 SLOTS = gl.constexpr(SPLITS.value + 1)  # of partial results, as `tree_attention` has them for long caches
 FIRST, SECOND = gl.constexpr(0), gl.constexpr(64)  # rows of the two warpgroups
 HEAD_DIMS = (128,)  # 64 compiles as well, and has not been measured
@@ -68,16 +66,31 @@ def _fetch(desc, row, bar, buffer, pred):
 
 
 @gluon.jit
-def _load(k_desc, v_desc, k_bufs, v_bufs, k_full, v_full, free, k_row, v_row, blocks):
+def _split(at, widths, job, EACH: gl.constexpr):
+    """(its width in units, its slot, its first block, their number) of one of the splits that a program takes: EACH of
+    them, where the rows' positions have several widths of splits as many of each."""
+    program, length = at
+    width, slot = widths[0] + job // EACH, program * EACH + job % EACH
+    split = width * (UNIT // BLOCK)
+    begin = slot * split
+    return width, slot, begin, gl.maximum(gl.minimum(split, length // BLOCK - begin), 0)
+
+
+@gluon.jit
+def _load(k_desc, v_desc, bufs, bars, k_row, v_row, at, widths, EACH: gl.constexpr):
     """K(0), K(1), V(0), K(2), V(1), ...; `free` of block i says that K(i) and V(i-1) have been read."""
-    steps = blocks + 1
-    if blocks == 0:
-        steps = 0
-    for i in range(steps):
-        slot, phase, last = i % STAGES, (i // STAGES) & 1, (i + STAGES - 1) % STAGES
-        mbarrier.wait(free.index(slot), phase ^ 1)
-        _fetch(k_desc, k_row + i * BLOCK, k_full.index(slot), k_bufs.index(slot), i < blocks)
-        _fetch(v_desc, v_row + (i - 1) * BLOCK, v_full.index(last), v_bufs.index(last), i > 0)
+    k_bufs, v_bufs = bufs
+    k_full, v_full, free = bars
+    done = 0
+    for job in range((widths[1] - widths[0] + 1) * EACH):
+        _, _, begin, blocks = _split(at, widths, job, EACH)
+        for i in range(gl.where(blocks > 0, blocks + 1, 0)):
+            g = done + i
+            slot, last, row = g % STAGES, (g + STAGES - 1) % STAGES, (begin + i) * BLOCK
+            mbarrier.wait(free.index(slot), ((g // STAGES) & 1) ^ 1)
+            _fetch(k_desc, k_row + row, k_full.index(slot), k_bufs.index(slot), i < blocks)
+            _fetch(v_desc, v_row + row - BLOCK, v_full.index(last), v_bufs.index(last), i > 0)
+        done += blocks
 
 
 @gluon.jit
@@ -95,12 +108,14 @@ def _load_q(q_ptr, stride_h, stride_t, first_row, live_rows, G: gl.constexpr, D:
 
 
 @gluon.jit
-def _weigh(scores, factor):
-    """`tree_attention_order._weigh`, where every score counts."""
+def _weigh(scores, factor, DTYPE: gl.constexpr, A: gl.constexpr):
+    """`tree_attention_order._weigh`, where every score counts: (weights for the second product, peak, their sum)."""
     peak = gl.ceil(gl.max(scores, 1) * factor)
     shift = peak[:, None] + gl.zeros_like(scores)
     weights = gl.exp2(gl.fma(scores, gl.zeros_like(scores) + factor, -shift))
-    return weights, peak, gl.sum((weights + 64.0) - 64.0, 1)
+    # How many 2^-17 a weight is: what it adds to the bits of 64.0, 0x42800000, and 64 of these are -0x60000000.
+    steps = gl.sum((weights + 64.0).to(gl.int32, bitcast=True), 1) + 0x60000000
+    return gl.convert_layout(weights.to(DTYPE), A), peak, steps.to(gl.float32) * 2.0**-17
 
 
 @gluon.jit
@@ -114,10 +129,30 @@ def _add(acc, peak, total, acc_b, peak_b, total_b, ROWS_O: gl.constexpr):
 
 
 @gluon.jit
-def _attend(q, shared, rows, out, GROUP: gl.constexpr):
-    """One warpgroup. An iteration issues S(i) and P(i-1) V(i-1); the softmax of S(i) runs under the second."""
-    k_bufs, v_bufs, k_full, v_full, free, blocks = shared
-    tile_row, live_rows, factor, words, stride_t, length, num_slots, width, narrowest, widest, G = rows
+def _scores(q, k_bufs, k_full, i, blocks, MMA_S: gl.constexpr):
+    """S(i), under way; of one block too many, whatever lies there."""
+    slot = i % STAGES
+    mbarrier.wait(k_full.index(slot), (i // STAGES) & 1, pred=blocks)
+    nothing = gl.zeros([64, BLOCK], gl.float32, MMA_S)
+    return warpgroup_mma(q, k_bufs.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _values(p, v_bufs, v_full, i, MMA_O: gl.constexpr):
+    """P(i) V(i), under way."""
+    slot = i % STAGES
+    mbarrier.wait(v_full.index(slot), (i // STAGES) & 1)
+    D: gl.constexpr = v_bufs.shape[2]
+    nothing = gl.zeros([64, D], gl.float32, MMA_O)
+    return warpgroup_mma(p, v_bufs.index(slot), nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _attend(q, bufs, bars, at, widths, rows, out, GROUP: gl.constexpr, EACH: gl.constexpr):
+    """One warpgroup. The softmax of S(i) runs under P(i-1) V(i-1), the addition of that under S(i+1)."""
+    k_bufs, v_bufs = bufs
+    k_full, v_full, free = bars
+    tile_row, live_rows, factor, words, stride_t, num_slots, G = rows
     acc_ptr, peak_ptr, total_ptr, base = out
     dtype: gl.constexpr = k_bufs.dtype
     D: gl.constexpr = k_bufs.shape[2]
@@ -126,51 +161,46 @@ def _attend(q, shared, rows, out, GROUP: gl.constexpr):
     ROWS_S: gl.constexpr = gl.SliceLayout(1, MMA_S)
     ROWS_O: gl.constexpr = gl.SliceLayout(1, MMA_O)
     A: gl.constexpr = gl.DotOperandLayout(0, MMA_O, 2)
-    if blocks > 0:
-        no_scores = gl.zeros([64, BLOCK], gl.float32, MMA_S)
-        nothing = gl.zeros([64, D], gl.float32, MMA_O)
-        peak = gl.full([64], float("-inf"), gl.float32, ROWS_S)
-        total = gl.full([64], 0.0, gl.float32, ROWS_S)
-        acc = nothing
-
-        mbarrier.wait(k_full.index(0), 0)
-        s = warpgroup_mma(q, k_bufs.index(0).permute((1, 0)), no_scores, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(0, deps=(s,))
-        mbarrier.arrive(free.index(0))
-        w, peak_b, total_b = _weigh(s, factor)
-        p = gl.convert_layout(w.to(dtype), A)
-        mbarrier.wait(k_full.index(1), 0, pred=blocks > 1)
-        for i in range(1, blocks):
-            slot = i % STAGES
-            last, last_phase = (i - 1) % STAGES, ((i - 1) // STAGES) & 1
-            s = warpgroup_mma(q, k_bufs.index(slot).permute((1, 0)), no_scores, use_acc=False, is_async=True)
-            mbarrier.wait(v_full.index(last), last_phase)
-            acc_b = warpgroup_mma(p, v_bufs.index(last), nothing, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(1, deps=(s,))
-            w, next_peak, next_total = _weigh(s, factor)
-            # This wait, a loop, also keeps ptxas from moving the softmax behind the wait for P V, which is next.
-            mbarrier.wait(k_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1, pred=i + 1 < blocks)
+    done = 0
+    for job in range((widths[1] - widths[0] + 1) * EACH):
+        width, slot, _, blocks = _split(at, widths, job, EACH)
+        if blocks > 0:
+            peak = gl.full([64], float("-inf"), gl.float32, ROWS_S)
+            total = gl.full([64], 0.0, gl.float32, ROWS_S)
+            acc = gl.zeros([64, D], gl.float32, MMA_O)
+            end = done + blocks
+            s = _scores(q, k_bufs, k_full, done, True, MMA_S)
+            s = warpgroup_mma_wait(0, deps=(s,))
+            mbarrier.arrive(free.index(done % STAGES))
+            p, peak_b, total_b = _weigh(s, factor, dtype, A)
+            s = _scores(q, k_bufs, k_full, done + 1, done + 1 < end, MMA_S)
+            s = warpgroup_mma_wait(0, deps=(s,))
+            for i in range(done + 1, end):
+                acc_b = _values(p, v_bufs, v_full, i - 1, MMA_O)
+                next_p, next_peak, next_total = _weigh(s, factor, dtype, A)
+                # The wait for K(i+1), a loop, also keeps ptxas from moving the softmax behind the one for P V.
+                s = _scores(q, k_bufs, k_full, i + 1, i + 1 < end, MMA_S)
+                acc_b, p = warpgroup_mma_wait(1, deps=(acc_b, p))
+                mbarrier.arrive(free.index(i % STAGES))
+                acc, peak, total = _add(acc, peak, total, acc_b, peak_b, total_b, ROWS_O)
+                s = warpgroup_mma_wait(0, deps=(s,))
+                p, peak_b, total_b = next_p, next_peak, next_total
+            acc_b = _values(p, v_bufs, v_full, end - 1, MMA_O)
             acc_b, p = warpgroup_mma_wait(0, deps=(acc_b, p))
-            mbarrier.arrive(free.index(slot))
             acc, peak, total = _add(acc, peak, total, acc_b, peak_b, total_b, ROWS_O)
-            peak_b, total_b = next_peak, next_total
-            p = gl.convert_layout(w.to(dtype), A)
-        last, last_phase = (blocks - 1) % STAGES, ((blocks - 1) // STAGES) & 1
-        mbarrier.wait(v_full.index(last), last_phase)
-        acc_b = warpgroup_mma(p, v_bufs.index(last), nothing, use_acc=False, is_async=True)
-        acc_b, p = warpgroup_mma_wait(0, deps=(acc_b, p))
-        acc, peak, total = _add(acc, peak, total, acc_b, peak_b, total_b, ROWS_O)
 
-        out_row = tile_row + GROUP + gl.arange(0, 64, ROWS_O)
-        inside = out_row < live_rows
-        if widest > narrowest:
-            position = length + path_length(words + (out_row // G).to(gl.int64) * stride_t, num_slots, inside) - 1
-            inside = inside & (units(position, 0, 0) == width)
-        d = gl.arange(0, D, gl.SliceLayout(0, MMA_O))
-        gl.store(peak_ptr + base + out_row, gl.convert_layout(peak, ROWS_O), mask=inside)
-        gl.store(total_ptr + base + out_row, gl.convert_layout(total, ROWS_O), mask=inside)
-        at = (base + out_row)[:, None] * D + d[None, :]
-        gl.store(acc_ptr + at, acc, mask=inside[:, None] & (d < D)[None, :])
+            out_row = tile_row + GROUP + gl.arange(0, 64, ROWS_O)
+            inside = out_row < live_rows
+            if widths[1] > widths[0]:
+                position = at[1] + path_length(words + (out_row // G).to(gl.int64) * stride_t, num_slots, inside) - 1
+                inside = inside & (units(position, 0, 0) == width)
+            d = gl.arange(0, D, gl.SliceLayout(0, MMA_O))
+            first = base + slot.to(gl.int64) * live_rows
+            gl.store(peak_ptr + first + out_row, gl.convert_layout(peak, ROWS_O), mask=inside)
+            gl.store(total_ptr + first + out_row, gl.convert_layout(total, ROWS_O), mask=inside)
+            to = (first + out_row)[:, None] * D + d[None, :]
+            gl.store(acc_ptr + to, acc, mask=inside[:, None] & (d < D)[None, :])
+        done += blocks
 
 
 @gluon.jit(do_not_specialize=["num_queries", "num_kv_heads", "first", "stride_ab", "stride_at"])
@@ -178,50 +208,36 @@ def _attend_hopper_kernel(
     q_ptr, k_desc, v_desc, lengths_ptr, ancestors_ptr, acc_ptr, peak_ptr, total_ptr,
     num_queries, num_kv_heads, first, factor,
     stride_qb, stride_qh, stride_qt, rows_kb, rows_kh, rows_vb, rows_vh, stride_ab, stride_at,
-    G: gl.constexpr, PDL: gl.constexpr,
+    G: gl.constexpr, EACH: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     if PDL:  # in this order: the kernel that follows reads q, k and v before it waits for this one
         gdc_wait()
         gdc_launch_dependents()
     D: gl.constexpr = k_desc.block_type.shape[1]
-    slot, tile_row, group = gl.program_id(0), gl.program_id(1) * ROWS, gl.program_id(2)
+    program, tile_row, group = gl.program_id(0), gl.program_id(1) * ROWS, gl.program_id(2)
     sequence, kv_head = group // num_kv_heads, group % num_kv_heads
     length = gl.load(lengths_ptr + sequence).to(gl.int32)
     num_slots, live_rows = first + num_queries, num_queries * G
-    # As in `prefix_kernel`: a second set of programs where the rows' positions have two widths of splits.
-    widest = units(length + num_slots - 1, 0, 0)
-    narrowest = units(length - 1, 0, 0)
-    width = narrowest + slot // SPLITS
-    slot = slot % SPLITS
-    split = width * (UNIT // BLOCK)
-    begin = slot * split
-    blocks = gl.maximum(gl.minimum(split, length // BLOCK - begin), 0)
-    if width > widest:
-        blocks = blocks * 0
-    begin = begin * BLOCK
+    at, widths = (program, length), (units(length - 1, 0, 0), units(length + num_slots - 1, 0, 0))
 
     wide = sequence.to(gl.int64)
     q_ptr += wide * stride_qb + (kv_head * G).to(gl.int64) * stride_qh
-    loaded = live_rows
-    if blocks == 0:  # nothing to do; what follows still runs, as warps must part and end together
-        loaded = 0
-    q_first = _load_q(q_ptr, stride_qh, stride_qt, tile_row, loaded, G, D)
-    q_second = _load_q(q_ptr, stride_qh, stride_qt, tile_row + 64, loaded, G, D)
-    k_bufs = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK, D], k_desc.layout)
-    v_bufs = gl.allocate_shared_memory(v_desc.dtype, [STAGES, BLOCK, D], v_desc.layout)
-    k_full, v_full, free = _barriers(STAGES, 1), _barriers(STAGES, 1), _barriers(STAGES, 2)
+    q_first = _load_q(q_ptr, stride_qh, stride_qt, tile_row, live_rows, G, D)
+    q_second = _load_q(q_ptr, stride_qh, stride_qt, tile_row + 64, live_rows, G, D)
+    bufs = (
+        gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK, D], k_desc.layout),
+        gl.allocate_shared_memory(v_desc.dtype, [STAGES, BLOCK, D], v_desc.layout),
+    )
+    bars = _barriers(STAGES, 1), _barriers(STAGES, 1), _barriers(STAGES, 2)
     fence_async_shared()
-    k_row = sequence * rows_kb + kv_head * rows_kh + begin
-    v_row = sequence * rows_vb + kv_head * rows_vh + begin
-    base = (group.to(gl.int64) * SLOTS + slot) * live_rows
-    shared = (k_bufs, v_bufs, k_full, v_full, free, blocks)
-    words = ancestors_ptr + wide * stride_ab
-    rows = (tile_row, live_rows, factor, words, stride_at, length, num_slots, width, narrowest, widest, G)
+    k_row, v_row = sequence * rows_kb + kv_head * rows_kh, sequence * rows_vb + kv_head * rows_vh
+    base = group.to(gl.int64) * SLOTS * live_rows
+    rows = (tile_row, live_rows, factor, ancestors_ptr + wide * stride_ab, stride_at, num_slots, G)
     out = (acc_ptr, peak_ptr, total_ptr, base)
     gl.warp_specialize([
-        (_attend, (q_first, shared, rows, out, FIRST)),
-        (_attend, (q_second, shared, rows, out, SECOND)),
-        (_load, (k_desc, v_desc, k_bufs, v_bufs, k_full, v_full, free, k_row, v_row, blocks)),
+        (_attend, (q_first, bufs, bars, at, widths, rows, out, FIRST, EACH)),
+        (_attend, (q_second, bufs, bars, at, widths, rows, out, SECOND, EACH)),
+        (_load, (k_desc, v_desc, bufs, bars, k_row, v_row, at, widths, EACH)),
     ], [4, 1], [240, 24])  # fmt: skip
 
 
@@ -267,8 +283,6 @@ def attend(
     (num_sequences, num_heads, num_queries, head_dim), num_kv_heads = q.shape, k.shape[1]
     if head_dim not in HEAD_DIMS or not is_hopper(q.device):
         raise ValueError(f"q is {described(q)}; expected a head size D of {HEAD_DIMS} and a Hopper GPU")
-    if first + num_queries > SPLITS.value * UNIT.value:
-        raise ValueError(f"first + T is {first + num_queries}; expected at most {SPLITS.value * UNIT.value} tree slots")
     if k.shape[2] < 2 or not can_fetch(k) or not can_fetch(v):
         raise ValueError(f"k is {described(k)}, v {described(v)}; expected rows of one matrix, aligned to 16 bytes")
     groups, packed_rows = num_sequences * num_kv_heads, num_queries * num_heads // num_kv_heads
@@ -281,11 +295,14 @@ def attend(
         [near, ("k", k), ("v", v), ("lengths", lengths), ("ancestors", ancestors)],
     )
     tiles = -(-packed_rows // ROWS.value)
+    each = 1  # splits of a program: all programs at once, as one fills a multiprocessor
+    while each < SPLITS.value and SPLITS.value // each * tiles * groups > resources(q.device)[0]:
+        each *= 2
     (keys, *rows_k), (values, *rows_v) = _matrix(k), _matrix(v)
     with device_guard(q):
-        _attend_hopper_kernel[(WIDTHS.value * SPLITS.value, tiles, groups)](
+        _attend_hopper_kernel[(SPLITS.value // each, tiles, groups)](
             q, keys, values, lengths, ancestors, acc, peak, total,
             num_queries, num_kv_heads, first, scale * LOG2E.value,
             *q.stride()[:3], *rows_k, *rows_v, *ancestors.stride()[:2],
-            G=num_heads // num_kv_heads, num_warps=4, maxnreg=168, enable_fp_fusion=False, **launch,
+            G=num_heads // num_kv_heads, EACH=each, num_warps=4, maxnreg=168, enable_fp_fusion=False, **launch,
         )  # fmt: skip

@@ -431,7 +431,7 @@ def test_specialised_warps_give_the_bits_of_the_other_kernel(lengths, num_querie
     """The prefix ends anywhere in a block of 64 rows; several sequences also have a draft's `first` and sinks."""
     options = {"first": 30, "sinks": True} if len(lengths) > 1 else {}
     problem = build(long_case(lengths, num_queries, **options), dtype, "cuda")
-    assert module._by_hopper(problem.q, problem.k, problem.v, problem.options["first"], 0)
+    assert module._by_hopper(problem.q, problem.k, problem.v, 0)
     wide = problem._replace(q=problem.q.float(), k=problem.k.float(), v=problem.v.float())
     exact = run(tree_attention_ref, wide)
     out = run(tree_attention, problem)
@@ -446,7 +446,7 @@ def test_specialised_warps_give_the_bits_of_the_other_kernel(lengths, num_querie
 def test_specialised_warps_where_the_cache_ends_in_a_block(lengths):
     """The cache has no row past the live ones of the longest sequence."""
     problem = build(long_case(lengths, 60, rows=4560), torch.bfloat16, "cuda")
-    assert module._by_hopper(problem.q, problem.k, problem.v, problem.options["first"], 0)
+    assert module._by_hopper(problem.q, problem.k, problem.v, 0)
     wide = problem._replace(q=problem.q.float(), k=problem.k.float(), v=problem.v.float())
     assert relative_error(run(tree_attention, problem), run(tree_attention_ref, wide)) < 6e-3
 
