@@ -110,7 +110,7 @@ def _load_q(q_ptr, stride_h, stride_t, first_row, live_rows, G: gl.constexpr, D:
 @gluon.jit
 def _weigh(scores, factor, DTYPE: gl.constexpr, A: gl.constexpr):
     """`tree_attention_order._weigh`, where every score counts: (weights for the second product, peak, their sum)."""
-    peak = gl.ceil(gl.max(scores, 1) * factor)
+    peak = gl.max(scores, 1) * factor
     shift = peak[:, None] + gl.zeros_like(scores)
     weights = gl.exp2(gl.fma(scores, gl.zeros_like(scores) + factor, -shift))
     # How many 2^-17 a weight is: what it adds to the bits of 64.0, 0x42800000, and 64 of these are -0x60000000.

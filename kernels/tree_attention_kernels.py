@@ -239,8 +239,7 @@ def finish_kernel(
     acc, peak, total = add(acc, peak, total, acc_s, peak_s, total_s)
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + kv_head * G + h, mask=heads, other=0.0).to(tl.float32) * LOG2E
-        least = tl.ceil(sink)
-        acc, peak, total = add(acc, peak, total, tl.zeros_like(acc), least, tl.exp2(sink - least))
+        acc, peak, total = add(acc, peak, total, tl.zeros_like(acc), sink, tl.full(sink.shape, 1.0, tl.float32))
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out_row = (sequence * num_queries + node) * num_kv_heads * G + kv_head * G + h
     ptrs = out_ptr + out_row[:, None] * D + d[None, :]

@@ -5,15 +5,15 @@ the positions behind it. It takes them from left to right:
 
     block   BLOCK_N keys from a multiple of BLOCK_N on. Its scores and the sum of its weighted values come from one
             matrix product each, for itself alone, which takes D and the keys in steps of the instruction. Weights are
-            relative to a power of two, the least that none exceeds; their sum is one of fixed-point numbers, exact.
+            relative to the largest of them; their sum is one of fixed-point numbers, exact.
     split   `units(p)` times UNIT keys, from a multiple of that on: its blocks are added one by one. A row has at most
             SPLITS of them (one more in a window or chunk, which begins anywhere).
     row     its splits are added one by one, the sink of its head last.
 
 All of this follows from p, the window and the chunk, which belong to the layer. How many other rows there are, where
 the prefix ends and the tree begins, how large the cache is, who computes which piece: nothing of it matters, so the row
-gets the bits that it gets in plain decoding. Powers of two scale without a rounding, a block that a row does not see
-adds nothing, and multiplications and additions are told to the compiler one by one (no launch may contract them).
+gets the bits that it gets in plain decoding. A block that a row does not see adds nothing, and multiplications and
+additions are told to the compiler one by one (no launch may contract them).
 
 BLOCK_N depends on the dtype and the head size. What a matrix instruction makes of a row and a column does not depend on
 the others in its tile, nor on which of both is called a row; that holds for one kind of instruction, so in 16 bits on
@@ -138,7 +138,9 @@ def _weigh(scores, visible, scale, axis: tl.constexpr, SOFTCAP: tl.constexpr, FI
         factor = SOFTCAP * LOG2E
     if visible is not None:
         scores = tl.where(visible, scores, float("-inf"))
-    peak = tl.ceil(tl.max(scores, axis) * factor)
+    if FINE:  # so that the largest weight is 1 to the last bit; in 16 bits rounding makes it so
+        scores, factor = scores * factor, 1.0
+    peak = tl.max(scores, axis) * factor
     shift = tl.where(peak == float("-inf"), 0.0, peak)
     shift = tl.broadcast_to(tl.expand_dims(shift, axis), scores.shape)
     weights = tl.exp2(tl.fma(scores, tl.full(scores.shape, factor, tl.float32), -shift))
