@@ -201,3 +201,39 @@ def cut_columns(packed: Packed, low: int, high: int) -> Packed:
     return pack(
         codes[:, low:high], scales, kind=packed.kind, zeros=zeros, group_size=min(size, high - low),
     )  # fmt: skip
+
+
+def has_kernel(packed: Packed) -> bool:
+    """Whether the kernel knows such groups: whole tiles of a step, or whole steps."""
+    size, step = packed.group_size, step_columns(packed.kind)
+    return len(packed.scales) == 1 or (size % WORDS == 0 and (step % size == 0 or size % step == 0))
+
+
+def group_of_kernel(packed: Packed) -> int:
+    """Columns that share a factor; 0 where one scale a row multiplies the sum, and codes are used as they are."""
+    if len(packed.scales) > 1:
+        return packed.group_size
+    return 0 if packed.zeros is None else packed.words.shape[1] // WORDS * step_columns(packed.kind)
+
+
+def factors_of(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """What the kernel reads of scales and zero points where x has this dtype, of 16 bits.
+
+    One scale a row: fp32 [N]. Else int32 [P, N] of pairs, the first in the low 16 bits: the scales of two groups, or a
+    group's scale and what is added to its codes. Groups that only fill a step have zeros.
+    """
+    group, step = group_of_kernel(packed), step_columns(packed.kind)
+    if not group:
+        return packed.scales[0].float()
+    columns = packed.words.shape[1] // WORDS * step
+    scales, zeros = packed.scales.to(dtype), packed.zeros
+    if zeros is not None:
+        # with a code's own offset, as kernels/packed_kernels.py makes it a number
+        offset = {"int4": -128 if dtype == torch.bfloat16 else -1024, "int8": 128}[packed.kind]
+        first, second = scales, (offset - zeros.to(torch.float32)).to(dtype)
+    else:
+        scales = torch.nn.functional.pad(scales, (0, 0, 0, len(scales) % 2))
+        first, second = scales[::2], scales[1::2]
+    pairs = torch.stack([first, second], -1).contiguous().view(torch.int32)[..., 0]
+    needed = columns // group if zeros is not None else -(-columns // group // 2)
+    return torch.nn.functional.pad(pairs, (0, 0, 0, max(0, needed - len(pairs)))).contiguous()
