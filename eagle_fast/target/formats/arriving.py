@@ -41,6 +41,11 @@ class ArrivingLinear(nn.Module):
         """This object is a PackedLinear from now on."""
         tensors = {name: held.data for name, held in self.named_parameters()}
         bias = tensors.pop("bias", None)
+        for name, (shape, _) in self.scheme.stored(self.out_features, self.in_features).items():
+            if tensors[name].shape != shape:  # old releases of transformers do not look
+                raise ValueError(
+                    f"a tensor {name} is {list(tensors[name].shape)}, and its config.json says {list(shape)}"
+                )
         found = self.scheme.codes(tensors, self.out_features, self.in_features)
         scales = found.scales if found.scales.shape[1] == 1 else found.scales.to(self.dtype)
         packed = pack(
@@ -51,6 +56,34 @@ class ArrivingLinear(nn.Module):
         vars(self).update(vars(linear))
         self.__class__ = PackedLinear  # type: ignore[assignment]
         self.training = training
+
+
+class Unloaded(nn.Module):
+    """Stands for a packed layer where nothing is loaded: as many bytes on the meta device."""
+
+    def __init__(self, linear: ArrivingLinear):
+        super().__init__()
+        rows, columns = linear.out_features, linear.in_features
+        self.num_weights, size = rows * columns, linear.scheme.num_bytes(rows, columns)
+        words = torch.empty(size, dtype=torch.uint8, device="meta")
+        self.words, self.bias = nn.Parameter(words, requires_grad=False), linear.bias
+
+
+def shrink(model: nn.Module) -> None:
+    """Give what makes room the size that it will have."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, ArrivingLinear):
+                setattr(module, name, Unloaded(child))
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Numbers that a model consists of, packed or not."""
+    modules = list(model.modules())
+    packed = sum(each.num_weights for each in modules if isinstance(each, Unloaded))
+    packed += sum(each.in_features * each.out_features for each in modules if isinstance(each, PackedLinear))
+    words = {id(each.words) for each in modules if isinstance(each, Unloaded)}
+    return packed + sum(each.numel() for each in model.parameters() if id(each) not in words)
 
 
 def make_room(model: PreTrainedModel, found: Format) -> None:

@@ -12,6 +12,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from eagle_fast.target.formats.scheme import (
     Codes,
+    FileScheme,
     Scheme,
     Stored,
     Unreadable,
@@ -26,7 +27,7 @@ PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble of a word that each of eight row
 
 
 @dataclass(frozen=True)
-class AwqScheme:
+class AwqScheme(FileScheme):
     """Of one layer, always in 4 bits."""
 
     group: int

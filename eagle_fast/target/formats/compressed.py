@@ -15,6 +15,7 @@ from eagle_fast.target.formats.scheme import (
     KINDS,
     MIDDLE,
     Codes,
+    FileScheme,
     Scheme,
     Stored,
     Unreadable,
@@ -31,7 +32,7 @@ BESIDE = [r"\.(input|output)_scale$", r"\.(input|output)_zero_point$", r"\.[kvq]
 
 
 @dataclass(frozen=True)
-class WholeScheme:
+class WholeScheme(FileScheme):
     """Of one layer: whole numbers in words, or a byte each. one: a single scale for all rows."""
 
     bits: int

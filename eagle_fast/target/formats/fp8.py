@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from eagle_fast.target.formats.scheme import Codes, Scheme, Stored, Unreadable, group_of
+from eagle_fast.target.formats.scheme import Codes, FileScheme, Scheme, Stored, Unreadable, group_of
 
 ACTIVATIONS = "its activations, which the file would round to {bits} bits, stay in 16"
 
 
 @dataclass(frozen=True)
-class BlockScheme:
+class BlockScheme(FileScheme):
     """Of one layer: codes in fp8, and a scale for each block. block: its rows and columns, which are all where they are
     0; None for one scale."""
 

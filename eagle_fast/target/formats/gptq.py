@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from eagle_fast.target.formats.scheme import (
     KINDS,
     Codes,
+    FileScheme,
     Scheme,
     Stored,
     Unreadable,
@@ -29,7 +30,7 @@ ONES = {4: 0x11111111, 8: 0x01010101}  # one in every field: what the first vers
 
 
 @dataclass(frozen=True)
-class GptqScheme:
+class GptqScheme(FileScheme):
     """Of one layer. version 1 stores zero points less one, taken off the words as whole numbers."""
 
     bits: int

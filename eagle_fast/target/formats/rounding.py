@@ -33,6 +33,10 @@ class RoundingScheme:
     def stored(self, rows: int, columns: int) -> Stored:
         return {"weight": ((rows, columns), self.dtype)}
 
+    def num_bytes(self, rows: int, columns: int) -> int:
+        groups = columns // self.group if self.bits == 4 else 1
+        return rows * columns * self.bits // 8 + rows * groups * 4
+
     def codes(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Codes:
         weight = tensors["weight"]
         if self.bits == 8:

@@ -5,6 +5,7 @@ N, K rows and columns of a weight, G groups of columns.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -37,8 +38,22 @@ class Scheme(Protocol):
     def stored(self, rows: int, columns: int) -> Stored:
         """The tensors of a layer's weight in the file. Scales are asked for in float32, which holds every kind."""
 
+    def num_bytes(self, rows: int, columns: int) -> int:
+        """About as many as the packed weight takes."""
+
     def codes(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Codes:
         """What these tensors say."""
+
+
+class FileScheme:
+    """What is the same for all files: a packed weight takes what it does in the file."""
+
+    def stored(self, rows: int, columns: int) -> Stored:
+        raise NotImplementedError
+
+    def num_bytes(self, rows: int, columns: int) -> int:
+        """See `Scheme`. Scales count as float32: the file's own, and those that the kernel reads beside them."""
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.stored(rows, columns).values())
 
 
 class Format(Protocol):
