@@ -66,6 +66,15 @@ def _float(bits, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _rounded(w, DTYPE: tl.constexpr):
+    """To the nearest, as the interpreter's cast to bf16 does not."""
+    if tl.bfloat16 == DTYPE:
+        bits = w.to(tl.int32, bitcast=True)
+        w = (bits + 0x7FFF + (bits >> 16 & 1) & -0x10000).to(tl.float32, bitcast=True)
+    return w.to(DTYPE)
+
+
+@triton.jit
 def _spelled(code, scale, offset, KIND: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr, DTYPE: tl.constexpr):
     """`_weights` of codes [N, 32] without the instructions of one maker."""
     if KIND == "fp8":
@@ -83,10 +92,7 @@ def _spelled(code, scale, offset, KIND: tl.constexpr, GROUPED: tl.constexpr, ZER
         w += _float(offset, DTYPE)
     if GROUPED:
         w *= _float(scale, DTYPE)
-    if tl.bfloat16 == DTYPE:  # to nearest: the interpreter's cast cuts off
-        bits = w.to(tl.int32, bitcast=True)
-        w = (bits + 0x7FFF + (bits >> 16 & 1) & -0x10000).to(tl.float32, bitcast=True)
-    return w.to(DTYPE)
+    return _rounded(w, DTYPE)
 
 
 @triton.jit
@@ -204,10 +210,13 @@ def packed_kernel(
 @triton.jit
 def dense_kernel(
     words_ptr, factors_ptr, out_ptr, num_rows, inner, steps, all_rows, stride_out,
-    KIND: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr,
-    PTX: tl.constexpr, PDL: tl.constexpr,
+    KIND: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, SCALED: tl.constexpr, BLOCK_N: tl.constexpr,
+    EVEN: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A step of BLOCK_N rows of the weight, in the dtype of out. GROUP 0: without its scale."""
+    """A step of BLOCK_N rows of the weight, in the dtype of out. SCALED: times the one scale of a row, if GROUP is 0.
+
+    num_rows: of these rows; all_rows: of the weight.
+    """
     after_earlier_kernels(PDL)
     CODES: tl.constexpr = 8 if KIND == "int4" else 4
     STEP: tl.constexpr = CODES * WORDS
@@ -224,6 +233,9 @@ def dense_kernel(
         if GROUP > 0 and (code * WORDS % GROUP == 0 if GROUP < STEP else code == 0):
             scale, offset, pair = _factors(factors_ptr, pair, n, all_rows, step, code, STEP, GROUP, ZEROS)
         w = _weights(words, row_ptrs, scale, offset, code, KIND, GROUP > 0, ZEROS, DTYPE, PTX)
+        if GROUP == 0 and SCALED:
+            one = _rounded(tl.load(factors_ptr + n), DTYPE).to(tl.float32)
+            w = _rounded(w.to(tl.float32) * one[:, None], DTYPE)
         if EVEN:
             tl.store(out_ptrs + code * WORDS, w, mask=live)
         else:

@@ -6,8 +6,16 @@ import itertools
 from collections.abc import Sequence
 
 import torch
-from eagle_fast_kernels.packed import Packed, packed_gated, packed_matmul, packed_sums, unpack
+from eagle_fast_kernels.check import HALVES
+from eagle_fast_kernels.packed import Packed, factors_of, packed_sums, streams, unpack
 from eagle_fast_kernels.packed_layout import cut_columns, cut_rows, merge
+from eagle_fast_kernels.packed_many import (
+    many_gated,
+    many_matmul,
+    row_invariant_gated,
+    row_invariant_matmul,
+    row_invariant_sums,
+)  # fmt: skip
 from torch import Tensor, nn
 
 from .linear import RowOrder
@@ -44,6 +52,7 @@ class PackedLinear(nn.Module):
     columns: Tensor | None
     bias: Tensor | None
     like: Tensor
+    _factors: Tensor | None = None  # what the kernel reads of scales and zero points, made when it first does
 
     @property
     def packed(self) -> Packed:
@@ -65,7 +74,7 @@ class PackedLinear(nn.Module):
         return self.packed.num_bytes + (0 if self.bias is None else self.bias.nbytes)
 
     def _apply(self, fn, recurse=True):
-        scales = self.scales
+        scales, self._factors = self.scales, None
         super()._apply(fn, recurse)
         if self.scales.dtype != scales.dtype:  # a cast of the model, and scales are numbers of the file
             self.scales = scales.to(self.scales.device)
@@ -75,16 +84,35 @@ class PackedLinear(nn.Module):
         """The weight [N, K] that this one stands for."""
         return unpack(self.packed, self.dtype)
 
+    def _load_from_state_dict(self, *args, **options):
+        self._factors = None
+        super()._load_from_state_dict(*args, **options)
+
+    def _arguments(self, input: Tensor) -> tuple[Packed, Tensor | None, Tensor | None]:
+        """What products take beside their rows."""
+        if self._factors is None and self.device.type != "cpu" and self.dtype in HALVES:
+            self._factors = factors_of(self.packed, self.dtype)
+        return self.packed, self.bias, self._factors if input.dtype == self.dtype else None
+
+    @property
+    def _keeps_order(self) -> bool:
+        return self.order is not None and self.order.kept
+
     def forward(self, input: Tensor) -> Tensor:
-        return packed_matmul(input, self.packed, bias=self.bias)
+        return (row_invariant_matmul if self._keeps_order else many_matmul)(input, *self._arguments(input))
 
     def sums(self, input: Tensor) -> Tensor:
         """See `FewRowsLinear`."""
-        return packed_sums(input, self.packed, bias=self.bias)
+        packed, bias, factors = self._arguments(input)
+        if self._keeps_order:
+            return row_invariant_sums(input, packed, bias, factors)
+        if not streams(input, packed, bias):
+            return many_matmul(input, packed, bias, factors)
+        return packed_sums(input, packed, bias=bias, factors=factors)
 
     def gated(self, input: Tensor) -> Tensor:
         """See `FewRowsLinear`."""
-        return packed_gated(input, self.packed, bias=self.bias)
+        return (row_invariant_gated if self._keeps_order else many_gated)(input, *self._arguments(input))
 
     def cut(self, bounds: Sequence[int], axis: int) -> list[PackedLinear]:
         """Parts of the weight from each bound to the next, copies. Of rows (axis 0) their outputs lie side by side; of
