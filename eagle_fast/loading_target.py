@@ -83,21 +83,24 @@ def load_target(
     options: dict[str, Any],
     max_memory: dict | None = None,
     target_bits: int | None = None,
+    *,
+    name: str = NAME,
 ) -> PreTrainedModel:
     """The target: a model as it is, or one from the hub or a folder with options of transformers' from_pretrained.
 
-    target_bits: 8 or 4, that the weights of its layers are rounded to while they are loaded. Raises ValueError, among
-    them UnsupportedModel, for what cannot be loaded or decoded, as far as that is known here.
+    target_bits: 8 or 4, that the weights of its layers are rounded to while they are loaded. name: of the argument that
+    it is given as. Raises ValueError, among them UnsupportedModel, for what cannot be loaded or decoded, as far as that
+    is known here.
     """
     if isinstance(path_or_model, nn.Module):  # a PreTrainedModel, or a wrapper of one as PEFT's
-        check_base(path_or_model, NAME)
+        check_base(path_or_model, name)
         check_names_of_loaded(path_or_model, options)
         given = options | {"device_map": device_map, "max_memory": max_memory, "target_bits": target_bits}
-        names = sorted(name for name, value in given.items() if name in options or value is not None)
+        names = sorted(key for key, value in given.items() if key in options or value is not None)
         if names:
             raise ValueError(f"{names} cannot change a model that is loaded already: pass them where you load it")
         return cast(PreTrainedModel, path_or_model)
-    path = known_path(NAME, path_or_model)
+    path = known_path(name, path_or_model)
     check_device_map(device_map)
     check_max_memory(max_memory)
     gguf_file = options.get("gguf_file")
@@ -106,8 +109,8 @@ def load_target(
     if "dtype" in options:
         options = options | {"dtype": _checked_dtypes(options["dtype"])}
     device = _one_device(device_map, max_memory)
-    config = _read_config(path, options)
-    what = f"{NAME}={path!r}"
+    config = _read_config(path, options, name)
+    what = f"{name}={path!r}"
     packing, reason = packing_of(config, path, options, target_bits, what, _dtype(options))
     if packing is None:
         options = quantization_options(config, options, what, reason)
@@ -119,7 +122,7 @@ def load_target(
         check_layers(options["num_hidden_layers"] if known else Anatomy(config).stated_layers, what)
     _check_attention(options.get("attn_implementation"))
     placement = _placement(config, device, device_map, max_memory, options, packing)
-    with loading(NAME, path, options), without_its_warning():
+    with loading(name, path, options), without_its_warning():
         given = options if packing is None else packed_options(packing, path, options, config)
         model, missing, unexpected = _load(auto, path, given | placement)
     drop_wrappers(model, options)
@@ -131,7 +134,7 @@ def load_target(
         )
     if packing is not None:
         check_all_read(unexpected, what)
-    check_base(model, NAME)
+    check_base(model, name)
     say_how_it_runs(model, what, packing, reason)
     if Anatomy(model).softcap and "attn_implementation" not in options:
         model.set_attn_implementation("eager")  # the default, SDPA, leaves the softcap out
@@ -174,7 +177,7 @@ def _checked_dtypes(dtype: Any) -> Any:
     return checked_dtype(dtype) or dtype
 
 
-def _read_config(path: str, options: dict[str, Any]) -> PreTrainedConfig | None:
+def _read_config(path: str, options: dict[str, Any], name: str) -> PreTrainedConfig | None:
     """The checkpoint's config, or that given as config=; None where a GGUF file stands for it."""
     given = options.get("config")
     if given is not None:
@@ -184,7 +187,7 @@ def _read_config(path: str, options: dict[str, Any]) -> PreTrainedConfig | None:
     if options.get("gguf_file") is not None:
         return None
     hub = {key: options[key] for key in CONFIG_OPTIONS if key in options}
-    with loading(NAME, path, options):
+    with loading(name, path, options):
         try:
             return AutoConfig.from_pretrained(path, **hub)
         except (OSError, ValueError):

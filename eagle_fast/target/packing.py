@@ -15,7 +15,7 @@ from eagle_fast.target.formats.quantizer import PackedConfig, packed_config
 from eagle_fast.target.formats.rounding import BITS
 from eagle_fast.target.formats.scheme import Format, Unreadable
 from eagle_fast.target.merged import can_be_read
-from eagle_fast.target.placement import GIB, skeleton
+from eagle_fast.target.placement import GIB, model_bytes, skeleton
 
 PACKED_TENSORS = (
     "qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_scale_inv", "weight_zero_point",
@@ -79,7 +79,7 @@ def check_all_read(unexpected: Iterable[str], what: str) -> None:
 
 def say_how_it_runs(model: PreTrainedModel, what: str, packing: Packing | None, reason: str) -> None:
     """One line about a loaded target that is quantized. reason: why its weights are not packed here."""
-    size = f"{_said(sum(each.nbytes for each in (*model.parameters(), *model.buffers())))} of weights"
+    size = f"{_said(model_bytes(model))} of weights"
     if packing is not None:
         dtype = str(model.dtype).removeprefix("torch.")
         wide = f"which in {dtype} would be {_said(num_parameters(model) * model.dtype.itemsize)}"

@@ -180,7 +180,7 @@ def _of_compressed(form: str, weights: dict, activations: dict | None) -> dict:
 def fp8(block: int | None = GROUP) -> Layout:
     def write(weight: Tensor) -> Written:
         if block is not None:
-            codes, scales, dense = _in_blocks(weight)
+            codes, scales, dense = _in_blocks(weight, block)
         else:
             scales = weight.abs().amax() / 448
             codes = (weight / scales).to(torch.float8_e4m3fn)
@@ -191,13 +191,13 @@ def fp8(block: int | None = GROUP) -> Layout:
     return Layout(write, dict(quant_method="fp8", activation_scheme="dynamic", weight_block_size=size))
 
 
-def _in_blocks(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes, a scale for each block of GROUP x GROUP, the last ones smaller, the weight that they stand for)."""
+def _in_blocks(weight: Tensor, size: int = GROUP) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes, a scale for each block of size x size, the last ones smaller, the weight that they stand for)."""
     codes, dense = torch.empty_like(weight, dtype=torch.float8_e4m3fn), torch.empty_like(weight)
-    scales = torch.empty(*(-(-size // GROUP) for size in weight.shape))
+    scales = torch.empty(*(-(-each // size) for each in weight.shape))
     for row in range(scales.shape[0]):
         for column in range(scales.shape[1]):
-            place = slice(row * GROUP, (row + 1) * GROUP), slice(column * GROUP, (column + 1) * GROUP)
+            place = slice(row * size, (row + 1) * size), slice(column * size, (column + 1) * size)
             scales[row, column] = weight[place].abs().amax() / 448
             codes[place] = (weight[place] / scales[row, column]).to(torch.float8_e4m3fn)
             dense[place] = codes[place].float() * scales[row, column]

@@ -54,7 +54,7 @@ def test_weights_are_those_of_the_file(name, model, tmp_path):
 @pytest.mark.parametrize(
     "layout",
     [gptq(4, 128), gptq(8, 64, even=False, act_order=True), awq(128), awq(64), compressed(4, 128, even=False),
-     compressed(8, 64), compressed(4, 128, act_order="group"), fp8(), fp8(None), compressed_fp8("block")],
+     compressed(8, 64), compressed(4, 128, act_order="group"), fp8(128), fp8(None), compressed_fp8("block")],
     ids=["gptq128", "gptq64", "awq128", "awq64", "ct128", "ct64", "ct128_order", "fp8", "fp8_one", "ct_fp8"],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -30,6 +30,10 @@ class BlockScheme(FileScheme):
             shape = -(-rows // self.block[0]), -(-columns // group_of(self.block[1], columns))
         return {"weight": ((rows, columns), torch.float8_e4m3fn), self.scale: (shape, torch.float32)}
 
+    def num_bytes(self, rows: int, columns: int) -> int:
+        groups = 1 if self.block is None else -(-columns // group_of(self.block[1], columns))
+        return rows * columns + rows * groups * 4  # every row has scales of its own
+
     def codes(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Codes:
         scales = tensors[self.scale]
         if self.block is None:
