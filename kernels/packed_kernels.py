@@ -141,7 +141,7 @@ def _factors(
     return scale, scale, pair
 
 
-@triton.jit(do_not_specialize=["num_rows", "splits"])
+@triton.jit(do_not_specialize=["num_rows", "steps", "splits"])
 def packed_kernel(
     x_ptr, words_ptr, factors_ptr, bias_ptr, out_ptr, num_rows, num_columns, inner, steps, stride_x, splits,
     KIND: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -207,7 +207,7 @@ def packed_kernel(
     tl.store(out_ptrs, z.to(out_ptr.dtype.element_ty), mask=live & (columns < num_columns)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "steps"])
 def dense_kernel(
     words_ptr, factors_ptr, out_ptr, num_rows, inner, steps, all_rows, stride_out,
     KIND: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, SCALED: tl.constexpr, BLOCK_N: tl.constexpr,
