@@ -15,8 +15,10 @@ from zoo import make
 from eagle_fast import EaModel
 from eagle_fast.layers.linear import FewRowsLinear
 from eagle_fast.layers.packed import PackedLinear
+from eagle_fast.loading import load_target
 from eagle_fast.target import Target
 from eagle_fast.target.merged import SideBySide
+from eagle_fast.target.placement import model_bytes
 
 NEW = 20
 CPU = torch.device("cpu")
@@ -123,6 +125,63 @@ def test_merged_words_are_the_only_copy(layout, targets, tmp_path):
     orders = sum(each.columns.nbytes for each in base.modules() if getattr(each, "columns", None) is not None)
     assert whole <= parts + 4096
     assert whole >= parts - orders
+
+
+@pytest.mark.parametrize("layout", ["gptq_act_order", "awq", "fp8_blocks"])
+def test_the_kernel_reads_views_as_it_does_merged_weights(layout, targets, tmp_path, monkeypatch):
+    """base_model's own layers and the fused one, in 16 bits."""
+    write_quantized(targets["qwen2"][0], tmp_path, LAYOUTS[layout])
+    with pytest.warns(UserWarning, match="packed weights"):
+        base = load_target(str(tmp_path), "cpu", {"dtype": torch.float16})
+    fused = Target(base, (1,)).decoder_layers[0]
+    monkeypatch.setenv("EAGLE_FAST_KERNELS", "auto" if torch.cuda.is_available() else "triton")
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).half()
+    attention, mlp = base.model.layers[0].self_attn, base.model.layers[0].mlp
+    for whole, parts in (
+        (fused.qkv, (attention.q_proj, attention.k_proj, attention.v_proj)),
+        (fused.gate_up, (mlp.gate_proj, mlp.up_proj)),
+    ):
+        torch.testing.assert_close(torch.cat([part(x) for part in parts], -1), whole(x), rtol=1e-3, atol=1e-3)
+        exact = [x.float() @ part.dense().float().T + (0 if part.bias is None else part.bias) for part in parts]
+        torch.testing.assert_close(whole(x).float(), torch.cat(exact, -1), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["gptq", "gptq_act_order", "awq", "w4a16_row", "w8a16_bytes", "fp8_blocks"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bits_on_a_gpu(layout, dtype, targets, tmp_path):
+    model, head = targets["qwen2"]
+    write_quantized(model, tmp_path, LAYOUTS[layout])
+    decoder, _ = load(tmp_path, head, dtype=dtype, device_map="cuda")
+    tensors = [*decoder.base_model.parameters(), *decoder.base_model.buffers()]
+    assert {each.device.type for each in tensors} == {"cuda"}
+    assert decoder.exactness == "bitwise", decoder.exactness.reason
+    ids = prompt(11, CPU).cuda()
+    for options in ({}, {"temperature": 1.0, "seed": 3}):
+        with_head, plain = (
+            way(ids, max_new_tokens=NEW, **options) for way in (decoder.eagenerate, decoder.naivegenerate)
+        )
+        assert torch.equal(with_head, plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [None, 4])
+def test_memory_while_a_gpu_is_filled(bits, tmp_path):
+    """What is packed, and what one layer more takes: never the plain weights, or the file's beside ours."""
+    model = make("llama", sharp=False, hidden_size=1024, intermediate_size=3072, num_hidden_layers=12)
+    if bits is None:
+        write_quantized(model, tmp_path, gptq(group=128), "bfloat16")
+    else:
+        model.bfloat16().save_pretrained(tmp_path)
+    load_target(str(tmp_path), "cuda", {}, target_bits=bits)  # once, for what CUDA takes itself
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    base = load_target(str(tmp_path), "cuda", {}, target_bits=bits)
+    layer = 1024 * 3072  # numbers of the largest weight; those at work take several of 4 bytes
+    kept = torch.cuda.memory_allocated() - before
+    assert kept < 1.1 * model_bytes(base)
+    assert torch.cuda.max_memory_allocated() - before < kept + 60 * layer
 
 
 def rewrite(folder, change):
