@@ -221,6 +221,7 @@ LAYOUTS: dict[str, Layout] = {
     "w4a16_act_order": compressed(act_order="group"),
     "w4a16_act_order_zeros": compressed(act_order="group", even=False),
     "w4a16_ordered_before": compressed(act_order="weight"),
+    "w4a16_bytes_zeros": compressed(packed=False, even=False),
     "w8a16": compressed(8),
     "w8a16_row_zeros": compressed(8, -1, even=False),
     "w8a16_bytes": compressed(8, -1, packed=False),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from eagle_fast_kernels.packed import unpack
 from quantized_files import LAYOUTS, awq, compressed, compressed_fp8, fp8, gptq, write_quantized
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from zoo import make
 
@@ -107,6 +108,23 @@ def test_one_layer_at_a_time(model, tmp_path, monkeypatch):
     monkeypatch.setattr(ArrivingLinear, "__setattr__", watched)
     load(tmp_path)
     assert max(most) == 1
+
+
+def test_scales_that_are_powers_of_two(model, tmp_path):
+    """As DeepSeek's newer files have them, a byte each (ue8m0)."""
+    dense = write_quantized(model, tmp_path, fp8(), scale_fmt="ue8m0")
+    file, exponents = tmp_path / "model.safetensors", {}
+    tensors = load_file(file)
+    for name in [each for each in tensors if each.endswith("weight_scale_inv")]:
+        exponents[name] = 2.0 ** tensors[name].log2().round()
+        tensors[name] = exponents[name].to(torch.float8_e8m0fnu)
+    save_file(tensors, file, metadata={"format": "pt"})
+    found = load(tmp_path)[0]
+    for key in dense:
+        codes, scales = tensors[key].float(), exponents[f"{key}_scale_inv"]
+        rows, columns = codes.shape
+        scales = scales.repeat_interleave(32, 0)[:rows].repeat_interleave(32, 1)[:, :columns]
+        assert torch.equal(found.get_submodule(key.removesuffix(".weight")).dense(), codes * scales)
 
 
 # -- rules for single modules ------------------------------------------------------------------------------------------
