@@ -1,4 +1,4 @@
-"""What a loaded target must be before a twin of it is made; and hooks that change it once, run before there are two.
+"""What a loaded target must be before a twin of it is made; and what changes it once, run before there are two.
 
 A decoding step runs many nodes as rows of one product: a row's result must be its own, whatever the others hold.
 """
@@ -95,12 +95,13 @@ def _check_readable(kind: str, part: str, module: nn.Module) -> None:
 
 
 def settle(model: PreTrainedModel) -> None:
-    """Let hooks that change a model on its first forward do so, as compressed-tensors' that unpacks its weights.
+    """Let what changes a model on its first forward do so: hooks, as compressed-tensors' that unpacks its weights, and
+    layers of a library, as bitsandbytes' that pack theirs for a CPU.
 
     On a copy such a hook would change the copy, and be taken off the model: both would be broken. So a model with hooks
-    runs one token first. Raises UnsupportedModel where it cannot.
+    or such layers runs one token first. Raises UnsupportedModel where it cannot.
     """
-    if not any(hooks_of(module) for module in model.modules()):
+    if not any(hooks_of(module) for module in model.modules()) and not any(True for _ in _kinds_of_linears(model)):
         return
     inner: Any = generating_model(model)
     device = device_of(inner.get_input_embeddings())
