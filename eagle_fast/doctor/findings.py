@@ -42,6 +42,7 @@ class Placements:
     head: HeadBytes
     quantized: bool  # the checkpoint is
     plans: list[Plan]
+    packed: str = ""  # the format of weights that are read packed
     unpacked: str = ""  # why the sizes of a quantized one are not its packed ones
 
 
@@ -49,7 +50,7 @@ def examine(setting: Setting | None) -> tuple[Machine, Placements | None]:
     """Measure the machine; with a setting, plan its model as well. Raises ValueError for a model that can't be read."""
     if setting is None:
         return examine_machine(SMALL_BYTES), None
-    model, unpacked = read_model(setting)
+    model, packed, unpacked = read_model(setting)
     size, head = sizes(model, setting.context), head_bytes(setting, model)
     machine = examine_machine(setting.tree.total_token * size.row_bytes)
     links = {(each.source, each.target): each for each in machine.links}
@@ -57,7 +58,7 @@ def examine(setting: Setting | None) -> tuple[Machine, Placements | None]:
         plan(strategy, model, setting.max_memory, size, machine.figures, links, head)
         for strategy in (STRATEGIES if machine.gpus else ())
     ]
-    return machine, Placements(setting, size, head, Anatomy(model).is_quantized, plans, unpacked)
+    return machine, Placements(setting, size, head, Anatomy(model).is_quantized, plans, packed, unpacked)
 
 
 def examine_machine(small_bytes: int) -> Machine:
@@ -94,7 +95,8 @@ def as_json(machine: Machine, placements: Placements | None) -> dict[str, Any]:
         "context": setting.context,
         "tree": asdict(setting.tree),
         "quantized": placements.quantized,
-        "packed": placements.quantized and not placements.unpacked,
+        "packed": bool(placements.packed),
+        "format": placements.packed or None,
         "plans": [
             asdict(each) | {"crossings": each.crossings, "round_seconds": each.round_seconds}
             for each in placements.plans

@@ -126,11 +126,8 @@ def packed(bits, dtype, device, tree=TREES[0]):
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* runs from its packed weights")
         model.save_pretrained(folder)
-        head = write_often_right_head(model, f"{folder}/head")
-        return EaModel.from_pretrained(
-            base_model_path=folder, ea_model_path=head, device_map=device.type, dtype=dtype, target_bits=bits,
-            lm_head_bits=8, **vars(tree),
-        )  # fmt: skip
+        options = {"device_map": device.type, "dtype": dtype, "target_bits": bits, "lm_head_bits": 8, **vars(tree)}
+        return EaModel.from_pretrained(None, folder, write_often_right_head(model, f"{folder}/head"), **options)
 
 
 @gpu
