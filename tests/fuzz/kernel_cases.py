@@ -17,6 +17,7 @@ from eagle_fast_kernels import draft_head, grow, launch, lm_head_topk, noise, or
 from eagle_fast_kernels import linear as products
 from eagle_fast_kernels.accept import accept, accept_ref
 from eagle_fast_kernels.compact_kv import compact_kv, compact_kv_ref
+from eagle_fast_kernels.packed import pack, packed_gated, packed_gated_ref, packed_matmul, packed_matmul_ref
 from eagle_fast_kernels.sample import sample
 from eagle_fast_kernels.sample_ref import sample_ref, warp_ref
 from eagle_fast_kernels.sample_threshold import threshold
@@ -102,6 +103,14 @@ def product_arguments(int8: bool = False, bias: bool = False, shape: tuple[int, 
         x=floats(*shape), weight=(20 * weight).to(torch.int8) if int8 else weight,
         scale=floats(6) if int8 else None, bias=floats(6) if bias else None,
     )  # fmt: skip
+
+
+def packed_arguments(kind: str, bias: bool = False) -> dict[str, Any]:
+    """Two groups of columns in 4 bits, a scale a row in 8."""
+    columns = 64 if kind == "int4" else 8
+    codes = torch.randint(0, 16 if kind == "int4" else 256, (6, columns), dtype=torch.uint8)
+    packed = pack(codes, floats(6, 2 if kind == "int4" else 1), kind=kind, group_size=32 if kind == "int4" else 8)
+    return dict(x=floats(3, columns), packed=packed, bias=floats(6) if bias else None)
 
 
 def lm_head_arguments(noise: bool, int8: bool = False) -> dict[str, Any]:
@@ -270,6 +279,10 @@ def _cases() -> dict[str, Case]:
         cases["few_rows_matmul" + name] = Case(products.few_rows_matmul, twin, arguments)
         cases["few_rows_sums" + name] = Case(summed, twin, arguments)
         cases["gated_matmul" + name] = Case(products.gated_matmul, products.gated_matmul_ref, arguments)
+    for name, options in {"": ("int4",), ", int8": ("int8", True)}.items():
+        arguments = _copied(packed_arguments(*options))
+        cases["packed_matmul" + name] = Case(packed_matmul, packed_matmul_ref, arguments)
+        cases["packed_gated" + name] = Case(packed_gated, packed_gated_ref, arguments)
     for name, options in {"": (False,), ", noise": (True,), ", int8": (False, True)}.items():
         arguments = _copied(lm_head_arguments(*options))
         cases["lm_head_topk" + name] = Case(lm_head_topk.lm_head_topk, lm_head_topk.lm_head_topk_ref, arguments)
