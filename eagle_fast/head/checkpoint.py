@@ -200,6 +200,8 @@ def _settings(config: HeadConfig, dtype: str) -> dict[str, Any]:
     }
     if config.rope_interleaved:
         settings["rope_interleaved"] = True
+    if config.acceptance:
+        settings["acceptance"] = {f"{temperature:g}": table for temperature, table in config.acceptance.items()}
     if any(config.sliding_windows):
         kinds = ["sliding_attention" if window else "full_attention" for window in config.sliding_windows]
         settings |= {"layer_types": kinds, "sliding_window": max(config.sliding_windows), "use_sliding_window": True}
