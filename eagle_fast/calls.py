@@ -88,7 +88,8 @@ class CallsMixin:
             return None
         worth = self.experience.worth(request.sampling.temperature, request.shared_noise)
         context = sum(map(len, request.prompts)) / state.batch
-        return kind(state.trees, self.experience, worth, state.batch, context, bool(request.processors))
+        where = {"on_host": bool(request.processors), "on_cpu": self.target.device.type == "cpu"}
+        return kind(state.trees, self.experience, worth, state.batch, context, **where)
 
     def _new_target(self) -> Target:
         boundaries = tuple(self.ea_layer.config.feature_layers)

@@ -93,15 +93,16 @@ class Experience:
 class TreeChooser:
     """Chooses the trees of one call: `next` before each round is launched, `take` when it was read.
 
-    trees: those of the state, the root alone among them. context: tokens of a text when the call begins.
+    trees: those of the state, the root alone among them. context: tokens of a text when the call begins. on_host: the
+    host chooses the tokens. on_cpu: a CPU computes.
     """
 
     def __init__(
         self, trees: Sequence[TreeConfig], experience: Experience, worth: Worth, batch: int, context: float,
-        on_host: bool = False,
+        *, on_host: bool = False, on_cpu: bool = False,
     ):  # fmt: skip
         self.trees, self.experience, self.worth = tuple(trees), experience, worth
-        self.batch, self.on_host = batch, on_host
+        self.batch, self.on_host, self.on_cpu = batch, on_host, on_cpu
         self.place: Place = place_of(batch, context, on_host)
         self.counts = DraftCounts()
         self.prior = chances(worth.counts, worth.usual, MODEL_LEANS)
@@ -176,7 +177,8 @@ class TreeChooser:
         self.tree, self.stays, self.since_choice = best_tree(drafting, self.promises), TRIAL, PERIOD
 
     def _times(self) -> dict[TreeConfig, float]:
-        return whole_times(self.experience.costs.of(self.place, self.trees), self.trees)
+        known = self.experience.costs.of(self.place, self.trees)
+        return whole_times(known, self.trees, self.batch, self.on_cpu)
 
     def _best(self, current: TreeConfig | None) -> TreeConfig:
         return best_tree(self._times(), self.promises, current)

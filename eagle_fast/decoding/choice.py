@@ -15,25 +15,27 @@ LADDER = tuple(
     TreeConfig(*each)
     for each in ((60, 7, 10), (40, 7, 8), (24, 6, 6), (16, 5, 4), (8, 3, 3), (5, 3, 2), (4, 3, 1), (3, 2, 1), (2, 0, 1))
 )
-# The trees that a state has for so many sequences at the most: the rows of a large one fill a GPU from a few on.
-BY_BATCH = (
+# The trees that a state has for so many sequences at the most: the rows of a large one fill a GPU from a few on, and a
+# CPU at once, which takes rows in eights.
+ON_GPU = (
     (3, (LADDER[0], LADDER[2], LADDER[3], LADDER[4])),
     (15, (LADDER[2], LADDER[3], LADDER[4], LADDER[6])),
     (31, (LADDER[3], LADDER[4], LADDER[5], LADDER[6])),
     (63, (LADDER[4], LADDER[5], LADDER[6], LADDER[7])),
 )
+ON_CPU = ((1, (LADDER[3], LADDER[4])), (3, (LADDER[3], LADDER[4], LADDER[6])))
 MANY = (LADDER[5], LADDER[6], LADDER[7], LADDER[8])
-CPU_ROWS = 8  # one sequence there pays for its rows as so many do on a GPU
+CPU_ROWS = 8
 MARGIN = 1.02  # a tree is left for one that promises so much more
 SMALLER_TIME = 0.5  # of a larger tree's time that a smaller one could take, before it was timed
+CPU_GROWTH = 0.4  # power of its rows that a CPU's time grows by at least
 
 
 def candidates(most: TreeConfig, batch: int, on_cpu: bool = False) -> tuple[TreeConfig, ...]:
     """Up to five trees for `batch` sequences, largest first, the root alone last; none is more than `most` in nodes,
-    depth or top-k. For few sequences `most` is one of them."""
-    effective = batch * CPU_ROWS if on_cpu else batch
-    rungs = next((rungs for count, rungs in BY_BATCH if effective <= count), MANY)
-    if rungs == BY_BATCH[0][1] or within(rungs[0], most) == most:
+    depth or top-k. For few sequences on a GPU `most` is one of them."""
+    rungs = next((rungs for count, rungs in (ON_CPU if on_cpu else ON_GPU) if batch <= count), MANY)
+    if rungs == ON_GPU[0][1]:
         rungs = (most, *rungs[1:])
     return tuple(dict.fromkeys([*(within(rung, most) for rung in rungs), ROOT_ALONE]))
 
@@ -52,16 +54,32 @@ def within(tree: TreeConfig, most: TreeConfig) -> TreeConfig:
     return ROOT_ALONE if total == 1 else TreeConfig(total, depth, top_k)
 
 
-def whole_times(times: Mapping[TreeConfig, float], trees: Sequence[TreeConfig]) -> dict[TreeConfig, float]:
+def whole_times(
+    times: Mapping[TreeConfig, float], trees: Sequence[TreeConfig], batch: int = 1, on_cpu: bool = False
+) -> dict[TreeConfig, float]:
     """Seconds of all the trees, where some were not timed: the least that they could take, so that each is tried which
-    could be the best. Nothing is known before one was timed: all take the same."""
+    could be the best. No tree takes less than a smaller one; on a CPU it takes more, by its rows."""
+
+    def growth(tree: TreeConfig, smaller: TreeConfig) -> float:
+        return (_cpu_rows(tree, batch) / _cpu_rows(smaller, batch)) ** CPU_GROWTH if on_cpu else 1.0
+
     found = {}
     for tree in trees:
-        smaller = [took for other, took in times.items() if other.total_token <= tree.total_token]
-        larger = [took for other, took in times.items() if other.total_token >= tree.total_token]
-        least = max([*smaller, SMALLER_TIME * min(larger, default=0.0)], default=0.0)
-        found[tree] = times.get(tree) or least or 1.0
+        by_smaller = [took * growth(tree, other) for other, took in times.items() if _is_larger(tree, other)]
+        by_larger = [SMALLER_TIME * took for other, took in times.items() if _is_larger(other, tree)]
+        least = max([*by_smaller, min(by_larger, default=0.0)])
+        found[tree] = times.get(tree) or least or growth(tree, ROOT_ALONE)
     return found
+
+
+def _is_larger(tree: TreeConfig, other: TreeConfig) -> bool:
+    return tree.total_token > other.total_token
+
+
+def _cpu_rows(tree: TreeConfig, batch: int) -> int:
+    """Rows that a CPU computes to verify a tree."""
+    rows = batch * tree.total_token
+    return rows if rows == 1 else -(-rows // CPU_ROWS) * CPU_ROWS
 
 
 def best_tree(

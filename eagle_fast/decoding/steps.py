@@ -57,8 +57,8 @@ class RoundSteps:
     def is_ready(self, tree: TreeConfig) -> bool:
         """Whether a round under this tree takes the time that it will always take: its graph was captured, or there is
         none to capture."""
-        step = self.of_trees.get(tree)
-        return step is not None and (step.eager or step.graph is not None)
+        step = self.of(tree)
+        return step.eager or step.graph is not None
 
     @property
     def graphs(self) -> list[torch.cuda.CUDAGraph]:

@@ -163,6 +163,21 @@ def test_trees_that_were_not_timed_are_tried_where_they_could_be_best():
     assert best_tree(times, {BIG: 4.0, SMALL: 1.8, ROOT_ALONE: 1.0}) == BIG, "at twice its speed it would not do"
 
 
+def test_a_cpu_begins_with_few_rows_and_tries_more_where_drafts_are_good():
+    """It computes eight rows where a GPU computes any few; a tree of 4 nodes is no faster than one of 8."""
+    trees = candidates(BIG, 1, on_cpu=True)
+    tokens = {tree: expected_tokens(USUAL, tree) for tree in trees}
+    first = best_tree(whole_times({}, trees, 1, True), tokens)
+    assert first == SMALL
+    assert CHAIN not in trees
+    assert CHAIN in candidates(BIG, 2, on_cpu=True)
+    larger, known = trees[0], {SMALL: 0.08}
+    assert whole_times(known, trees, 1, True)[larger] == pytest.approx(0.08 * 2**0.4)
+    assert best_tree(whole_times(known, trees, 1, True), tokens) == SMALL
+    good = {tree: expected_tokens(flat(0.95, 0.5), tree) for tree in trees}
+    assert best_tree(whole_times(known, trees, 1, True), good) == larger
+
+
 @pytest.mark.parametrize("batch", [1, 2, 3, 4, 8, 15, 16, 31, 32, 63, 64, 500])
 @pytest.mark.parametrize("on_cpu", [False, True])
 def test_candidates_are_few_and_within_what_was_given(batch, on_cpu):

@@ -30,8 +30,8 @@ def at_random(monkeypatch):
     """Every tree in turn, in orders at random: for up to 3 rounds each, the root alone for up to 12."""
 
     class AtRandom(TreeChooser):
-        def __init__(self, *args):
-            super().__init__(*args)
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
             self.rng, self.turns = random.Random(self.batch), []
 
         def next(self, context):
