@@ -94,14 +94,14 @@ class Round:
     @property
     def num_bytes(self) -> int:
         """Memory of the caches and of all other tensors here, over all devices."""
-        owners: list[object] = [self.sampling, self.draft_sampling, self.waiting]
-        for view in self.views.values():
-            owners += [view, view.drafter, view.kept]
+        owners: list[object] = [self, self.sampling, self.draft_sampling, self.kept and self.kept.largest]
+        owners += [view.drafter for view in self.views.values()]
         named = [vars(owner) for owner in owners if owner is not None]
         tensors = [each for names in named for each in names.values() if isinstance(each, Tensor)]
         tensors += [*self.cache.slab.slabs, *self.cache.long_rows.values(), *self.drafter.slabs]
-        storages = [each.untyped_storage() for each in tensors]
-        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        sizes = {id(each): each.nbytes for each in tensors}
+        parts = self.sent, self.report, self.ranks, self.counts, self.emitted  # of the largest report
+        return sum(sizes.values()) - sum(each.nbytes for each in parts)
 
     # -- trees -----------------------------------------------------------------------------------------------------
 

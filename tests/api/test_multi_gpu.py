@@ -5,6 +5,7 @@ Where there are fewer GPUs than a placement names, the last one stands for those
 
 import contextlib
 import copy
+import itertools
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from zoo import make
 
 import eagle_fast.target.placement
 from eagle_fast import EaModel
+from eagle_fast.decoding.adapt import TreeChooser
 from eagle_fast.decoding.graph import GraphedStep
 
 NEW = 60
@@ -89,6 +91,21 @@ def check_lossless(model, placement, writer=write_often_right_head):
         assert torch.equal(decoder.eagenerate(ids, **options), single.naivegenerate(ids, **options))
     assert all(step.graphs for _, step, _ in decoder.states.idle)
     return out.statistics.tau
+
+
+@pytest.mark.parametrize("placement", ["halves", "gaps", "rest elsewhere"])
+def test_trees_may_change_over_several_gpus(placement, monkeypatch):
+    """The head on another device than the logits too; every tree of a state in turn, the root alone among them."""
+    with saved(make("llama")) as folders:
+        single, decoder = EaModel.from_pretrained(**folders, device_map=0), spread(folders, placement, adaptive=True)
+    turns = itertools.count()
+    monkeypatch.setattr(TreeChooser, "next", lambda self, context: self.trees[next(turns) // 5 % len(self.trees)])
+    ids, mask = batch_of([5, 19, 1], HOME)
+    for options in ({}, {"temperature": 1.0, "seed": 7}):
+        options = {"attention_mask": mask, "max_new_tokens": 150, **options}
+        out = decoder.eagenerate(ids, return_dict_in_generate=True, **options)
+        assert torch.equal(out.sequences, single.naivegenerate(ids, **options))
+        assert len(out.statistics.trees) > 2
 
 
 @pytest.mark.parametrize("placement", ["halves", "rest elsewhere"])

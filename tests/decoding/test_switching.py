@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from decoders import batch_of, decoder, prompt, rebuilt, stock
+from decoders import batch_of, decoder, prompt, rebuilt, stock, with_head
 from often_right import write_random_head
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from zoo import make
@@ -65,6 +65,33 @@ def test_greedy_text(name, device, behind):
     out = model.eagenerate(ids, max_new_tokens=NEW, return_dict_in_generate=True)
     assert torch.equal(out.sequences, stock(model, ids, max_new_tokens=NEW))
     assert switched(out.statistics)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_bits_of_plain_decoding(dtype, temperature, device, behind):
+    """In 16 bits on a GPU, from graphs of all trees."""
+    model = with_head(make("llama", dtype=dtype), device)
+    ids, mask = batch_of([11, 3, 20], device)
+    options = {"attention_mask": mask, "temperature": temperature, "seed": [5, 6, 7], "max_new_tokens": 200}
+    out = model.eagenerate(ids, return_dict_in_generate=True, output_logprobs=True, **options)
+    expected = model.naivegenerate(ids, return_dict_in_generate=True, output_logprobs=True, **options)
+    assert torch.equal(out.sequences, expected.sequences)
+    assert torch.equal(out.logprobs, expected.logprobs)
+    assert switched(out.statistics)
+    (lease,) = [each for each in model.states.idle if each.speculative]
+    assert len(lease.step.graphs) == len(TREES) + 1, "one for each tree, and one to catch up"
+
+
+@pytest.mark.gpu
+def test_graphs_share_their_memory(device):
+    model = with_head(make("llama"), device)
+    model.eagenerate(prompt(19, device), max_new_tokens=300, eos_token_id=[])
+    (lease,) = model.states.idle
+    sizes = sorted(step.num_bytes for step in lease.step.of_trees.values())
+    assert len(sizes) == len(TREES)
+    assert sum(sizes) <= 2 * sizes[-1], "what one has freed another takes"
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
