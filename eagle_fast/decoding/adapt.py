@@ -24,12 +24,13 @@ from eagle_fast.decoding.worth import USUAL, DraftCounts, Table, chances, expect
 PERIOD = 8  # rounds that a choice stands for
 TRIAL = 3  # rounds of a trial, after a rest
 REST, LONGEST_REST = 16, 1024  # rounds without a draft
+LONGEST_FIRST = 128  # the same of a call's first rest, whatever earlier calls have come to
 WELL = 4 * PERIOD  # rounds with drafts after which the next rest is a short one again
 VISIT = 4  # rounds of a tree that nearly pays and did not run for long
 FORGOTTEN, NEARLY = 256, 0.93
 CALL_FADES, MODEL_FADES = 0.96, 0.999  # by a round
-CALL_LEANS, MODEL_LEANS = 4.0, 16.0  # tries that what was known before counts for
-RATIO_LEANS, RATIO_FADES = 20.0, 0.99  # the same of drafts that came, over those that were promised
+CALL_LEANS, MODEL_LEANS = 4.0, 8.0  # tries that what was known before counts for
+RATIO_LEANS, RATIO_FADES = 60.0, 0.99  # the same of drafts that came, over those that were promised
 MOST_RATIO = 2.0
 
 
@@ -40,9 +41,10 @@ class Account:
     promised: float = 0.0
     came: float = 0.0
 
-    def add(self, promised: float, came: float, fade: float) -> None:
-        self.promised = self.promised * fade + promised
-        self.came = self.came * fade + came
+    def fade(self, factor: float) -> None:
+        """Let what was counted so far weigh less."""
+        self.promised *= factor
+        self.came *= factor
 
     def ratio(self, usual: float) -> float:
         """What comes for what is promised, leaning on what is usual."""
@@ -57,6 +59,7 @@ class Worth:
     usual: Table = field(default_factory=lambda: USUAL)
     counts: DraftCounts = field(default_factory=DraftCounts)
     accounts: dict[TreeConfig, Account] = field(default_factory=dict)
+    rest: int = REST  # rounds of the next rest
 
     def ratio(self, tree: TreeConfig) -> float:
         """What comes for what is promised under a tree: its own, where it ran, else that of all."""
@@ -105,12 +108,12 @@ class TreeChooser:
         self.batch, self.on_host, self.on_cpu = batch, on_host, on_cpu
         self.place: Place = place_of(batch, context, on_host)
         self.counts = DraftCounts()
-        self.prior = chances(worth.counts, worth.usual, MODEL_LEANS)
         self.new = DraftCounts()  # since the last choice
         self.rounds: dict[TreeConfig, list[int]] = {}  # of those: sequences' rounds under a tree, tokens of these
         self.last_used = dict.fromkeys(self.trees, 0)
-        self.num_rounds = self.since_choice = self.since_rest = 0
-        self.rest_left, self.next_rest = 0, REST
+        self.num_rounds = self.since_rest = 0
+        self.since_choice = PERIOD // 2  # the first choice knows nothing of the text
+        self.rest_left, self.next_rest = 0, min(worth.rest, LONGEST_FIRST)
         self.stays = 0  # rounds for which the tree is not chosen anew
         self.promises = self._promises()
         self.tree = self._best(None)
@@ -158,12 +161,12 @@ class TreeChooser:
 
     def _choose(self) -> None:
         self._learn()
-        best, before = self._best(self.tree), self.tree
+        best = self._best(self.tree)
+        if self.since_rest >= WELL:
+            self.worth.rest = self.next_rest = REST
         if best == ROOT_ALONE and self._is_timed(best):
-            if before != ROOT_ALONE and self.since_rest >= WELL:
-                self.next_rest = REST
             self.rest_left = self.next_rest
-            self.next_rest = min(2 * self.next_rest, LONGEST_REST)
+            self.worth.rest = self.next_rest = min(2 * self.next_rest, LONGEST_REST)
             self._keep_little()
         elif (visited := self._nearly_best(best)) is not None:
             best, self.stays = visited, VISIT
@@ -202,11 +205,13 @@ class TreeChooser:
         self.counts += self.new
         worth.counts.fade(MODEL_FADES**launched)
         worth.counts += self.new
-        found = chances(self.counts, self.prior, CALL_LEANS)
+        found = self._chances()
+        for account in list(worth.accounts.values()):
+            account.fade(RATIO_FADES**launched)
         for tree, (number, tokens) in self.rounds.items():
-            promised = number * (expected_tokens(found, tree) - 1)
             account = worth.accounts.setdefault(tree, Account())
-            account.add(promised, tokens - number, RATIO_FADES**launched)
+            account.promised += number * (expected_tokens(found, tree) - 1)
+            account.came += tokens - number
         self.new, self.rounds = DraftCounts(), {}
         self.promises = self._promises()
 
@@ -216,8 +221,12 @@ class TreeChooser:
         if tried > CALL_LEANS:
             self.counts.fade(CALL_LEANS / tried)
 
+    def _chances(self) -> Table:
+        """Of this text, leaning on what the model's texts have shown, this one too, and those on what is usual."""
+        return chances(self.counts, chances(self.worth.counts, self.worth.usual, MODEL_LEANS), CALL_LEANS)
+
     def _promises(self) -> dict[TreeConfig, float]:
-        found = chances(self.counts, self.prior, CALL_LEANS)
+        found = self._chances()
         return {
             tree: 1.0 if tree == ROOT_ALONE else 1 + self.worth.ratio(tree) * (expected_tokens(found, tree) - 1)
             for tree in self.trees

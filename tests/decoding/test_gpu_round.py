@@ -10,6 +10,7 @@ from often_right import write_often_right_head
 from zoo import FAMILIES, make
 
 from eagle_fast import EaModel
+from eagle_fast.decoding.graph import GraphedStep
 from eagle_fast.head import DraftHead
 from eagle_fast.head.config import HeadConfig, default_feature_layers
 
@@ -167,6 +168,8 @@ def test_no_host_sync_inside_a_round_of_an_8b_target(adaptive):
     for tree in state.trees:
         of_tree = step.of(tree)
         of_tree.step, of_tree.eager, of_tree.graph = counting(of_tree.step), True, None
+    step.release = GraphedStep(state.release, state.devices)
+    step.release.eager = True
     stream = model.ea_generate(ids, max_new_tokens=256, eos_token_id=[])
     seen = [next(stream)]
     with host_syncs_forbidden():
