@@ -50,6 +50,10 @@ def accept_arguments() -> dict[str, Any]:
     )  # fmt: skip
 
 
+def accept_ranks_arguments() -> dict[str, Any]:
+    return accept_arguments() | dict(ranks=torch.zeros(2, 3, dtype=torch.long))
+
+
 def compact_arguments() -> dict[str, Any]:
     return dict(
         slab=floats(5, 2, 5, 6, 5), path=integers([1, 2], [0, 2]), counts=integers(1, 2), lengths=integers(1, 0)
@@ -224,6 +228,7 @@ def _copied(arguments: dict[str, Any]) -> Callable[[], dict[str, Any]]:
 def _cases() -> dict[str, Case]:
     cases = {
         "accept": Case(accept, accept_ref, accept_arguments),
+        "accept, with ranks": Case(accept, accept_ref, accept_ranks_arguments),
         "compact_kv": Case(compact_kv, compact_kv_ref, compact_arguments),
         "finish_tree": Case(grow.finish_tree, grow.finish_tree_ref, finish_tree_arguments),
         "silu_mul": Case(silu_mul, silu_mul_ref, lambda: dict(gate_up=floats(3, 10))),
