@@ -32,8 +32,11 @@ def root_only(roots: torch.Tensor) -> Tree:
 
 
 def chain_masks(num_rows: int, device: torch.device) -> torch.Tensor:
-    """Ancestor masks [num_rows, W] of a chain: row r sees rows 0..r. Row 63's mask is the word with every bit set."""
-    return bit_masks([range(row + 1) for row in range(num_rows)], num_rows, device)
+    """Ancestor masks [num_rows, W] of a chain: row r sees rows 0..r. Made on the device: rounds may be under way."""
+    words = torch.arange(-(-num_rows // 64), device=device)
+    seen = torch.arange(1, num_rows + 1, device=device)[:, None] - 64 * words  # bits of each word, as far as it goes
+    one = torch.ones((), dtype=torch.long, device=device)
+    return torch.where(seen >= 64, -1, (one << seen.clamp(0, 63)) - 1)
 
 
 def bit_masks(visible, num_slots: int, device: torch.device) -> torch.Tensor:
