@@ -67,8 +67,8 @@ OPTIONS = [
     (dict(dtype={"": "bogus"}), r"dtype='bogus'"),
     (dict(config="x"), r"config='x': pass a config"),
     (
-        dict(config=LlamaConfig(hidden_size=48)),
-        r"config= is of a model of width 48 .* is \d+: pass the checkpoint's own",
+        dict(config=LlamaConfig()),
+        r"config= is of a model of width 4096 .* is \d+: pass the checkpoint's own",
     ),
     (dict(quantization_config="x"), r"cannot be loaded"),
     (dict(subfolder=3), r"base_model_path='.*' "),
