@@ -106,6 +106,7 @@ class EaModel(CallsMixin, HFGenerateMixin, nn.Module):
         ea_revision: str | None = None,
         draft_int8: bool | None = None,
         target_bits: int | None = None,
+        lm_head_bits: int | None = None,
         **kwargs,
     ) -> EaModel:
         """Load a target and a head from the hub or from folders.
@@ -119,6 +120,8 @@ class EaModel(CallsMixin, HFGenerateMixin, nn.Module):
         a GPU of compute capability 8.0 or newer where the target runs in 16 bits.
         target_bits: 8 or 4: the weights of the target's layers are rounded to so many bits while they are loaded, from
         a checkpoint of 16 or 32. base_model is the rounded model then, and the text its own.
+        lm_head_bits: 8: the same of lm_head and embedding, of any checkpoint that has them in 16 or 32 bits and whose
+        layers are plain, packed or rounded.
         base_model_path may be a loaded model. threshold is accepted for SafeAILab/EAGLE's sake and changes nothing.
         device_map: "auto" (one GPU if the pair fits on one), "balanced", "balanced_low_0", "sequential" with max_memory
         as in transformers, a device, or a dict of module names; draft_device: the head's, by default the lm_head's.
@@ -134,7 +137,7 @@ class EaModel(CallsMixin, HFGenerateMixin, nn.Module):
         head_options |= {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
         check_head_arguments(head_path, threshold, use_eagle3, head_options)
         there = None if draft_device is None else resolve_device(draft_device, "draft_device")
-        base_model = load_target(base_model_path, device_map, kwargs, max_memory, target_bits)
+        base_model = load_target(base_model_path, device_map, kwargs, max_memory, target_bits, lm_head_bits)
         head = load_head(
             head_path, base_model, use_eagle3=use_eagle3, revision=ea_revision, options=head_options, device=there
         )
@@ -312,7 +315,7 @@ class EaModel(CallsMixin, HFGenerateMixin, nn.Module):
     def _apply(self, fn, recurse=True):
         """Conversions that change nothing, as `.to("cuda:0")` of a model that is there, pass; others are errors."""
         weight = self.ea_layer.embedding
-        moved = fn(weight.new_empty(0))
+        moved = fn(torch.empty(0, dtype=weight.dtype, device=weight.device))
         if (moved.device, moved.dtype) != (weight.device, weight.dtype):
             raise ValueError(
                 f"the model is loaded in {weight.dtype} on {weight.device}: pass dtype= and device_map= to "

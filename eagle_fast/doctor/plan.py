@@ -24,6 +24,7 @@ from eagle_fast.doctor.measure import GpuFigures, Link
 from eagle_fast.head import HeadCheckpoint, read_head
 from eagle_fast.loading import known_path
 from eagle_fast.target.anatomy import Anatomy, decoder_layers
+from eagle_fast.target.ends import are_tied, ends
 from eagle_fast.target.formats.arriving import num_parameters
 from eagle_fast.target.formats.scheme import Unreadable
 from eagle_fast.target.packing import packing_of_file
@@ -116,7 +117,7 @@ def sizes(model: PreTrainedModel, context: int) -> Sizes:
     if found is None:
         raise ValueError(f"{type(model).__name__} has no list of decoder layers: eagle_fast does not support it")
     layers = [f"{found[0]}.{index}" for index in range(anatomy.num_layers)]
-    embedding, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, lm_head = ends(model)
     name_of = {module: name for name, module in model.named_modules()}
     return Sizes(
         parameters=num_parameters(model),
@@ -125,7 +126,7 @@ def sizes(model: PreTrainedModel, context: int) -> Sizes:
         path=(name_of[embedding], *layers, name_of[lm_head]),
         weights={name: weight.numel() * weight.element_size() for name, weight in model.named_parameters()},
         cache=dict.fromkeys(layers, anatomy.kv_bytes(model.dtype) * context),
-        unread=None if embedding.weight is lm_head.weight else f"{name_of[embedding]}.weight",
+        unread=None if are_tied(embedding, lm_head) else f"{name_of[embedding]}.weight",
     )
 
 

@@ -21,7 +21,7 @@ from eagle_fast.head.config import HeadConfig, tensor_shapes
 from eagle_fast.head.files import find_folder, read_config, read_tensors
 from eagle_fast.head.inference import Overrides, TargetSizes, infer_config, infer_kind
 from eagle_fast.head.names import canonical_tensors, flatten_settings, refuse_settings
-from eagle_fast.head.shared import usable
+from eagle_fast.head.shared import Matrix, rows_of, usable
 from eagle_fast.head.vocabulary import fit_vocabulary
 from eagle_fast.messages import listed, warn_user
 
@@ -52,14 +52,14 @@ def read_head(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
-    target_embedding: Tensor | None = None,
+    target_embedding: Matrix | None = None,
 ) -> HeadCheckpoint:
     """Read a draft head for a target, from a local folder (no network) or the Hugging Face hub.
 
     use_eagle3: what the caller expects; a checkpoint of the other kind is an error. None: whatever it is.
     feature_layers: boundaries that the head reads, lowest first (boundary k = input of the target's layer k).
     norm_before_residual, norm_output, rope_theta, rope_interleaved: go before config.json.
-    target_embedding [V, Ht]: its rows stand in for tokens that an embedding of the head's own lacks.
+    target_embedding [V, Ht], packed or not: its rows stand in for tokens that an embedding of the head's own lacks.
 
     A head for a shorter vocabulary than the target's, or one with more rows of padding, is fitted to it with a warning.
     Raises ValueError if the checkpoint is incomplete, of a kind that is not supported, or for another target.
@@ -120,7 +120,7 @@ def _fit_embedding(tensors: dict[str, Tensor], target: TargetSizes) -> None:
     rows, theirs = own[: target.vocab_size], target.embedding
     if lacking := target.vocab_size - len(rows):
         if usable(theirs, target.vocab_size, own.shape[1]):
-            more = theirs[len(rows) : target.vocab_size].detach().to("cpu", own.dtype)
+            more = rows_of(theirs, range(len(rows), target.vocab_size), own.dtype)
         else:
             more = own.new_zeros(lacking, own.shape[1])  # a mean row would be scaled up by the norm, and draw attention
         rows = torch.cat((rows, more))

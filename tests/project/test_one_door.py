@@ -26,7 +26,7 @@ CONFIG_FIELDS = {
     },
     "pairs.py": {"eos_token_id", "pad_token_id", "quantization_config"},  # written, of the demo's model
     "target/experts.py": {"_experts_implementation"},
-    "target/formats/quantizer.py": {"format", "quantization_config"},  # who is to load it
+    "target/formats/quantizer.py": {"format", "lm_head_bits", "quantization_config"},  # who is to load it
     "target/interface.py": {"_attn_implementation"},
     "target/kind.py": {  # what is to be loaded, if anything can be
         "architectures", "auto_map", "is_decoder", "is_encoder_decoder", "model_type",
@@ -62,6 +62,7 @@ PRIVATE_NAMES = {
     "target/shards.py": {"_modules", "_pytree"},
     "target/watch.py": {"_parameters", "_buffers", "_version"},
     # Python, and our own
+    "head/shared.py": {"_replace"},
     "messages.py": {"_getframe"},
     "model.py": {"_tokenizer_options"},
     "target/formats/scheme.py": {"_replace"},

@@ -20,6 +20,8 @@ import eagle_fast.target.merged
 from eagle_fast import EaModel
 from eagle_fast.decoding.adapt import TreeChooser
 from eagle_fast.decoding.round import Round
+from eagle_fast.layers.embedding import PackedEmbedding, int8_rows
+from eagle_fast.layers.packed import PackedLinear
 from eagle_fast.loading import load_head
 from eagle_fast.target import Target
 from eagle_fast.target.anatomy import placed_modules
@@ -219,6 +221,16 @@ def test_a_fault_inside_a_shard_leaves_the_model_usable():
             failing.remove()
             assert not decoder.target.transfers._sent
             assert torch.equal(decoder.eagenerate(ids, max_new_tokens=8), expected)
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "eagle"])
+@pytest.mark.parametrize("placement", ["rest elsewhere", "lm_head first", "gaps"])
+def test_packed_ends_on_other_devices(placement, kind):
+    """The head has rows of its own, where it lies elsewhere."""
+    plain, model = make("llama"), make("llama")
+    model.lm_head = PackedLinear.of(int8_rows(plain.lm_head.weight))
+    model.model.embed_tokens = PackedEmbedding(PackedLinear.of(int8_rows(plain.model.embed_tokens.weight)))
+    assert check_lossless(model, placement, writer=lambda _, folder: write_often_right_head(plain, folder, kind)) > 2
 
 
 def test_hooks_of_accelerate_stay_on_the_users_model():
