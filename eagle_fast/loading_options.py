@@ -18,6 +18,8 @@ from eagle_fast.target.anatomy import Anatomy
 from eagle_fast.target.kind import model_class
 
 HEAD_OPTIONS = ("feature_layers", "norm_before_residual", "norm_output", "rope_theta", "rope_interleaved")
+HUB_OPTIONS = ("token", "cache_dir", "local_files_only")
+CONFIG_OPTIONS = (*HUB_OPTIONS, "revision", "subfolder", "trust_remote_code")
 BITSANDBYTES_OPTIONS = ("load_in_4bit", "load_in_8bit")
 OURS = ("output_loading_info", "return_unused_kwargs")  # that loading says to transformers itself
 _BY_KEYWORD = (

@@ -14,17 +14,23 @@ from transformers.utils import find_adapter_config_file
 
 from eagle_fast.head.files import can_only_be_a_path
 from eagle_fast.loading_errors import loading, said
-from eagle_fast.loading_options import BITSANDBYTES_OPTIONS, check_names, check_names_of_loaded
+from eagle_fast.loading_options import (
+    BITSANDBYTES_OPTIONS,
+    CONFIG_OPTIONS,
+    HUB_OPTIONS,
+    check_names,
+    check_names_of_loaded,
+)
+from eagle_fast.loading_packed import is_adapter, packed_options, packing_of
 from eagle_fast.messages import listed, short, warn_user
 from eagle_fast.target.anatomy import Anatomy
 from eagle_fast.target.devices import STRATEGIES, check_device_map, check_max_memory, resolve_device
 from eagle_fast.target.kind import auto_class, check_layers, checked_dtype
+from eagle_fast.target.packing import Packing, check_all_read, say_how_it_runs
 from eagle_fast.target.placement import GIB, bytes_by_device, model_bytes, plan_placement, skeleton
 from eagle_fast.target.quantized import bitsandbytes_config, drop_wrappers, quantization_options, without_its_warning
 from eagle_fast.target.sound import check_base
 
-HUB_OPTIONS = ("token", "cache_dir", "local_files_only")
-CONFIG_OPTIONS = (*HUB_OPTIONS, "revision", "subfolder", "trust_remote_code")
 TOKENIZER_OPTIONS = (*HUB_OPTIONS, "revision", "subfolder", "trust_remote_code", "gguf_file")
 NAME = "base_model_path"
 
@@ -72,21 +78,29 @@ def known_path(name: str, path: Any) -> str:
 
 
 def load_target(
-    path_or_model: Any, device_map, options: dict[str, Any], max_memory: dict | None = None
+    path_or_model: Any,
+    device_map,
+    options: dict[str, Any],
+    max_memory: dict | None = None,
+    target_bits: int | None = None,
+    *,
+    name: str = NAME,
 ) -> PreTrainedModel:
     """The target: a model as it is, or one from the hub or a folder with options of transformers' from_pretrained.
 
-    Raises ValueError, among them UnsupportedModel, for what cannot be loaded or decoded, as far as that is known here.
+    target_bits: 8 or 4, that the weights of its layers are rounded to while they are loaded. name: of the argument that
+    it is given as. Raises ValueError, among them UnsupportedModel, for what cannot be loaded or decoded, as far as that
+    is known here.
     """
     if isinstance(path_or_model, nn.Module):  # a PreTrainedModel, or a wrapper of one as PEFT's
-        check_base(path_or_model, NAME)
+        check_base(path_or_model, name)
         check_names_of_loaded(path_or_model, options)
-        given = options | {"device_map": device_map, "max_memory": max_memory}
-        names = sorted(name for name, value in given.items() if name in options or value is not None)
+        given = options | {"device_map": device_map, "max_memory": max_memory, "target_bits": target_bits}
+        names = sorted(key for key, value in given.items() if key in options or value is not None)
         if names:
             raise ValueError(f"{names} cannot change a model that is loaded already: pass them where you load it")
         return cast(PreTrainedModel, path_or_model)
-    path = known_path(NAME, path_or_model)
+    path = known_path(name, path_or_model)
     check_device_map(device_map)
     check_max_memory(max_memory)
     gguf_file = options.get("gguf_file")
@@ -95,9 +109,11 @@ def load_target(
     if "dtype" in options:
         options = options | {"dtype": _checked_dtypes(options["dtype"])}
     device = _one_device(device_map, max_memory)
-    config = _read_config(path, options)
-    what = f"{NAME}={path!r}"
-    options = quantization_options(config, options, what)
+    config = _read_config(path, options, name)
+    what = f"{name}={path!r}"
+    packing, reason = packing_of(config, path, options, target_bits, what, _dtype(options))
+    if packing is None:
+        options = quantization_options(config, options, what, reason)
     trusted = bool(options.get("trust_remote_code"))
     auto = AutoModelForCausalLM if config is None else auto_class(config, trusted, what)
     check_names(auto, config, options)
@@ -105,9 +121,10 @@ def load_target(
         known = options.get("config") is None and "num_hidden_layers" in options
         check_layers(options["num_hidden_layers"] if known else Anatomy(config).stated_layers, what)
     _check_attention(options.get("attn_implementation"))
-    placement = _placement(config, device, device_map, max_memory, options)
-    with loading(NAME, path, options), without_its_warning():
-        model, missing = _load(auto, path, options | placement)
+    placement = _placement(config, device, device_map, max_memory, options, packing)
+    with loading(name, path, options), without_its_warning():
+        given = options if packing is None else packed_options(packing, path, options, config)
+        model, missing, unexpected = _load(auto, path, given | placement)
     drop_wrappers(model, options)
     if missing:
         beside = f" with {said(options)}" if options else ""
@@ -115,7 +132,10 @@ def load_target(
             f"{what}{beside} lacks tensors of {type(model).__name__}, which would be random: "
             f"{listed(missing)}; is it complete, no draft head, and its config.json its own?"
         )
-    check_base(model, NAME)
+    if packing is not None:
+        check_all_read(unexpected, what)
+    check_base(model, name)
+    say_how_it_runs(model, what, packing, reason)
     if Anatomy(model).softcap and "attn_implementation" not in options:
         model.set_attn_implementation("eager")  # the default, SDPA, leaves the softcap out
     return model
@@ -129,15 +149,19 @@ def _check_attention(name: Any) -> None:
         )
 
 
-def _load(auto: Any, path: str, options: dict[str, Any]) -> tuple[PreTrainedModel, list[str]]:
-    """(model, tensors that its checkpoint lacks)."""
+def _load(auto: Any, path: str, options: dict[str, Any]) -> tuple[PreTrainedModel, list[str], list[str]]:
+    """(model, tensors that its checkpoint lacks, those that it has and the model has not)."""
     try:
         model, info = auto.from_pretrained(path, output_loading_info=True, **options)
     except AttributeError:
-        if not os.path.isfile(os.path.join(path, "adapter_config.json")):
+        if not is_adapter(path):
             raise
-        return auto.from_pretrained(path, **options), []  # transformers 5.4 gives no account of a model with an adapter
-    return model, sorted(info["missing_keys"])
+        return (
+            auto.from_pretrained(path, **options),
+            [],
+            [],
+        )  # transformers 5.4 gives no account of a model with an adapter
+    return model, sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
 
 
 def load_tokenizer(path: str, options: dict[str, Any]) -> Any:
@@ -153,7 +177,7 @@ def _checked_dtypes(dtype: Any) -> Any:
     return checked_dtype(dtype) or dtype
 
 
-def _read_config(path: str, options: dict[str, Any]) -> PreTrainedConfig | None:
+def _read_config(path: str, options: dict[str, Any], name: str) -> PreTrainedConfig | None:
     """The checkpoint's config, or that given as config=; None where a GGUF file stands for it."""
     given = options.get("config")
     if given is not None:
@@ -163,7 +187,7 @@ def _read_config(path: str, options: dict[str, Any]) -> PreTrainedConfig | None:
     if options.get("gguf_file") is not None:
         return None
     hub = {key: options[key] for key in CONFIG_OPTIONS if key in options}
-    with loading(NAME, path, options):
+    with loading(name, path, options):
         try:
             return AutoConfig.from_pretrained(path, **hub)
         except (OSError, ValueError):
@@ -191,17 +215,24 @@ def _one_device(device_map, max_memory: dict | None) -> torch.device | None:
 
 
 def _placement(
-    config: PreTrainedConfig | None, device: torch.device | None, device_map, max_memory, options: dict[str, Any]
+    config: PreTrainedConfig | None,
+    device: torch.device | None,
+    device_map,
+    max_memory,
+    options: dict[str, Any],
+    packing: Packing | None,
 ) -> dict[str, Any]:
     """What to tell transformers about devices: nothing for the CPU, else a map that was checked."""
     if device is not None:
         if device.type == "cpu":
             return {}
         device_map = {"": device}
-    if config is None or "quantization_config" in options or Anatomy(config).is_quantized:
+    if packing is not None:
+        model = packing.model
+    elif config is None or "quantization_config" in options or Anatomy(config).is_quantized:
         return {"device_map": device_map, "max_memory": max_memory}  # sizes are only known to those who load them
-    trusted = bool(options.get("trust_remote_code"))
-    model = skeleton(config, _dtype(options), trust_remote_code=trusted)
+    else:
+        model = skeleton(config, _dtype(options), trust_remote_code=bool(options.get("trust_remote_code")))
     placement = plan_placement(model, device_map, max_memory)
     if "disk" in placement.values() and "offload_folder" not in options:
         whole, left = model_bytes(model), bytes_by_device(model, placement)["disk"]
@@ -209,6 +240,15 @@ def _placement(
             f"device_map={device_map!r} finds no room for {left / GIB:.1f} of {whole / GIB:.1f} GiB of weights "
             f"(max_memory={max_memory}): use more GPUs, a smaller dtype or 'balanced'; or keep that part on disk with "
             "offload_folder="
+        )
+    if (
+        packing is not None
+        and len(set(placement.values())) > 1
+        and {"disk", torch.device("cpu")} & {*placement.values()}
+    ):
+        raise ValueError(
+            f"device_map={device_map!r} leaves a part of {model_bytes(model) / GIB:.1f} GiB of packed weights off the "
+            f"GPUs (max_memory={max_memory}), from where they are not fetched: use more GPUs"
         )
     if device_map == "auto" and set(placement) == {""} and torch.cuda.device_count() > 1:
         warn_user(f"the model fits on one GPU and is on {placement['']} alone; 'balanced' spreads it")

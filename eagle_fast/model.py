@@ -101,6 +101,7 @@ class EaModel(CallsMixin, HFGenerateMixin, nn.Module):
         draft_device=None,
         ea_revision: str | None = None,
         draft_int8: bool | None = None,
+        target_bits: int | None = None,
         **kwargs,
     ) -> EaModel:
         """Load a target and a head from the hub or from folders.
@@ -108,6 +109,8 @@ class EaModel(CallsMixin, HFGenerateMixin, nn.Module):
         use_eagle3 None detects the kind of head from its tensors; a value that contradicts the file is an error.
         draft_int8: the head's weights in int8, which slightly changes how much is accepted, never the text; None: on
         a GPU of compute capability 8.0 or newer where the target runs in 16 bits.
+        target_bits: 8 or 4: the weights of the target's layers are rounded to so many bits while they are loaded, from
+        a checkpoint of 16 or 32. base_model is the rounded model then, and the text its own.
         base_model_path may be a loaded model. threshold is accepted for SafeAILab/EAGLE's sake and changes nothing.
         device_map: "auto" (one GPU if the pair fits on one), "balanced", "balanced_low_0", "sequential" with max_memory
         as in transformers, a device, or a dict of module names; draft_device: the head's, by default the lm_head's.
@@ -122,7 +125,7 @@ class EaModel(CallsMixin, HFGenerateMixin, nn.Module):
         head_options |= {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
         check_head_arguments(head_path, threshold, use_eagle3, head_options)
         there = None if draft_device is None else resolve_device(draft_device, "draft_device")
-        base_model = load_target(base_model_path, device_map, kwargs, max_memory)
+        base_model = load_target(base_model_path, device_map, kwargs, max_memory, target_bits)
         head = load_head(
             head_path, base_model, use_eagle3=use_eagle3, revision=ea_revision, options=head_options, device=there
         )

@@ -83,12 +83,14 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, *, split: bool) -> 
     way = None
     if aligned and rows.stride(1) == 1:
         columns, inner = weight.shape
-        way = exact_way(Shape(x.device, x.dtype, len(rows), columns, inner, bias is not None, _settings()), split)
+        way = exact_way(
+            Shape(x.device, x.dtype, len(rows), columns, inner, bias is not None, settings_of_torch()), split
+        )
     out = _by_torch(rows, weight, bias, way) if way else kernel_product(rows, weight, None, bias, split=split)
     return out.view(*out.shape[:-2], *x.shape[:-1], len(weight))
 
 
-def _settings() -> tuple[object, ...]:
+def settings_of_torch() -> tuple[object, ...]:
     """What a user may set that changes how cuBLAS adds up, or what takes its place."""
     cuda = torch.backends.cuda
     reduced = cuda.matmul.allow_bf16_reduced_precision_reduction, cuda.matmul.allow_fp16_reduced_precision_reduction
@@ -111,7 +113,7 @@ def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, way: Way) -> Tenso
     return out[:, :num_rows]
 
 
-def _ways(rows: int, split: bool) -> Iterator[Way]:
+def ways(rows: int, split: bool) -> Iterator[Way]:
     for multiple in (1, *PADDED):
         padded = -(-rows // multiple) * multiple
         if multiple == 1 or padded > rows:
@@ -138,7 +140,7 @@ def exact_way(shape: Shape, split: bool) -> Way | None:
         bias = normal(shape.columns) if shape.biased else None
         parts = kernel_product(x, weight, None, bias, split=split)
         whole = sum_parts_ref(parts, shape.dtype) if split else parts
-        for way in _ways(shape.rows, split):
+        for way in ways(shape.rows, split):
             if torch.equal(_by_torch(x, weight, bias, way), parts if way.by_part else whole):
                 return way
     except torch.OutOfMemoryError:

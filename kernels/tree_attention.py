@@ -11,16 +11,17 @@ without a value.
     B sequences   T queries   Hq, Hkv heads   G = Hq / Hkv   L cache rows   D head size   W mask words   N tree slots
 
 A row's bits depend on its own keys, their positions and its query alone: `tree_attention_order.py` says in which order
-they are added up. So a node gets what plain decoding gives the same token, whose path is prefix then. One kernel takes
-the prefix, in programs of one split each, or of a whole prefix where tiles alone fill the GPU; a second one takes what
-differs from node to node, starts early, and adds up (`tree_attention_kernels.py`). Many rows over a long cache take
-`tree_attention_hopper` for the prefix, on the GPUs that it is for: the same pieces, by specialized warps.
+they are added up. So a node gets what plain decoding gives the same token, whose path is prefix then; that holds for
+paths of up to LAST = 17 nodes, deeper ones are right up to rounding. Where tiles of rows alone fill the GPU, a program
+takes all keys of its rows, and there is one launch. Else programs take a split each, or the last keys, and a second
+kernel adds up (`tree_attention_kernels.py`). There many rows over a long cache take `tree_attention_hopper` for most of
+the prefix, on the GPUs that it is for: the same pieces, by specialized warps.
 
 Bytes: K and V of the live rows, 2 Hkv (length + first + T) D per sequence, plus q and out, 2 T Hq D. Llama-3.1-8B with
 2,048 rows in bf16: 8.4 MB per layer, 2.7 us at 3.08 TB/s (88 us for 32 layers). The T * G rows that share a KV head are
 packed into matrix tiles; each tile reads K and V once, all but the first from L2. The grid covers the whole cache, so
 that a captured graph fits every length: programs beyond the prefix leave at once. Partial results are 4 T Hq D bytes
-for a split, within L2; every node reads half a block of keys and its path again, 50 KB of L2 for a KV head.
+for a split, within L2 for one sequence.
 
 Left out: fp8 caches, different head sizes of K and V.
 """
@@ -41,7 +42,7 @@ from .tree_attention_kernels import attend_kernel, combine_kernel
 from .tree_attention_order import SPLITS, UNIT
 from .tree_attention_ref import tree_attention_ref
 
-# Gluon is experimental: other releases of Triton use `prefix_kernel` only.
+# Gluon is experimental: other releases of Triton use `attend_kernel` only.
 HAS_GLUON = triton.__version__.startswith(("3.6.", "3.7."))
 if HAS_GLUON:
     from . import tree_attention_hopper as hopper
@@ -70,7 +71,7 @@ TILES = {
 LEAST_ROWS = {2: 64, 4: 16}  # of a product, by the bytes of an element: see `tree_attention_order.py`
 SHORT_CACHE = SPLITS.value * UNIT.value  # rows up to which all splits are of one unit
 COMBINED_ROWS = 8  # of a program of the second kernel
-LONG_CACHE = 4096  # rows from which on `tree_attention_hopper` attends, and the prefix's kernel does not start early
+LONG_CACHE = 4096  # rows from which on `tree_attention_hopper` attends, and the first kernel does not start early
 
 
 def _tile(q: Tensor, k: Tensor, first: int) -> Tile:
@@ -87,7 +88,7 @@ def _tile(q: Tensor, k: Tensor, first: int) -> Tile:
     block_t = min(block_n, max(16, triton.next_power_of_2(first + num_queries)))
     num_warps = 8 if block_m == 128 or block_d == 256 or size == 4 else 4
     fold = 4 * triton.cdiv(packed_rows, block_m) * groups >= 3 * num_sms
-    columns = block_d if fold else min(block_d, 32)
+    columns = min(block_d, 32)
     num_stages = (shared_memory - 4096 - block_m * block_d * size) // (2 * block_n * block_d * size)
     most_stages = 3 if fold or num_rows > SHORT_CACHE else 1
     return Tile(block_m, block_n, block_t, columns, num_warps, min(most_stages, max(1, num_stages)), fold)
@@ -123,8 +124,9 @@ def tree_attention(
     q [B, Hq, T, D] of any strides, row i is tree slot first + i; k, v [B, Hkv, L, D], views of a slab (all three with a
     contiguous last dimension); lengths [B] prefix rows; ancestors [B, T, W] int64 bits of the visible slots; scale > 0;
     depths [B, N] of the slots, needed by `window` (keys less than so many positions back) and `chunk` (keys of one
-    chunk); window, chunk, softcap: 0 = off; sinks [Hq]. Rows from lengths[b] + first + T on do not count, whatever they
-    hold. Returns [B, T, Hq, D], contiguous; a query that sees nothing gets zeros.
+    chunk), else they only save time: slots of one depth are added up at once; window, chunk, softcap: 0 = off; sinks
+    [Hq]. Rows from lengths[b] + first + T on do not count, whatever they hold. Returns [B, T, Hq, D], contiguous; a
+    query that sees nothing gets zeros.
     """
     first, window, chunk = whole("first", first), whole("window", window), whole("chunk", chunk)
     scale, softcap = number("scale", scale), number("softcap", softcap, or_zero=True)
@@ -138,8 +140,9 @@ def tree_attention(
     num_sequences, num_heads, num_queries, head_dim = q.shape
     num_kv_heads, num_rows = k.shape[1:3]
     tile = _tile(q, k, first)
+    by_hopper = not tile.fold and _by_hopper(q, k, v, window or chunk or softcap)
     packed_rows, groups = num_queries * num_heads // num_kv_heads, num_sequences * num_kv_heads
-    slots = 0 if tile.fold else _num_slots(num_rows)
+    slots, columns = (0, _padded(head_dim)) if tile.fold else (_num_slots(num_rows), tile.columns)
     out = q.new_empty(num_sequences, num_queries, num_heads, head_dim)
     partials: Any = (None, None, None) if tile.fold else _sums(q, groups, slots + 1, packed_rows)
     # Programs that start early find some multiprocessors taken and crowd on the rest: a long cache does not forgive it.
@@ -150,14 +153,16 @@ def tree_attention(
         G=num_heads // num_kv_heads, D=head_dim, BLOCK_D=_padded(head_dim), WINDOW=window, CHUNK=chunk, SLOTS=slots,
         BLOCK_N=tile.block_n, enable_fp_fusion=False,
     )  # fmt: skip
-    parts = 1 if tile.fold else slots + _padded(head_dim) // tile.columns
+    parts = 1 if tile.fold else slots + _padded(head_dim) // columns
     with device_guard(q):
+        if by_hopper:
+            hopper.attend(q, k, v, lengths, ancestors, *partials, scale=scale, first=first, **late)
         attend_kernel[(parts, triton.cdiv(packed_rows, tile.block_m), groups)](
             q, k, v, lengths, ancestors, depths, sinks, out, *partials, num_queries, num_kv_heads, first, scale,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *ancestors.stride()[:2], by_depth,
-            **shared, SOFTCAP=softcap, FOLD=tile.fold, BLOCK_M=tile.block_m, BLOCK_T=tile.block_t, COLUMNS=tile.columns,
+            **shared, SOFTCAP=softcap, FOLD=tile.fold, BLOCK_M=tile.block_m, BLOCK_T=tile.block_t, COLUMNS=columns,
             ONE=first + num_queries <= tile.block_t, FINE=q.dtype == torch.float32, UPCAST=upcast(q.dtype),
-            NUM_STAGES=tile.num_stages, num_warps=tile.num_warps, **late,
+            NUM_STAGES=tile.num_stages, RESUME=by_hopper, num_warps=tile.num_warps, **(overlap if by_hopper else late),
         )  # fmt: skip
         if not tile.fold:
             rows = min(COMBINED_ROWS, triton.next_power_of_2(packed_rows))

@@ -4,7 +4,8 @@ B sequences, T queries, Hq/Hkv heads, G = Hq/Hkv, D head size; slots of partial 
 
     attend_kernel     tiles of the T G rows that share a KV head. With FOLD a program does all that its rows need. Else
                       it takes one split and leaves its sum in the split's slot, or the last keys, some columns of D,
-                      and leaves theirs in the slot behind those of splits.
+                      and leaves theirs in the slot behind those of splits. With RESUME the sums of the splits' whole
+                      blocks are in the slots already, by `tree_attention_hopper`: it goes on from there.
     combine_kernel    adds up what the rows' programs left. It starts while the other still runs.
 """
 
@@ -14,41 +15,20 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .tree_attention_last import last_keys, load, tile
 from .tree_attention_order import (
     LAST,
     LOG2E,
-    NEAR,
     UNIT,
     add,
     add_block,
-    add_one_by_one,
     first_key,
     in_reach,
     path_length,
     scores_of,
     units,
-    weigh,
+    whole_blocks,
 )
-
-
-@triton.jit
-def _load(ptrs, live, d, D: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr):
-    """Rows of q, k or v; `live` [rows], or None where all of them are."""
-    if live is not None:
-        x = tl.load(ptrs, mask=live[:, None] & (d < D)[None, :], other=0.0)
-    elif D == BLOCK_D:
-        x = tl.load(ptrs)
-    else:
-        x = tl.load(ptrs, mask=(d < D)[None, :], other=0.0)
-    if UPCAST:
-        x = x.to(tl.float32)
-    return x
-
-
-@triton.jit
-def _tile(base, first, n, stride, d):
-    """Pointers to rows first + n of a cache, columns d."""
-    return base + tl.cast(first, tl.int64) * stride + (n[:, None] * stride + d[None, :])
 
 
 @triton.jit
@@ -79,9 +59,8 @@ def _fetch(partials, at, mask, d, D: tl.constexpr):
 def _blocks(length, num_slots, WINDOW: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr):
     """Blocks that splits consist of: the first that a row sees, the first that ends behind some row's last but LAST,
     the first that no row sees."""
-    whole = tl.maximum(length + 1 - LAST, 0) // BLOCK_N
     end = tl.cdiv(tl.maximum(tl.minimum(length, length + num_slots - LAST), 0), BLOCK_N)
-    return first_key(length, WINDOW, CHUNK) // BLOCK_N, whole, end
+    return first_key(length, WINDOW, CHUNK) // BLOCK_N, whole_blocks(length, BLOCK_N), end
 
 
 @triton.jit
@@ -93,99 +72,13 @@ def _split(slot, width, begin, end, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _tree_block(
-    start, words, depths_ptr, rows, num_slots, WINDOW: tl.constexpr, CHUNK: tl.constexpr, BLOCK_T: tl.constexpr
-):
-    """Which of the tree slots from `start` on each row sees, and when it is their turn."""
-    row_mask, _, logical, length = rows
-    t = tl.arange(0, BLOCK_T)
-    live = start + t < num_slots
-    word = tl.load(words + start // 64, mask=row_mask, other=0)
-    turns = start + t
-    if depths_ptr is not None:
-        turns = tl.load(depths_ptr + start + t, mask=live, other=0).to(tl.int32)
-    bit = start % 64 + t
-    half = tl.where((bit < 32)[None, :], word.to(tl.int32)[:, None], (word >> 32).to(tl.int32)[:, None])
-    visible = (((half >> (bit % 32)[None, :]) & 1) == 1) & live[None, :]
-    if WINDOW > 0 or CHUNK > 0:
-        visible = in_reach(visible, logical[:, None], (length + turns)[None, :], WINDOW, CHUNK)
-    return visible, turns
-
-
-@triton.jit
-def _add_tree(
-    acc, total, weights, v, turns, start, words, depths_ptr, rows, num_slots, WINDOW: tl.constexpr, CHUNK: tl.constexpr
-):
-    """Weighted values with those of a block of the tree. Every row adds up all of them, most with a weight of 0. So that
-    an infinity or a NaN does not reach rows that do not see it, 0 stands there; the others' total becomes NaN."""
-    nothing = tl.sum(tl.sum(v.to(tl.float32) * 0.0, 1), 0)
-    if nothing != 0.0:
-        wrong = tl.where(tl.abs(v.to(tl.float32)) < float("inf"), 0, 1)
-        v = tl.where(wrong == 1, 0.0, v).to(v.dtype)
-        visible, _ = _tree_block(start, words, depths_ptr, rows, num_slots, WINDOW, CHUNK, v.shape[0])
-        seen = tl.max(tl.where(visible, tl.max(wrong, 1)[None, :], 0), 1)
-        total = tl.where(seen == 1, float("nan"), total)
-    return add_one_by_one(acc, weights, v, turns, tl.min(turns, 0), tl.max(turns, 0) + 1), total
-
-
-@triton.jit
-def _last_keys(
-    q, k_base, v_base, stride_kl, stride_vl, words, depths_ptr, rows, num_slots, scale, d, columns,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr,
-    COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr, ONE: tl.constexpr, FINE: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """The sums of the rows' LAST keys. ONE: the tree fits into one block of BLOCK_T slots."""
-    row_mask, position, logical, length = rows
-    n, t = tl.arange(0, NEAR), tl.arange(0, BLOCK_T)
-    keys = length - NEAR + n
-    visible, turns = _tree_block(0, words, depths_ptr, rows, num_slots, WINDOW, CHUNK, BLOCK_T)
-    near_k = _load(_tile(k_base, length - NEAR, n, stride_kl, d), keys >= 0, d, D, BLOCK_D, UPCAST)
-    k = _load(_tile(k_base, length, t, stride_kl, d), t < num_slots, d, D, BLOCK_D, UPCAST)
-    near_v = _load(_tile(v_base, length - NEAR, n, stride_vl, columns), keys >= 0, columns, D, COLUMNS, UPCAST)
-    v = _load(_tile(v_base, length, t, stride_vl, columns), t < num_slots, columns, D, COLUMNS, UPCAST)
-    near_visible = (keys >= 0)[None, :] & (keys[None, :] > position[:, None] - LAST)
-    if WINDOW > 0 or CHUNK > 0:
-        near_visible = in_reach(near_visible, logical[:, None], keys[None, :], WINDOW, CHUNK)
-    near, factor = scores_of(q, near_k, scale, SOFTCAP)
-    near = tl.where(near_visible, near, float("-inf"))
-    tree, _ = scores_of(q, k, scale, SOFTCAP)
-    tree = tl.where(visible, tree, float("-inf"))
-    peak = tl.maximum(tl.max(near, 1), tl.max(tree, 1))
-    if not ONE:
-        for start in range(BLOCK_T, num_slots, BLOCK_T):
-            k = _load(_tile(k_base, length + start, t, stride_kl, d), start + t < num_slots, d, D, BLOCK_D, UPCAST)
-            seen, _ = _tree_block(start, words, depths_ptr, rows, num_slots, WINDOW, CHUNK, BLOCK_T)
-            more, _ = scores_of(q, k, scale, SOFTCAP)
-            peak = tl.maximum(peak, tl.max(tl.where(seen, more, float("-inf")), 1))
-    peak = tl.ceil(peak * factor)
-    acc = tl.zeros((q.shape[0], COLUMNS), tl.float32)
-    weights, coarse, fine = weigh(near, factor, peak, FINE)
-    acc = add_one_by_one(acc, weights, near_v, n, 0, NEAR)
-    tree, tree_coarse, tree_fine = weigh(tree, factor, peak, FINE)
-    coarse, fine = coarse + tree_coarse, fine + tree_fine
-    acc, coarse = _add_tree(acc, coarse, tree, v, turns, 0, words, depths_ptr, rows, num_slots, WINDOW, CHUNK)
-    if not ONE:
-        for start in range(BLOCK_T, num_slots, BLOCK_T):
-            live = start + t < num_slots
-            k = _load(_tile(k_base, length + start, t, stride_kl, d), live, d, D, BLOCK_D, UPCAST)
-            v = _load(_tile(v_base, length + start, t, stride_vl, columns), live, columns, D, COLUMNS, UPCAST)
-            visible, turns = _tree_block(start, words, depths_ptr, rows, num_slots, WINDOW, CHUNK, BLOCK_T)
-            tree, _ = scores_of(q, k, scale, SOFTCAP)
-            tree, tree_coarse, tree_fine = weigh(tl.where(visible, tree, float("-inf")), factor, peak, FINE)
-            coarse, fine = coarse + tree_coarse, fine + tree_fine
-            acc, coarse = _add_tree(acc, coarse, tree, v, turns, start, words, depths_ptr, rows, num_slots, WINDOW, CHUNK)
-    return acc, peak, coarse + fine
-
-
-@triton.jit
 def _finish(
     out_ptr, sinks_ptr, sequence, query, head, num_queries, num_heads, acc, peak, total, mask, d, D: tl.constexpr
 ):
     """Store rows of which all keys are added up."""
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + head, mask=mask, other=0.0).to(tl.float32) * LOG2E
-        least = tl.ceil(sink)
-        acc, peak, total = add(acc, peak, total, tl.zeros_like(acc), least, tl.exp2(sink - least))
+        acc, peak, total = add(acc, peak, total, tl.zeros_like(acc), sink, tl.full(sink.shape, 1.0, tl.float32))
     out = acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     ptrs = out_ptr + ((sequence * num_queries + query) * num_heads + head)[:, None] * D + d[None, :]
     tl.store(ptrs, out.to(out_ptr.dtype.element_ty), mask=mask[:, None] & (d < D)[None, :])
@@ -200,7 +93,7 @@ def attend_kernel(
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
     SOFTCAP: tl.constexpr, SLOTS: tl.constexpr, FOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr, COLUMNS: tl.constexpr, ONE: tl.constexpr, FINE: tl.constexpr, UPCAST: tl.constexpr,
-    NUM_STAGES: tl.constexpr, PDL: tl.constexpr,
+    NUM_STAGES: tl.constexpr, RESUME: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """With FOLD one program for each tile, else SLOTS of them for splits behind BLOCK_D / COLUMNS for the last keys."""
     if PDL:  # in this order: the kernel that follows counts on what earlier ones wrote
@@ -215,7 +108,7 @@ def attend_kernel(
     narrowest, widest = units(length, WINDOW, CHUNK), units(length + num_slots - 1, WINDOW, CHUNK)
     if not FOLD and slot >= 0:
         low, high = _split(slot, narrowest, begin, end, BLOCK_N)
-        if (low >= high) & (narrowest == widest):
+        if (high <= (tl.maximum(low, whole) if RESUME else low)) & (narrowest == widest):
             return
 
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -223,7 +116,7 @@ def attend_kernel(
     d, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     row_mask = query < num_queries
     at_row = sequence * stride_qb + head * stride_qh + query.to(tl.int64) * stride_qt
-    q = _load(q_ptr + at_row[:, None] + d[None, :], row_mask, d, D, BLOCK_D, UPCAST)
+    q = load(q_ptr + at_row[:, None] + d[None, :], row_mask, d, D, BLOCK_D, UPCAST)
     k_base = k_ptr + sequence * stride_kb + kv_head * stride_kh
     v_base = v_ptr + sequence * stride_vb + kv_head * stride_vh
     words = ancestors_ptr + sequence * stride_ab + query.to(tl.int64) * stride_at
@@ -240,7 +133,7 @@ def attend_kernel(
         columns = d
         if not FOLD:
             columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-        done_acc, done_peak, done_total = _last_keys(
+        done_acc, done_peak, done_total = last_keys(
             q, k_base, v_base, stride_kl, stride_vl, words, depths_ptr, rows, num_slots, scale, d, columns,
             D, BLOCK_D, WINDOW, CHUNK, SOFTCAP, COLUMNS, BLOCK_T, ONE, FINE, UPCAST,
         )  # fmt: skip
@@ -255,6 +148,10 @@ def attend_kernel(
         if not FOLD:
             low, high = _split(slot, narrowest + wider, begin, end, BLOCK_N)
             acc, peak, total = _nothing(BLOCK_M, BLOCK_D)
+        mask = row_mask & (width_of_row == narrowest + wider)
+        if RESUME:
+            acc, peak, total = _fetch(partials, at + slot * num_queries * G, mask & (low < whole), d, D)
+            low = tl.maximum(low, whole)
         for ragged in tl.static_range(2):  # blocks of which rows see all, and of which they do not
             begins, ends = tl.maximum(low, whole) if ragged else low, high if ragged else tl.minimum(whole, high)
             for block in tl.range(begins, ends, num_stages=1 if ragged else NUM_STAGES):
@@ -266,16 +163,15 @@ def attend_kernel(
                 keys, live = block * BLOCK_N + n, None
                 if ragged:
                     live = keys < length
-                k = _load(_tile(k_base, block * BLOCK_N, n, stride_kl, d), live, d, D, BLOCK_D, UPCAST)
-                v = _load(_tile(v_base, block * BLOCK_N, n, stride_vl, d), live, d, D, BLOCK_D, UPCAST)
-                scores, factor = scores_of(q, k, scale, SOFTCAP)
+                k = load(tile(k_base, block * BLOCK_N, n, stride_kl, d), live, d, D, BLOCK_D, UPCAST)
+                v = load(tile(v_base, block * BLOCK_N, n, stride_vl, d), live, d, D, BLOCK_D, UPCAST)
+                scores, factor = scores_of(q, k, scale, SOFTCAP, FINE)
                 if ragged or WINDOW > 0 or CHUNK > 0:
                     visible = keys[None, :] <= last[:, None]
                     visible = in_reach(visible, logical[:, None], keys[None, :], WINDOW, CHUNK)
                     scores = tl.where(visible, scores, float("-inf"))
                 acc, peak, total = add_block(acc, peak, total, scores, factor, v, FINE)
         if not FOLD and low < high:
-            mask = row_mask & (width_of_row == narrowest + wider)
             _store(partials, at + slot * num_queries * G, acc, peak, total, mask, d, D)
     if FOLD:
         acc, peak, total = add(done_acc, done_peak, done_total, acc, peak, total)

@@ -1,23 +1,25 @@
 """The order in which a row of `tree_attention` adds up its keys, and the pieces of its kernels that keep to it.
 
 A row at position p sees keys at positions 0 to p: the prefix, then its own path through the tree, whose nodes stand at
-the positions behind it. It takes them from left to right:
+the positions behind it. From left to right these are
 
-    split   keys up to p - LAST, cut at multiples of `units(p)` times UNIT: at most SPLITS of them (one more in a window
-            or chunk, which begins anywhere). One chain of matrix instructions adds up the weighted values, in blocks of
-            BLOCK_N keys from a multiple of that on. The weights of a block are relative to a power of two, the least
-            that none of the split has exceeded yet; their sum is one of fixed-point numbers, exact.
-    last    the LAST keys behind them, one by one, each by a matrix instruction of its own. Their weights are relative
-            to the least power of two that none of them exceeds, and added up in fixed point as well.
-    row     its splits are added one by one, then the last keys, then the sink of its head.
+    splits  keys up to p - LAST, cut at multiples of `units(p)` times UNIT: at most SPLITS of them (one more in a window
+            or chunk, which begins anywhere). Each is one chain of matrix instructions, in blocks of BLOCK_N keys from a
+            multiple of that on. Weights are relative to the largest so far; where a block has a larger one, what is
+            summed up before it is rescaled. The sum of a block's weights is one of fixed-point numbers, exact.
+    last    the LAST keys behind them, one by one, each by a matrix instruction of its own. Weights are relative to the
+            largest of these keys, and added up in fixed point as well.
+
+and the row's sums are those of its last keys, to which its splits are added one by one, then the sink of its head.
 
 All of this follows from p, the window and the chunk, which belong to the layer. How many other rows there are, where
-the prefix ends and the tree begins, how large the cache is, who computes which piece: nothing of it matters, so the row
-gets the bits that it gets in plain decoding. Powers of two scale without a rounding, a key that a row does not see adds
-nothing, and multiplications and additions are told to the compiler one by one (no launch may contract them). So the
-last keys of all rows can be taken together, from the cache as they lie: first those of the prefix, one column at a
-time, then the tree, one depth at a time, of which a row sees one node. A path of more than LAST nodes, which decoding
-does not make, has all of them among the last keys: right, but only up to rounding.
+the prefix ends and the tree begins, how large the cache is, who computes which piece, who goes on with a chain that
+another began: nothing of it matters, so the row gets the bits that it gets in plain decoding. A key that a row does not
+see adds nothing, sums are rescaled by exactly 1 where a block has nothing for a row, and multiplications and additions
+are told to the compiler one by one (no launch may contract them). So the last keys of all rows can be taken together,
+from the cache as they lie: first those of the prefix, one column at a time, then the tree, one depth at a time, of
+which a row sees one node. A path of more than LAST nodes, which decoding does not make, has all of them among the last
+keys: right, but only up to rounding.
 
 BLOCK_N depends on the dtype and the head size. What a matrix instruction makes of a row and a column does not depend on
 the others in its tile; that holds for one kind of instruction, so in 16 bits on Hopper every product has 64 rows or
@@ -57,6 +59,12 @@ def units(position, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
     if CHUNK > 0:
         span = tl.minimum(span, CHUNK)
     return tl.maximum((span + SPLITS * UNIT - 1) // (SPLITS * UNIT), 1)
+
+
+@triton.jit
+def whole_blocks(length, BLOCK_N: tl.constexpr):
+    """How many blocks from the first key on are of the splits of all rows of a tree behind a prefix of this length."""
+    return tl.maximum(length + 1 - LAST, 0) // BLOCK_N
 
 
 @triton.jit
@@ -122,18 +130,20 @@ def _sums(weights, FINE: tl.constexpr):
 
 
 @triton.jit
-def scores_of(q, k, scale, SOFTCAP: tl.constexpr):
+def scores_of(q, k, scale, SOFTCAP: tl.constexpr, FINE: tl.constexpr):
     """Scores [M, N] of rows q [M, D] and keys k [N, D], and what makes them logits to base 2."""
     scores, factor = tl.dot(q, tl.trans(k), input_precision="ieee"), scale * LOG2E
     if SOFTCAP > 0:
         scores = _tanh(scores * (scale / SOFTCAP))
         factor = SOFTCAP * LOG2E
+    if FINE:  # so that the largest weight is 1 to the last bit; in 16 bits rounding makes it so
+        scores, factor = scores * factor, 1.0
     return scores, factor
 
 
 @triton.jit
 def weigh(scores, factor, peak, FINE: tl.constexpr):
-    """Weights [M, N] of scores, relative to 2^peak [M], and their sum [M] in two parts."""
+    """Weights [M, N] of scores, relative to that of a logit of `peak` [M], and their sum [M] in two parts."""
     shift = tl.where(peak == float("-inf"), 0.0, peak)
     shift = tl.broadcast_to(shift[:, None], scores.shape)
     weights = tl.exp2(tl.fma(scores, tl.full(scores.shape, factor, tl.float32), -shift))
@@ -143,9 +153,9 @@ def weigh(scores, factor, peak, FINE: tl.constexpr):
 
 @triton.jit
 def add_block(acc, peak, total, scores, factor, v, FINE: tl.constexpr):
-    """The sums of a split (weighted values [M, D], peak [M], weights [M]) with one more block: scores [M, N], -inf where
-    a row does not see a key, v [N, D]. What a peak of -inf comes with does not count."""
-    risen = tl.maximum(peak, tl.ceil(tl.max(scores, 1) * factor))
+    """The sums of a split (weighted values [M, D], peak [M], weights [M]) with one more block: scores [M, N], -inf
+    where a row does not see a key, v [N, D]. What a peak of -inf comes with does not count."""
+    risen = tl.maximum(peak, tl.max(scores, 1) * factor)
     left = tl.exp2(peak - tl.where(risen == float("-inf"), 0.0, risen))
     weights, coarse, fine = weigh(scores, factor, risen, FINE)
     acc = tl.dot(weights.to(v.dtype), v, acc * left[:, None], input_precision="ieee")
@@ -154,8 +164,8 @@ def add_block(acc, peak, total, scores, factor, v, FINE: tl.constexpr):
 
 @triton.jit
 def add_one_by_one(acc, weights, v, turns, begin, end):
-    """Weighted values [M, D] with the keys whose turns [N] are begin to end, in that order, of each turn at most one that
-    a row sees; weights [M, N], v [N, D]."""
+    """Weighted values [M, D] with the keys whose turns [N] are begin to end, in that order, of each turn at most one
+    that a row sees; weights [M, N], v [N, D]."""
     if v.dtype == tl.float32:  # a product takes them so
         return tl.dot(weights, v, acc, input_precision="ieee")
     for turn in range(begin, end):

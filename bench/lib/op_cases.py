@@ -20,6 +20,7 @@ from eagle_fast_kernels.draft_head import head_input, rope_append
 from eagle_fast_kernels.grow import finish_tree, grow
 from eagle_fast_kernels.linear import few_rows_matmul, few_rows_sums, gated_matmul
 from eagle_fast_kernels.lm_head_topk import lm_head_topk
+from eagle_fast_kernels.packed import factors_of, pack, packed_gated, packed_sums, unpack
 from eagle_fast_kernels.rms_norm import add_rms_norm, rms_norm
 from eagle_fast_kernels.sample import sample
 from eagle_fast_kernels.silu_mul import silu_mul, silu_mul_ref
@@ -174,6 +175,42 @@ def linear_cases() -> Iterator[Case]:
             "linear", shape, num_bytes, lambda i, x=x, w=weights, product=product: product(x, w[i]),
             lambda i, x=x, w=weights, stock=stock: stock(x, w[i]), "cuBLAS", len(weights),
         )  # fmt: skip
+
+
+def packed_cases() -> Iterator[Case]:
+    """Products with packed weights, each kind, beside cuBLAS with the dense weight that they stand for."""
+    kinds = (("int4", 128), ("int4, zeros", 128), ("int8", None), ("fp8", 128))
+    layers = (
+        ("qkv", (HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN, packed_sums),
+        ("o", HIDDEN, HIDDEN, packed_sums),
+        ("gate_up, SiLU", 2 * INTERMEDIATE, HIDDEN, packed_gated),
+        ("down", HIDDEN, INTERMEDIATE, packed_sums),
+    )
+    for (kind, group), (name, columns, inner, product) in itertools.product(kinds, layers):
+        kind, _, zeros = kind.partition(", ")
+        group = group or inner
+        codes = torch.randint(0, 16 if kind == "int4" else 256, (columns, inner), dtype=torch.uint8, device=DEVICE)
+        if kind == "fp8":
+            codes = normal(columns, inner).to(torch.float8_e4m3fn)
+        scales = (torch.rand(columns, -(-inner // group), device=DEVICE) + 0.5).to(DTYPE) * 1e-3
+        points = torch.full_like(scales, 7, dtype=torch.uint8) if zeros else None
+        first = pack(codes, scales, kind=kind, zeros=points, group_size=group)
+        factors, whole = factors_of(first, DTYPE), unpack(first, DTYPE)
+        dense = [whole] + [whole.clone() for _ in range(copies_of(whole.nbytes) - 1)]
+        packed = [first] + [first._replace(words=first.words.clone()) for _ in range(copies_of(first.num_bytes) - 1)]
+        for rows in (1, NODES // 2, NODES):
+            x = normal(rows, inner)
+            num_bytes = first.num_bytes + rows * (columns + inner) * DTYPE.itemsize
+
+            def kernel(i, x=x, packed=packed, factors=factors, product=product):
+                return product(x, packed[i], factors=factors)
+
+            def pytorch(i, x=x, dense=dense, gated=product is packed_gated):
+                out = F.linear(x, dense[i % len(dense)])
+                return silu_mul_ref(out) if gated else out
+
+            shape = f"{kind}{', zeros' if zeros else ''} {name}, {rows} row{'s' if rows > 1 else ''}"
+            yield Case("packed", shape, num_bytes, kernel, pytorch, "cuBLAS, bf16", len(packed))
 
 
 def lm_head_topk_cases() -> Iterator[Case]:
@@ -350,6 +387,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "compact_kv": compact_kv_cases,
     "rope_append": rope_append_cases,
     "linear": linear_cases,
+    "packed": packed_cases,
     "lm_head_topk": lm_head_topk_cases,
     "rms_norm": rms_norm_cases,
     "silu_mul": silu_mul_cases,

@@ -40,15 +40,16 @@ class Placements:
     setting: Setting
     size: Sizes
     head: HeadBytes
-    quantized: bool  # the checkpoint is; the sizes are not
+    quantized: bool  # the checkpoint is
     plans: list[Plan]
+    unpacked: str = ""  # why the sizes of a quantized one are not its packed ones
 
 
 def examine(setting: Setting | None) -> tuple[Machine, Placements | None]:
     """Measure the machine; with a setting, plan its model as well. Raises ValueError for a model that can't be read."""
     if setting is None:
         return examine_machine(SMALL_BYTES), None
-    model = read_model(setting)
+    model, unpacked = read_model(setting)
     size, head = sizes(model, setting.context), head_bytes(setting, model)
     machine = examine_machine(setting.tree.total_token * size.row_bytes)
     links = {(each.source, each.target): each for each in machine.links}
@@ -56,7 +57,7 @@ def examine(setting: Setting | None) -> tuple[Machine, Placements | None]:
         plan(strategy, model, setting.max_memory, size, machine.figures, links, head)
         for strategy in (STRATEGIES if machine.gpus else ())
     ]
-    return machine, Placements(setting, size, head, Anatomy(model).is_quantized, plans)
+    return machine, Placements(setting, size, head, Anatomy(model).is_quantized, plans, unpacked)
 
 
 def examine_machine(small_bytes: int) -> Machine:
@@ -93,6 +94,7 @@ def as_json(machine: Machine, placements: Placements | None) -> dict[str, Any]:
         "context": setting.context,
         "tree": asdict(setting.tree),
         "quantized": placements.quantized,
+        "packed": placements.quantized and not placements.unpacked,
         "plans": [
             asdict(each) | {"crossings": each.crossings, "round_seconds": each.round_seconds}
             for each in placements.plans

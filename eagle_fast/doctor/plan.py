@@ -24,6 +24,9 @@ from eagle_fast.doctor.measure import GpuFigures, Link
 from eagle_fast.head import read_head
 from eagle_fast.loading import known_path
 from eagle_fast.target.anatomy import Anatomy, decoder_layers
+from eagle_fast.target.formats.arriving import num_parameters
+from eagle_fast.target.formats.scheme import Unreadable
+from eagle_fast.target.packing import packing_of_file
 from eagle_fast.target.placement import place_of, plan_placement, skeleton
 
 
@@ -86,17 +89,22 @@ class Plan:
         return self.verify_seconds + self.copy_seconds + self.draft_seconds
 
 
-def read_model(setting: Setting) -> PreTrainedModel:
-    """The model without its weights, on the meta device: of a hub name, or of a folder with a config.json.
+def read_model(setting: Setting) -> tuple[PreTrainedModel, str]:
+    """(the model without its weights, on the meta device, why a quantized one has no packed sizes).
 
-    Raises ValueError.
+    Of a hub name, or of a folder with a config.json. Raises ValueError.
     """
     try:
         config = AutoConfig.from_pretrained(known_path("--model", setting.model))
     except OSError as error:
         raise ValueError(f"--model {setting.model}: {str(error).splitlines()[0]}") from error
     config.dtype = setting.dtype or config.dtype or torch.bfloat16
-    return skeleton(config)
+    if not Anatomy(config).is_quantized:
+        return skeleton(config), ""
+    try:
+        return packing_of_file(config).model, ""
+    except Unreadable as reason:
+        return skeleton(config), str(reason)
 
 
 def sizes(model: PreTrainedModel, context: int) -> Sizes:
@@ -109,7 +117,7 @@ def sizes(model: PreTrainedModel, context: int) -> Sizes:
     embedding, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
     name_of = {module: name for name, module in model.named_modules()}
     return Sizes(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=num_parameters(model),
         dtype=model.dtype,
         hidden_size=anatomy.hidden_size,
         path=(name_of[embedding], *layers, name_of[lm_head]),

@@ -105,13 +105,15 @@ def _links(links: Sequence[Link]) -> Iterator[str]:
 def _plans(placements: Placements, free: dict[str, int]) -> Iterator[str]:
     setting, size, head, plans = placements.setting, placements.size, placements.head, placements.plans
     dtype = str(size.dtype).removeprefix("torch.")
+    packed = placements.quantized and not placements.unpacked
     yield (
-        f"{setting.model}: {size.parameters / 1e9:.2f} B parameters, {gib(sum(size.weights.values()))} GiB in {dtype}, "
+        f"{setting.model}: {size.parameters / 1e9:.2f} B parameters, {gib(sum(size.weights.values()))} GiB "
+        f"{f'packed, the rest in {dtype}' if packed else f'in {dtype}'}, "
         f"{len(size.cache)} layers; keys and values of {setting.context} tokens: {gib(sum(size.cache.values()))} GiB; "
         + (f"head: {gib(head.resident)} GiB" if head.resident else "no head named (--head)")
     )
-    if placements.quantized:
-        yield f"The checkpoint is quantized; the sizes here are those of {dtype}."
+    if placements.unpacked:
+        yield f"The checkpoint is quantized; the sizes here are those of {dtype}: {placements.unpacked}."
     if not plans:
         yield "There is no GPU to place it on."
         return

@@ -10,12 +10,13 @@ anatomy      what is read off a model's config and modules
 interface    our attention and our cache as transformers sees them; what each attention module is bound to
 probe        what the attention layers are, learned from one token; which models are refused
 twin         a copy of the module tree that shares every weight
-fused        decoder layers of Llama's shape in nine launches
+fused, merged   decoder layers of Llama's shape in nine launches; weights that read the same rows as one
 norms        norms whose rows do not depend on how many there are
 longrope, experts   the two modules that would ask the device for a value
 shards       a model over several devices
 kind         which class of transformers loads a checkpoint, or that none does
 quantized    how quantized checkpoints are loaded
+formats      packed weights read from files, or made at load
 sound        what a loaded model must be before it has a twin
 check, rehearsal, made_up, reference   a twin held against the user's model before it is trusted
 exactness, bits, paths, differing   a twin held against itself, bit for bit

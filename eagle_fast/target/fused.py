@@ -5,9 +5,9 @@ B sequences, T rows, H hidden size, D head size, Hq/Hkv query and key heads, I i
     n = norm(h);  q, k, v = W_qkv n;  rotate, write k and v;  h = h + W_o attention(q)
     n = norm(h);  h = h + W_down (silu(g) * u) with g, u = W_gate_up n
 
-A fused layer replaces a stock one on the twin. Its merged weights are the storage, and the stock parameters become
-views into it, so memory does not double and the user's model computes what it did. Families are named, in `anatomy`,
-since only the code of a layer says what it computes; tests hold every one of them against its stock layer.
+A fused layer replaces a stock one on the twin. Its weights, dense or packed, are merged as `merged` says. Families are
+named, in `anatomy`, since only the code of a layer says what it computes; tests hold every one of them against its
+stock layer.
 
 The norm that reads a layer's output (the next layer's, or the final one) is computed along with the output, by the
 kernel that adds the residual; a `Handover` brings it to its reader.
@@ -23,9 +23,9 @@ from eagle_fast_kernels.draft_head import rope_append
 from eagle_fast_kernels.rms_norm import add_parts, add_rms_norm, rms_norm
 from torch import nn
 
-from eagle_fast.layers.linear import FewRowsLinear, is_plain
 from eagle_fast.target.anatomy import LlamaLayer, Norm, llama_layer, llama_norm
 from eagle_fast.target.interface import binding_of
+from eagle_fast.target.merged import can_be_read, merged, single, weight_of
 
 
 class Handover:
@@ -72,8 +72,8 @@ class FusedLayer(nn.Module):
         super().__init__()
         self.layer_index, self.head_dim, self.scale = stock.layer_index, stock.head_dim, stock.scale
         self.qkv, self.gate_up = merged(stock.q, stock.k, stock.v), merged(stock.gate, stock.up)
-        self.o, self.down = FewRowsLinear.of(stock.o.weight), FewRowsLinear.of(stock.down.weight)
-        self.num_heads, self.num_kv_heads = (len(each.weight) // self.head_dim for each in (stock.q, stock.k))
+        self.o, self.down = single(stock.o), single(stock.down)
+        self.num_heads, self.num_kv_heads = (each.out_features // self.head_dim for each in (stock.q, stock.k))
         self.input_norm, self.post_norm = FusedNorm(stock.input_norm, handover), stock.post_norm
         self.next_norm: FusedNorm | None = None  # what reads the output, as far as that is known
         self.head_norms: dict[str, Any] = {}  # of q and k, as `rope_append` takes them
@@ -83,7 +83,7 @@ class FusedLayer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.o.weight.device
+        return self.post_norm.weight.device
 
     def forward(self, hidden_states: torch.Tensor, *_, position_embeddings, **options) -> torch.Tensor:
         """hidden_states [B, T, H] -> [B, T, H]. Step and slab come from the binding, whatever else the model passes."""
@@ -113,45 +113,15 @@ class FusedLayer(nn.Module):
         return step.attend(query, keys, values, scale=self.scale, window=self.binding.window)
 
 
-def merged(*linears: Any) -> FewRowsLinear:
-    """One layer of the rows of several; their own parameters become views into its weight and bias."""
-    biases = [linear.bias for linear in linears if linear.bias is not None]
-    assert len(biases) in (0, len(linears))
-    return FewRowsLinear.of(_merge([linear.weight for linear in linears]), _merge(biases) if biases else None)
-
-
-def _merge(parameters: list[nn.Parameter]) -> torch.Tensor:
-    """The rows of several parameters in one tensor, of which they are views from now on."""
-    with torch.inference_mode(parameters[0].is_inference()):  # a view is of the kind that its parameter is
-        parts = [parameter.detach() for parameter in parameters]
-        whole = _stacked(parts)
-        if whole is None:
-            whole = torch.cat(parts)
-        for parameter, part in zip(parameters, whole.split([len(each) for each in parts]), strict=True):
-            parameter.data = part
-    return whole
-
-
-def _stacked(parts: list[torch.Tensor]) -> torch.Tensor | None:
-    """The stack that these are the views of already, if they are: a model may get a second target."""
-    first, offset = parts[0], parts[0].storage_offset()
-    for part in parts:
-        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not same or not part.is_contiguous() or part.storage_offset() != offset:
-            return None
-        offset += part.numel()
-    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
-
-
 def can_fuse(stock: LlamaLayer, owners: Counter[int]) -> bool:
-    """Whether all products are plain linear layers, each with a weight of its own, and without biases that the fused
-    layer lacks. owners: how many hold each weight, by its id."""
+    """Whether all products are linear layers that can be read, each with a weight of its own, and without biases that
+    the fused layer lacks. owners: how many hold each tensor, by its id."""
     unbiased = stock.o, stock.gate, stock.up, stock.down
     linears = stock.q, stock.k, stock.v, *unbiased
-    if not all(map(is_plain, linears)) or any(each.bias is not None for each in unbiased):
+    if not all(map(can_be_read, linears)) or any(each.bias is not None for each in unbiased):
         return False
-    one_kind = len({each.weight.is_inference() for each in linears}) == 1
-    return one_kind and all(owners[id(each.weight)] == 1 for each in linears)
+    weights = [weight_of(each) for each in linears]
+    return len({each.is_inference() for each in weights}) == 1 and all(owners[id(each)] == 1 for each in weights)
 
 
 def share_hooks(stock: nn.Module, fused: nn.Module) -> None:
@@ -166,7 +136,8 @@ def fuse_layers(layers: nn.ModuleList, decoder: nn.Module, touched: set[nn.Modul
     touched: modules with hooks or a forward of the user's, on them or inside; they stay stock, which runs these.
     """
     handover = Handover()
-    owners = Counter(id(weight) for _, weight in layers.named_parameters(remove_duplicate=False))
+    held = layers.named_parameters, layers.named_buffers
+    owners = Counter(id(weight) for named in held for _, weight in named(remove_duplicate=False))
     for index, layer in enumerate(layers):
         stock = llama_layer(layer)
         if stock is not None and layer not in touched and can_fuse(stock, owners):

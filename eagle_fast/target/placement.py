@@ -16,9 +16,11 @@ from accelerate.utils import get_balanced_memory, get_max_memory
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from eagle_fast.layers.packed import PackedLinear
 from eagle_fast.messages import listed, warn_user
 from eagle_fast.target.anatomy import Anatomy, placed_modules
 from eagle_fast.target.devices import STRATEGIES, check_device_map, check_max_memory, present_device, resolve_device
+from eagle_fast.target.formats.arriving import num_parameters
 from eagle_fast.target.kind import model_of_config
 
 SLOW_CPU_PARAMETERS = 50_000_000
@@ -167,8 +169,14 @@ def place_of(device_map: Mapping[str, Any], name: str) -> Any:
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Bytes of all weights, tied ones once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    """Bytes of all weights, packed or not, tied ones once."""
+    return sum(weight.nbytes for weight in weights_of(model))
+
+
+def weights_of(model: nn.Module) -> list[torch.Tensor]:
+    """Parameters, and what packed layers hold in their place, each once."""
+    packed = [each for module in model.modules() if isinstance(module, PackedLinear) for each in module.buffers()]
+    return [*model.parameters(), *packed]
 
 
 def bytes_on_one_gpu(model: PreTrainedModel) -> int:
@@ -195,10 +203,10 @@ def bytes_by_device(model: nn.Module, placement: Placement) -> dict[Any, int]:
     needed: dict[Any, int] = {}
     counted: set[int] = set()
     for name, device in placement.items():
-        for parameter in model.get_submodule(name).parameters():
-            if id(parameter) not in counted:
-                counted.add(id(parameter))
-                needed[device] = needed.get(device, 0) + parameter.numel() * parameter.element_size()
+        for weight in weights_of(model.get_submodule(name)):
+            if id(weight) not in counted:
+                counted.add(id(weight))
+                needed[device] = needed.get(device, 0) + weight.nbytes
     return needed
 
 
@@ -226,7 +234,7 @@ def free_bytes(device: torch.device) -> int:
 def warn_if_slow(model: PreTrainedModel) -> None:
     """Half precision has no fast path on most CPUs: say so once, for models large enough to notice."""
     weight = model.get_input_embeddings().weight
-    size = sum(parameter.numel() for parameter in model.parameters())
+    size = num_parameters(model)
     if weight.device.type == "cpu" and weight.dtype in (torch.float16, torch.bfloat16) and size > SLOW_CPU_PARAMETERS:
         warn_user(
             f"a {size / 1e6:.0f}M parameter model in {weight.dtype} on the CPU is slow: pass dtype=torch.float32, or a "

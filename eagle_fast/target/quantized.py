@@ -1,7 +1,8 @@
-"""Quantized checkpoints: how they are loaded so that decoding gives one text, or why they are refused.
+"""Quantized checkpoints that are not packed here (see `packing`): how they are loaded so that decoding gives one text,
+or why they are refused.
 
-There are no kernels for packed weights. What transformers can turn into plain weights when it loads them is loaded so;
-other kinds run through their library's own layers, if these treat every row of their input alone (see `sound`).
+What transformers can turn into plain weights when it loads them is loaded so; other kinds run through their library's
+own layers, if these treat every row of their input alone (see `sound`).
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from eagle_fast.target.anatomy import Anatomy, UnsupportedModel
 GgufConfig: Any = getattr(quantization_configs, "GgufConfig", None)  # releases without it never keep weights packed
 DEQUANTIZE = "dequantize" if "dequantize" in inspect.signature(CompressedTensorsConfig).parameters else "run_compressed"
 DENSE = (
-    "its weights are dequantized as they are loaded and take {bytes} bytes each: there are no kernels for {kind} yet. "
-    "The text is exactly that of the dequantized model"
+    "its weights are dequantized as they are loaded and take {bytes} bytes each: {reason}. The text is exactly that of "
+    "the dequantized model"
 )
 
 
@@ -40,12 +41,13 @@ def bitsandbytes_config(asked: list[str]) -> BitsAndBytesConfig:
 
 
 def quantization_options(
-    config: PreTrainedConfig | None, options: dict[str, Any], what: str = "the checkpoint"
+    config: PreTrainedConfig | None, options: dict[str, Any], what: str = "the checkpoint", reason: str = ""
 ) -> dict[str, Any]:
     """`options` of from_pretrained with the quantization_config that makes the target decodable.
 
-    config: the checkpoint's; None of GGUF files, which have none. what: how to call the checkpoint in an error. Raises
-    ValueError, and UnsupportedModel where no option makes the model decodable.
+    config: the checkpoint's; None of GGUF files, which have none. what: how to call the checkpoint in an error.
+    reason: why its weights are not packed here. Raises ValueError, and UnsupportedModel where no option makes the model
+    decodable.
     """
     asked = options.get("quantization_config")
     _check_bitsandbytes(asked, "quantization_config asks for", "pass llm_int8_threshold=0.0")
@@ -58,10 +60,13 @@ def quantization_options(
     if stored.get("quant_method") != "compressed-tensors":
         return options
     if not is_compressed_tensors_available():
-        raise ValueError(f"{what} is in the format of compressed-tensors: pip install compressed-tensors")
+        raise ValueError(
+            f"{what} is in the format of compressed-tensors, and not read without it ({reason}): pip install "
+            "compressed-tensors"
+        )
     if asked is not None:
         return options
-    warn_user(DENSE.format(bytes=_bytes(options.get("dtype"), config), kind="compressed-tensors"))
+    warn_user(DENSE.format(bytes=_bytes(options.get("dtype"), config), reason=reason))
     dense: dict[str, Any] = {DEQUANTIZE: DEQUANTIZE == "dequantize"}
     return options | {"quantization_config": CompressedTensorsConfig(**dense)}
 
@@ -96,7 +101,7 @@ def drop_wrappers(model: PreTrainedModel, options: dict[str, Any]) -> None:
 def _gguf_options(asked: Any) -> dict[str, Any]:
     """The options that a GGUF file is loaded with."""
     if asked is None:
-        warn_user(DENSE.format(bytes="2 or 4", kind="GGUF's blocks"))
+        warn_user(DENSE.format(bytes="2 or 4", reason="there are no kernels for GGUF's blocks"))
         return {} if GgufConfig is None else {"quantization_config": GgufConfig(dequantize=True)}
     if GgufConfig is not None and isinstance(asked, GgufConfig) and not asked.dequantize:
         raise ValueError(

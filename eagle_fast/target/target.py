@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from eagle_fast.layers.attention import PrefillStep, Step, TreeStep
 from eagle_fast.layers.linear import RowOrder, use_few_rows_linear
+from eagle_fast.layers.packed import PackedLinear
 from eagle_fast.layers.slab import KVSlab
 from eagle_fast.layers.transfers import Transfers, distinct
 from eagle_fast.messages import warn_user
@@ -138,6 +139,9 @@ class Target:
                 self.handover = fuse_layers(self.decoder_layers, self.decoder, self.touched)
             use_row_norms(self.model, self.touched)
             use_few_rows_linear(self.model, self.row_order)
+            for module in self.model.modules():
+                if isinstance(module, PackedLinear):
+                    module.order = self.row_order
         lm_head = model.get_output_embeddings()
         self.vocab_size, self.dtype = lm_head.weight.shape[0], lm_head.weight.dtype
         self.draft_device = draft_device or self.device

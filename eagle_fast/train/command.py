@@ -21,8 +21,9 @@ import sys
 from dataclasses import fields
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
+from eagle_fast.loading import load_target
 from eagle_fast.pairs import smollm2_target
 from eagle_fast.target.placement import resolve_device
 from eagle_fast.train.chat import read_prompts
@@ -97,8 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
     device = resolve_device(arguments.device)
     name = str(smollm2_target()) if arguments.model == "smollm2" else arguments.model
     dtype = getattr(torch, arguments.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
-    where = {"device_map": {"": device}} if device.type == "cuda" else {}
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=arguments.revision, **where)
+    model = load_target(name, device, {"dtype": dtype, "revision": arguments.revision}, name="--model")
     tokenizer = AutoTokenizer.from_pretrained(name, revision=arguments.revision)
     files = {"prompts": prompts, "initial": arguments.initial}
     try:

@@ -237,8 +237,9 @@ def attention_in_parts(q, k, v, lengths, ancestors, *, scale, **_):
     k, v = (each.repeat_interleave(heads // kv_heads, 1).float().nan_to_num() for each in (k, v))
     scores = (q.float() @ k.transpose(-1, -2) * scale).masked_fill(~visible, float("-inf"))
     out = torch.zeros_like(q)
-    for place in torch.arange(rows).chunk(min(batch * count, 7)):
-        out += (scores.softmax(-1)[..., place] @ v[:, :, place]).to(q.dtype)
+    parts = min(batch * count, 7)
+    for part in range(parts):
+        out += (scores.softmax(-1)[..., part::parts] @ v[:, :, part::parts]).to(q.dtype)
     return out.transpose(1, 2).contiguous()
 
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from often_right import write_random_head
+from quantized_files import LAYOUTS, awq, fp8, gptq, write_quantized
 from zoo import HIDDEN, LAYERS, VOCAB, make
 
 from eagle_fast import EaModel, TreeConfig
@@ -18,6 +19,8 @@ from eagle_fast.doctor.findings import Machine, Placements, as_json
 from eagle_fast.doctor.measure import GpuFigures, KernelCheck, Link
 from eagle_fast.doctor.plan import HeadBytes, Setting, head_bytes, plan, read_model, sizes
 from eagle_fast.doctor.report import lines
+from eagle_fast.loading import load_target
+from eagle_fast.target.placement import model_bytes
 
 FIGURES = {0: GpuFigures(2e9, 1e8), 1: GpuFigures(1e9, 2e8)}  # bytes per second, all different
 LINKS = {
@@ -48,7 +51,7 @@ def folder(tmp_path_factory):
 def test_sizes_are_those_of_the_loaded_model(name, overrides, tmp_path):
     model = make(name, sharp=False, **overrides)
     write_config(model, tmp_path)
-    found = sizes(read_model(Setting(str(tmp_path))), context=50)
+    found = sizes(read_model(Setting(str(tmp_path)))[0], context=50)
     assert found.weights == {name: p.numel() * 4 for name, p in model.named_parameters()}
     assert found.parameters == sum(p.numel() for p in model.parameters())
     embedding, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -75,10 +78,35 @@ def test_cache_bytes_are_those_of_the_engine(name, tmp_path):
 
 
 def test_other_dtypes(folder):
-    whole, half = (sizes(read_model(Setting(str(folder), dtype)), 8) for dtype in (torch.float32, torch.bfloat16))
+    whole, half = (sizes(read_model(Setting(str(folder), dtype))[0], 8) for dtype in (torch.float32, torch.bfloat16))
     assert sum(whole.weights.values()) == 2 * sum(half.weights.values())
     assert sum(whole.cache.values()) == 2 * sum(half.cache.values())
     assert (whole.row_bytes, half.row_bytes) == (4 * HIDDEN, 2 * HIDDEN)
+
+
+@pytest.mark.parametrize("layout", [gptq(group=128), awq(128), fp8(128), LAYOUTS["w8a16_row_zeros"]])
+def test_sizes_of_packed_weights(layout, tmp_path):
+    """Near those of the loaded model, whose scales are smaller, and which keeps no zero points in the middle."""
+    model = make("llama", sharp=False, hidden_size=256, intermediate_size=512)
+    write_quantized(model, tmp_path, layout, "bfloat16")
+    shape, reason = read_model(Setting(str(tmp_path)))
+    assert reason == ""
+    found = sizes(shape, 8)
+    assert found.dtype == torch.bfloat16
+    assert found.parameters == sum(weight.numel() for weight in model.parameters())
+    loaded = load_target(str(tmp_path), "cpu", {})
+    assert 0.9 < model_bytes(loaded) / sum(found.weights.values()) < 1.02
+    assert model_bytes(loaded) < 0.8 * 2 * found.parameters
+    assert set(found.path) <= {name for name, _ in loaded.named_modules()}
+
+
+def test_quantized_models_without_packed_sizes(folder, tmp_path):
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings["quantization_config"] = {"quant_method": "gptq", "bits": 3, "group_size": 128}
+    (tmp_path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    found, reason = read_model(Setting(str(tmp_path)))
+    assert "bits is 3" in reason
+    assert sizes(found, 8).weights == sizes(read_model(Setting(str(folder)))[0], 8).weights
 
 
 def test_a_head_is_read_once_a_level(folder, tmp_path):
@@ -91,7 +119,7 @@ def test_a_head_is_read_once_a_level(folder, tmp_path):
     write_random_head(model, tmp_path / "eagle", "eagle")
     for kind, (each, once) in numbers.items():
         setting = Setting(str(folder), tree=TreeConfig(16, 3, 4), head=str(tmp_path / kind))
-        found = head_bytes(setting, read_model(setting))
+        found = head_bytes(setting, read_model(setting)[0])
         assert found.read == 4 * (4 * each + once)
         assert found.resident == 4 * (each + once)  # EAGLE-1: its embedding instead of the lm_head, as many numbers
     assert head_bytes(Setting(str(folder)), model) == HeadBytes(0, 0)
@@ -303,7 +331,7 @@ def test_plans_in_words_and_as_json(monkeypatch):
     }
     monkeypatch.setattr(planning, "plan_placement", lambda model, name, memory: maps[name])
     plans = [plan(name, model, None, size, FIGURES, LINKS, head) for name in maps]
-    placements = Placements(setting, size, head, True, plans)
+    placements = Placements(setting, size, head, True, plans, "its lm_head is quantized")
     out = list(lines(machine(), placements))
     (row,) = [line for line in out if line.startswith("balanced ")]
     assert row.split("  ")[0] == "balanced"
@@ -311,7 +339,7 @@ def test_plans_in_words_and_as_json(monkeypatch):
     assert f"{plans[1].round_seconds * 1e3:.2f} ms, of it copies 0.030" in row
     assert "balanced: does not fit: 60.0 GiB on cuda:1, where 50.0 GiB are free" in out
     assert any(line.startswith("sequential: leaves weights on the cpu") for line in out)
-    assert any("quantized" in line for line in out)
+    assert any(line.endswith("the sizes here are those of float32: its lm_head is quantized.") for line in out)
     found = json.loads(json.dumps(as_json(machine(), placements)))
     assert [each["strategy"] for each in found["model"]["plans"]] == ["auto", "balanced", "sequential"]
     assert found["model"]["plans"][1]["crossings"] == 1
@@ -319,6 +347,10 @@ def test_plans_in_words_and_as_json(monkeypatch):
     assert found["gpus"][0]["read"] == 3.08e12
     assert found["gpus"][1]["read"] is None
     assert found["gpus"][0]["kernel"]["runs"]
+    assert (found["model"]["quantized"], found["model"]["packed"]) == (True, False)
+    packed = Placements(setting, size, head, True, plans)
+    assert any("GiB packed, the rest in float32" in line for line in lines(machine(), packed))
+    assert as_json(machine(), packed)["model"]["packed"]
 
 
 # -- reports of the software -----------------------------------------------------------------------------------------

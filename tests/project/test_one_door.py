@@ -25,6 +25,7 @@ CONFIG_FIELDS = {
     },
     "pairs.py": {"eos_token_id", "pad_token_id", "quantization_config"},  # written, of the demo's model
     "target/experts.py": {"_experts_implementation"},
+    "target/formats/quantizer.py": {"format", "quantization_config"},  # who is to load it
     "target/interface.py": {"_attn_implementation"},
     "target/kind.py": {  # what is to be loaded, if anything can be
         "architectures", "auto_map", "is_decoder", "is_encoder_decoder", "model_type",
@@ -37,6 +38,7 @@ PRIVATE_NAMES = {
     "decoding/processors.py": {"_num_beams", "_prefix_allowed_tokens_fn"},
     "hf_generate.py": {"_pad_token_tensor", "_getframe"},
     "target/experts.py": {"_experts_implementation"},
+    "target/formats/quantizer.py": {"_keys_to_ignore_on_load_unexpected"},
     "target/interface.py": {"_attn_implementation", "_getframe"},
     "target/placement.py": {"_no_split_modules"},
     # accelerate, and torch's modules
@@ -61,6 +63,7 @@ PRIVATE_NAMES = {
     # Python, and our own
     "messages.py": {"_getframe"},
     "model.py": {"_tokenizer_options"},
+    "target/formats/scheme.py": {"_replace"},
     "train/trainer.py": {"_replace"},
 }  # fmt: skip
 

@@ -13,30 +13,34 @@ GROUP = 32
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized")  # int4 weights; int8 and fp8 weights and activations
 
 
-def write_compressed(model: PreTrainedModel, folder: Path, kind: str, strategy: str = "token") -> Path:
-    """A checkpoint of compressed-tensors in one of FORMATS; strategy: over what dynamic activations are scaled."""
+def write_compressed(
+    model: PreTrainedModel, folder: Path, kind: str, strategy: str = "token", group: int = GROUP
+) -> Path:
+    """A checkpoint of compressed-tensors in one of FORMATS; strategy: over what dynamic activations are scaled; group:
+    columns of int4 weights with one scale."""
     model.save_pretrained(folder)
     tensors = {}
     for name, tensor in model.state_dict().items():
         if name.endswith("_proj.weight"):
-            packed = {"pack-quantized": _int4, "int-quantized": _int8, "float-quantized": _fp8}[kind](tensor)
+            packers = {"pack-quantized": lambda weight: _int4(weight, group), "int-quantized": _int8}
+            packed = packers.get(kind, _fp8)(tensor)
             tensors |= {f"{name}{end}": part for end, part in packed.items()}
         else:
             tensors[name] = tensor.clone()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     file = folder / "config.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
-    settings["quantization_config"] = _settings(kind, strategy)
+    settings["quantization_config"] = _settings(kind, strategy, group)
     file.write_text(json.dumps(settings), encoding="utf-8")
     return folder
 
 
-def _settings(kind: str, strategy: str) -> dict:
+def _settings(kind: str, strategy: str, group: int) -> dict:
     number = dict(num_bits=8, type="float" if kind == "float-quantized" else "int", symmetric=True, dynamic=False)
     weights = number | dict(strategy="channel")
     activations = number | dict(strategy=strategy, dynamic=True)
     if kind == "pack-quantized":
-        weights, activations = number | dict(num_bits=4, strategy="group", group_size=GROUP), None
+        weights, activations = number | dict(num_bits=4, strategy="group", group_size=group), None
     return dict(
         quant_method="compressed-tensors",
         format=kind,
@@ -46,10 +50,10 @@ def _settings(kind: str, strategy: str) -> dict:
     )
 
 
-def _int4(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+def _int4(weight: torch.Tensor, group: int) -> dict[str, torch.Tensor]:
     """Codes + 8 in words of 8 along the rows, the first in the lowest bits; a scale for each group of a row."""
     rows, columns = weight.shape
-    groups = weight.reshape(rows, -1, GROUP)
+    groups = weight.reshape(rows, -1, group)
     scale = groups.abs().amax(-1, keepdim=True) / 7
     codes = (groups / scale).round().clamp(-8, 7).to(torch.int64).reshape(rows, -1, 8) + 8
     words = (codes << (4 * torch.arange(8))).sum(-1)

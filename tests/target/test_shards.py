@@ -16,6 +16,7 @@ from zoo import FAMILIES, make
 
 import eagle_fast.layers.linear
 import eagle_fast.target.fused
+import eagle_fast.target.merged
 from eagle_fast import EaModel
 from eagle_fast.decoding.round import Round
 from eagle_fast.loading import load_head
@@ -42,7 +43,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the model caps its attention sco
 def fused_layers_of_fake_weights(monkeypatch):
     """Numbered tensors are no plain tensors, which our layers ask for, and have no storage to be stacked in."""
     monkeypatch.setattr(eagle_fast.target.fused, "can_fuse", lambda *_: True)
-    monkeypatch.setattr(eagle_fast.target.fused, "_stacked", lambda weights: None)
+    monkeypatch.setattr(eagle_fast.target.merged, "_stacked", lambda *_: None)
     monkeypatch.setattr(eagle_fast.layers.linear, "is_plain", lambda module: type(module) is torch.nn.Linear)
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from chatty import END, make_tokenizer
+from quantized_files import LAYOUTS, write_quantized
 from safetensors.torch import load_file
 from zoo import VOCAB, make
 
@@ -217,6 +218,23 @@ def test_the_command(tmp_path, capsys):
     assert "resume it" in capsys.readouterr().err
     assert main([*arguments, "--resume", "--updates", "4"]) == 0
     assert "resumed after 3 updates" in capsys.readouterr().out
+
+
+def test_a_packed_target(tmp_path, capsys):
+    """The command reads it natively, and the head drafts for it."""
+    model, target = make("llama", eos_token_id=END, num_hidden_layers=3), tmp_path / "target"
+    write_quantized(model, target, LAYOUTS["gptq"])
+    make_tokenizer().save_pretrained(target)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    sizes = "--updates 2 --draft-vocab 60 --steps 2 --batch-tokens 128 --pool-tokens 300 --max-question 8"
+    arguments = ["train", "--model", str(target), "--out", str(tmp_path / "head"), "--device", "cpu"]
+    arguments += ["--prompts", str(tmp_path / "prompts.txt")]
+    with pytest.warns(UserWarning, match=r"--model='.*' \(GPTQ, 4 bits in groups of 32\) runs from its packed weights"):
+        assert main([*arguments, "--held-out", "4", "--max-answer", "12", *sizes.split()]) == 0
+    with pytest.warns(UserWarning, match="runs from its packed weights"):
+        decoder = EaModel.from_pretrained(base_model_path=target, ea_model_path=tmp_path / "head")
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(decoder.eagenerate(ids, max_new_tokens=12), decoder.naivegenerate(ids, max_new_tokens=12))
 
 
 def test_the_commands_usage(capsys):

@@ -1,0 +1,67 @@
+"""The quantizer that transformers loads packed weights with: linear layers that become `PackedLinear`, all else stock.
+
+What it is registered under is the quant_method of the config that it is asked for by: the whole way through
+from_pretrained is that of transformers, and no other library is needed.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from eagle_fast.target.formats.arriving import make_room
+from eagle_fast.target.formats.choose import format_of
+from eagle_fast.target.formats.rounding import Rounding
+from eagle_fast.target.formats.scheme import Format
+
+METHOD = "eagle_fast"
+
+
+@register_quantization_config(METHOD)
+class PackedConfig(QuantizationConfigMixin):
+    """What is to be packed: a checkpoint as its own quantization_config says (`stored`), or weights rounded to bits."""
+
+    def __init__(self, stored: dict[str, Any] | None = None, bits: int | None = None, quant_method: str = METHOD):
+        self.quant_method, self.stored, self.bits = quant_method, stored, bits  # type: ignore[assignment]
+
+    @property
+    def format(self) -> Format:
+        """Raises Unreadable."""
+        return format_of(self.stored or {}) if self.bits is None else Rounding(self.bits)
+
+
+@register_quantizer(METHOD)
+class PackedQuantizer(HfQuantizer):
+    """Takes the tensors of a file as they are, one after the other."""
+
+    quantization_config: PackedConfig
+
+    def __init__(self, quantization_config: PackedConfig, **options):
+        super().__init__(quantization_config, **options)
+        self.pre_quantized = False  # transformers reads ahead where it is
+
+    def _process_model_before_weight_loading(self, model, **_):
+        found = self.quantization_config.format
+        make_room(model, found)
+        ignored = model._keys_to_ignore_on_load_unexpected  # a list, or in later releases a set
+        ignored = [] if ignored is None else ignored
+        more = [each for each in found.beside if each not in ignored]
+        model._keys_to_ignore_on_load_unexpected = type(ignored)([*ignored, *more])
+
+    def is_serializable(self):
+        return False
+
+    @property
+    def is_trainable(self):
+        return False
+
+
+def packed_config(config: PreTrainedConfig, settings: dict[str, Any]) -> PreTrainedConfig:
+    """The config of a packed checkpoint, with this quantizer to load it."""
+    config = copy.deepcopy(config)
+    config.quantization_config = {"quant_method": METHOD, "stored": settings}
+    return config

@@ -1,0 +1,48 @@
+"""Packed weights of every kind from random codes, and the dense ones that they stand for, said another way."""
+
+import torch
+from eagle_fast_kernels.packed import pack
+
+# name -> (kind, columns of a group or None for all, zero points, ragged last group)
+KINDS = {
+    "int4, groups of 32": ("int4", 32, False),
+    "int4, groups of 64": ("int4", 64, False),
+    "int4, groups of 128": ("int4", 128, False),
+    "int4, zeros": ("int4", 64, True),
+    "int4, a scale a row": ("int4", None, False),
+    "int8, a scale a row": ("int8", None, False),
+    "int8, groups of 64": ("int8", 64, False),
+    "int8, zeros": ("int8", 32, True),
+    "fp8, a scale a row": ("fp8", None, False),
+    "fp8, blocks of 128": ("fp8", 128, False),
+}
+
+
+def packed_case(name, num_rows, columns, dtype=torch.float32, device="cpu", seed=0):
+    """(packed weight, dtype -> the dense one, what `pack` was given). The last group is ragged where columns say so."""
+    kind, size, has_zeros = KINDS[name]
+    size = min(size or columns, columns)
+    groups = -(-columns // size)
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(most, *shape):
+        return torch.randint(0, most, shape, generator=generator, dtype=torch.uint8)
+
+    codes = integers(16 if kind == "int4" else 256, num_rows, columns)
+    zeros = integers(16 if kind == "int4" else 256, num_rows, groups) if has_zeros else None
+    if kind == "fp8":
+        codes[codes & 127 == 127] = 0  # not numbers
+        codes = codes.view(torch.float8_e4m3fn)
+    largest = {"int4": 8, "int8": 128, "fp8": 256}[kind]
+    scales = (torch.rand(num_rows, groups, generator=generator) + 0.5).to(dtype) * columns**-0.5 / largest
+    given = {"codes": codes, "scales": scales, "zeros": zeros}
+    given = {key: None if each is None else each.to(device) for key, each in given.items()}
+
+    def dense(dtype):
+        column = torch.arange(columns, device=device) // size
+        middle = {"int4": 8.0, "int8": 128.0, "fp8": 0.0}[kind]
+        zero = given["zeros"].double()[:, column] if has_zeros else middle
+        exact = (given["codes"].double() - zero) * given["scales"].to(dtype).double()[:, column]
+        return exact.float().to(dtype)  # the products have at most 24 bits, in fp32 as many as are kept
+
+    return pack(**given, kind=kind, group_size=size), dense, given
