@@ -170,6 +170,9 @@ def add_one_by_one(acc, weights, v, turns, begin, end):
         return tl.dot(weights, v, acc, input_precision="ieee")
     for turn in range(begin, end):
         acc = tl.dot(tl.where((turns == turn)[None, :], weights, 0.0).to(v.dtype), v, acc)
+        # Always acc, and so waited for: a product under way reads its weights from registers, which the next turn's
+        # would overwrite (Triton 3.6 lets it run on into the next step of a loop that does nothing else with acc).
+        acc = tl.where(turn < end, acc, 0.0)
     return acc
 
 
