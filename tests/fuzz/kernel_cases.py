@@ -183,7 +183,7 @@ DEPTHS = integers([0, 1, 1, 2], [0, 1, 2, 3])
 
 def hopper_arguments() -> dict[str, Any]:
     q, k = floats(1, 4, 3, 128).half(), floats(1, 2, 12, 128).half()
-    acc, (peak, total) = torch.zeros(2, 17, 6, 128), torch.zeros(2, 2, 17, 6)
+    acc, (peak, total) = torch.zeros(2, 18, 6, 128), torch.zeros(2, 2, 18, 6)
     return dict(
         q=q, k=k, v=k + 1, lengths=integers(3), ancestors=integers([[1], [3], [5]]), acc=acc, peak=peak, total=total,
         scale=0.3, first=0,
