@@ -48,7 +48,8 @@ def dtype_of(end: Any) -> torch.dtype:
 
 
 def device_of(end: Any) -> torch.device:
-    return end.device if is_packed(end) else end.weight.device
+    """That it is stored on while no forward runs."""
+    return end.device if is_packed(end) else stored_weight(end).device
 
 
 def are_tied(embedding: Any, lm_head: Any) -> bool:

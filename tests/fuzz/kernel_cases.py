@@ -17,6 +17,7 @@ from eagle_fast_kernels import draft_head, grow, launch, lm_head_topk, noise, or
 from eagle_fast_kernels import linear as products
 from eagle_fast_kernels.accept import accept, accept_ref
 from eagle_fast_kernels.compact_kv import compact_kv, compact_kv_ref
+from eagle_fast_kernels.embedding import embedding_rows, embedding_rows_ref
 from eagle_fast_kernels.packed import pack, packed_gated, packed_gated_ref, packed_matmul, packed_matmul_ref
 from eagle_fast_kernels.sample import sample
 from eagle_fast_kernels.sample_ref import sample_ref, warp_ref
@@ -288,6 +289,9 @@ def _cases() -> dict[str, Case]:
         arguments = _copied(packed_arguments(*options))
         cases["packed_matmul" + name] = Case(packed_matmul, packed_matmul_ref, arguments)
         cases["packed_gated" + name] = Case(packed_gated, packed_gated_ref, arguments)
+    table = packed_arguments("int8")["packed"]
+    arguments = _copied(dict(tokens=integers([0, 5], [2, 2]), table=table, dtype=torch.float32))
+    cases["embedding_rows"] = Case(embedding_rows, embedding_rows_ref, arguments)
     for name, options in {"": (False,), ", noise": (True,), ", int8": (False, True)}.items():
         arguments = _copied(lm_head_arguments(*options))
         cases["lm_head_topk" + name] = Case(lm_head_topk.lm_head_topk, lm_head_topk.lm_head_topk_ref, arguments)
