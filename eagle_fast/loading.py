@@ -95,7 +95,7 @@ def load_head(
         lm_head_weight=matrix(lm_head),
         lm_head_bias=getattr(lm_head, "bias", None),
         dtype=dtype_of(lm_head),
-        device=device or device_of(lm_head, stored=True),
+        device=device or device_of(lm_head),
     )
 
 

@@ -181,14 +181,14 @@ def _checked_dtypes(dtype: Any) -> Any:
 
 def _read_config(path: str, options: dict[str, Any], name: str) -> PreTrainedConfig | None:
     """The checkpoint's config, or that given as config=; None where a GGUF file stands for it."""
-    given = options.get("config")
+    given, hub = options.get("config"), {key: options[key] for key in CONFIG_OPTIONS if key in options}
     if given is not None:
         if not isinstance(given, PreTrainedConfig):
             raise ValueError(f"config={given!r}: pass a config of transformers, or leave it out")
+        _check_width(given, path, hub, name)
         return given
     if options.get("gguf_file") is not None:
         return None
-    hub = {key: options[key] for key in CONFIG_OPTIONS if key in options}
     with loading(name, path, options):
         try:
             return AutoConfig.from_pretrained(path, **hub)
@@ -197,6 +197,20 @@ def _read_config(path: str, options: dict[str, Any], name: str) -> PreTrainedCon
             if base is None:
                 raise
             return AutoConfig.from_pretrained(base, **hub | {"revision": None})
+
+
+def _check_width(given: PreTrainedConfig, path: str, hub: dict[str, Any], name: str) -> None:
+    """A config of another width than the checkpoint's own is of another model, and all weights would be made up."""
+    try:
+        own = AutoConfig.from_pretrained(path, **hub)
+    except (OSError, ValueError):
+        return  # it has none, and its weights will tell
+    widths = [Anatomy(each).stated_width for each in (given, own)]
+    if widths[0] != widths[1]:
+        raise ValueError(
+            f"config= is of a model of width {widths[0]} (hidden_size), and that of {name}={path!r} is {widths[1]}: "
+            "pass the checkpoint's own config with what you change in it, or leave it out"
+        )
 
 
 def _base_of_adapter(path: str, hub: dict[str, Any]) -> str | None:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .check import ANY, HALVES, INT64, tensor
+from .check import ANY, FLOATS, HALVES, INT64, described, tensor
 from .launch import device_guard, use_triton
 from .overlap import after_earlier_kernels, dependent_launch
 from .packed_layout import Packed, unstripe
@@ -40,6 +40,8 @@ def _embedding_kernel(
 
 def check_table(name: str, table: Packed) -> torch.Size:
     """The shape [V, E] of a packed table. ValueError unless it is int8 with a scale a row."""
+    if not isinstance(table, Packed):
+        raise ValueError(f"{name} is {described(table)}; expected a weight as `pack` makes it")
     if table.kind != "int8" or len(table.scales) != 1 or table.zeros is not None or table.order is not None:
         raise ValueError(
             f"{name} is packed as {table.kind}, {len(table.scales)} scales a row; expected int8 with one, and neither "
@@ -51,6 +53,8 @@ def check_table(name: str, table: Packed) -> torch.Size:
 def embedding_rows(tokens: Tensor, table: Packed, dtype: torch.dtype) -> Tensor:
     """Rows [..., E] in dtype of tokens [...]."""
     check_table("table", table)
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(map(str, FLOATS))}")
     tensor("tokens", tokens, "...", INT64, near=("table.words", table.words), layout=ANY, empty=True)
     if not tokens.numel():
         return table.scales.new_empty(*tokens.shape, table.in_features, dtype=dtype)

@@ -47,11 +47,9 @@ def dtype_of(end: Any) -> torch.dtype:
     return end.dtype if is_packed(end) else end.weight.dtype
 
 
-def device_of(end: Any, *, stored: bool = False) -> torch.device:
-    """Where it lies; of one that accelerate brings for every forward the meta device, or where it is `stored`."""
-    if is_packed(end):
-        return end.device
-    return (stored_weight(end) if stored else end.weight).device
+def device_of(end: Any) -> torch.device:
+    """That it is stored on while no forward runs."""
+    return end.device if is_packed(end) else stored_weight(end).device
 
 
 def are_tied(embedding: Any, lm_head: Any) -> bool:

@@ -19,6 +19,7 @@ BY_NAME = {"getattr", "hasattr", "setattr", "delattr"}
 
 CONFIG_FIELDS = {
     "doctor/plan.py": {"dtype"},  # of the weights to come
+    "doctor/trees.py": {"acceptance"},  # of a head
     "hf_generate.py": {  # of a generation config
         "?", "_pad_token_tensor", "do_sample", "get_generation_mode", "return_dict_in_generate",
         "stop_strings",
