@@ -5,6 +5,7 @@ against plain decoding of that prompt alone, for the same seed.
 
 The reference of a prompt is `naivegenerate` of it by itself, batch 1, with a seed of its own. It is computed once for
 each temperature; then every batch size decodes all prompts with the head, and the texts are compared token for token.
+With --target-bits the texts are those of the rounded model, with the head and without.
 With --chat, two turns of a conversation follow, batch 1: the second goes on from the rows that the first left
 (`reuse_cache=True`), plain decoding's from its own, and both turns must be the same.
 
@@ -57,6 +58,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="(default %(default)s)"
     )
+    parser.add_argument("--target-bits", type=int, choices=[4, 8], help="round the model's layers to so many bits")
+    parser.add_argument("--lm-head-bits", type=int, choices=[8], help="the same of lm_head and embedding")
     parser.add_argument("--device", default="auto", help="device_map of the model (default %(default)s)")
     parser.add_argument("--commit", default="", help="to note in the record, instead of what git says")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the record, as JSON")
@@ -197,7 +200,8 @@ def summary(count: int, found: list[Parting]) -> dict:
 
 
 def show(record: dict) -> None:
-    print(f"{record['dtype']}, {record['exactness']}, {record['max_new_tokens']} tokens; "
+    bits = f", {record['target_bits']} bits" if record["target_bits"] else ""
+    print(f"{record['dtype']}{bits}, {record['exactness']}, {record['max_new_tokens']} tokens; "
           "where texts part: median / largest")  # fmt: skip
     print(f"{'T':>5}{'batch':>7}{'texts':>7}{'same':>6}{'after tokens':>16}{'top-2 gap':>20}{'in roundings':>18}"
           f"{'within 1':>10}")  # fmt: skip
@@ -213,8 +217,9 @@ def show(record: dict) -> None:
 def main() -> int:
     args = parse()
     model = EaModel.from_pretrained(
-        base_model_path=args.model, ea_model_path=args.head, device_map=args.device, dtype=getattr(torch, args.dtype)
-    )
+        base_model_path=args.model, ea_model_path=args.head, device_map=args.device, dtype=getattr(torch, args.dtype),
+        target_bits=args.target_bits, lm_head_bits=args.lm_head_bits,
+    )  # fmt: skip
     model.states.max_count = 1  # what a conversation finds in it is the same for both ways of decoding
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     chats = [each for path in args.prompts for each in read_turns(path, args.limit)]
@@ -229,7 +234,8 @@ def main() -> int:
             if args.chat:
                 chat.append(measure_chat(model, chats, tokenizer, args, temperature, bar))
     record = {
-        "bench": "lossless", "dtype": args.dtype, "exactness": model.exactness, "max_new_tokens": args.max_new_tokens,
+        "bench": "lossless", "dtype": args.dtype, "target_bits": args.target_bits, "lm_head_bits": args.lm_head_bits,
+        "exactness": model.exactness, "max_new_tokens": args.max_new_tokens,
         "rows": rows, "chat": chat, **environment(args.commit), "hardware": hardware(model.target.device),
     }  # fmt: skip
     show(record)

@@ -43,6 +43,7 @@ class Placements:
     head: HeadBytes
     quantized: bool  # the checkpoint is
     plans: list[Plan]
+    packed: str = ""  # the format of weights that are read packed
     unpacked: str = ""  # why the sizes of a quantized one are not its packed ones
     trees: Trees | None = None  # of a head that was named
 
@@ -51,7 +52,7 @@ def examine(setting: Setting | None) -> tuple[Machine, Placements | None]:
     """Measure the machine; with a setting, plan its model as well. Raises ValueError for a model that can't be read."""
     if setting is None:
         return examine_machine(SMALL_BYTES), None
-    model, unpacked = read_model(setting)
+    model, packed, unpacked = read_model(setting)
     found = found_head(setting, model)
     size, head = sizes(model, setting.context), head_bytes(setting, model, found)
     machine = examine_machine(setting.tree.total_token * size.row_bytes)
@@ -61,7 +62,8 @@ def examine(setting: Setting | None) -> tuple[Machine, Placements | None]:
         for strategy in (STRATEGIES if machine.gpus else ())
     ]
     trees = None if found is None else examine_trees(setting, found.config)
-    return machine, Placements(setting, size, head, Anatomy(model).is_quantized, plans, unpacked, trees)
+    quantized = Anatomy(model).is_quantized
+    return machine, Placements(setting, size, head, quantized, plans, packed, unpacked, trees)
 
 
 def examine_machine(small_bytes: int) -> Machine:
@@ -98,7 +100,8 @@ def as_json(machine: Machine, placements: Placements | None) -> dict[str, Any]:
         "context": setting.context,
         "tree": asdict(setting.tree),
         "quantized": placements.quantized,
-        "packed": placements.quantized and not placements.unpacked,
+        "packed": bool(placements.packed),
+        "format": placements.packed or None,
         "plans": [
             asdict(each) | {"crossings": each.crossings, "round_seconds": each.round_seconds}
             for each in placements.plans

@@ -92,22 +92,29 @@ class Plan:
         return self.verify_seconds + self.copy_seconds + self.draft_seconds
 
 
-def read_model(setting: Setting) -> tuple[PreTrainedModel, str]:
-    """(the model without its weights, on the meta device, why a quantized one has no packed sizes).
+class Shape(NamedTuple):
+    """model: without its weights, on the meta device. packed: the format of those that are read packed; unpacked: why a
+    quantized model has no packed sizes."""
 
-    Of a hub name, or of a folder with a config.json. Raises ValueError.
-    """
+    model: PreTrainedModel
+    packed: str = ""
+    unpacked: str = ""
+
+
+def read_model(setting: Setting) -> Shape:
+    """Of a hub name, or of a folder with a config.json. Raises ValueError."""
     try:
         config = AutoConfig.from_pretrained(known_path("--model", setting.model))
     except OSError as error:
         raise ValueError(f"--model {setting.model}: {str(error).splitlines()[0]}") from error
     config.dtype = setting.dtype or config.dtype or torch.bfloat16
     if not Anatomy(config).is_quantized:
-        return skeleton(config), ""
+        return Shape(skeleton(config))
     try:
-        return packing_of_file(config).model, ""
+        packing = packing_of_file(config)
+        return Shape(packing.model, packing.name)
     except Unreadable as reason:
-        return skeleton(config), str(reason)
+        return Shape(skeleton(config), unpacked=str(reason))
 
 
 def sizes(model: PreTrainedModel, context: int) -> Sizes:

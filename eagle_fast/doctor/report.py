@@ -109,10 +109,9 @@ def _links(links: Sequence[Link]) -> Iterator[str]:
 def _plans(placements: Placements, free: dict[str, int]) -> Iterator[str]:
     setting, size, head, plans = placements.setting, placements.size, placements.head, placements.plans
     dtype = str(size.dtype).removeprefix("torch.")
-    packed = placements.quantized and not placements.unpacked
     yield (
         f"{setting.model}: {size.parameters / 1e9:.2f} B parameters, {gib(sum(size.weights.values()))} GiB "
-        f"{f'packed, the rest in {dtype}' if packed else f'in {dtype}'}, "
+        f"{f'packed ({placements.packed}), the rest in {dtype}' if placements.packed else f'in {dtype}'}, "
         f"{len(size.cache)} layers; keys and values of {setting.context} tokens: {gib(sum(size.cache.values()))} GiB; "
         + (f"head: {gib(head.resident)} GiB" if head.resident else "no head named (--head)")
     )

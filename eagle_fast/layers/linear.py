@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Sequence
 
 import torch
 from eagle_fast_kernels.linear import few_rows_matmul, few_rows_sums, gated_matmul, streams
@@ -11,7 +13,18 @@ from torch import Tensor, nn
 
 LARGEST = 127  # of a quantized weight, in either direction
 PRODUCT = nn.Linear.forward
+ROWS, COLUMNS = 0, 1  # of a weight [N, K], as axes
 BLOCK_ROWS = 4096  # of a weight, quantized at a time
+
+
+def parts_between(bounds: Sequence[int], axis: int, shape: Sequence[int]) -> list[tuple[int, int]]:
+    """(first, end) of the parts of a weight of this shape. ValueError for bounds or an axis that are none."""
+    if axis not in (ROWS, COLUMNS):
+        raise ValueError(f"axis is {axis}; expected 0, rows, or 1, columns")
+    end = shape[axis]
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != end or list(bounds) != sorted(set(bounds)):
+        raise ValueError(f"bounds are {list(bounds)}; expected rising numbers from 0 to {end}")
+    return list(itertools.pairwise(bounds))
 
 
 class RowOrder:
@@ -58,6 +71,20 @@ class FewRowsLinear(nn.Linear):
         if self._keeps_order:
             return row_invariant_gated(input, self.weight, self.bias)
         return gated_matmul(input, self.weight, bias=self.bias)
+
+    def cut(self, bounds: Sequence[int], axis: int) -> list[FewRowsLinear]:
+        """Parts of the weight from each bound to the next, copies. Of rows (axis 0) their outputs lie side by side; of
+        columns (axis 1) they are added up: the first has the bias."""
+        parts: list[FewRowsLinear] = []
+        bias: Tensor | None
+        for low, high in parts_between(bounds, axis, self.weight.shape):
+            if axis == ROWS:
+                weight, bias = self.weight[low:high], None if self.bias is None else self.bias[low:high].clone()
+            else:
+                weight, bias = self.weight[:, low:high], self.bias if low == 0 else None
+            parts.append(FewRowsLinear.of(weight.clone(memory_format=torch.contiguous_format), bias))
+            parts[-1].order = self.order
+        return parts
 
 
 class QuantizedLinear(nn.Module):

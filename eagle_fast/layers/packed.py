@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -18,9 +17,7 @@ from eagle_fast_kernels.packed_many import (
 )  # fmt: skip
 from torch import Tensor, nn
 
-from .linear import RowOrder
-
-ROWS, COLUMNS = 0, 1  # of the weight [N, K], as axes
+from .linear import ROWS, RowOrder, parts_between
 
 
 class PackedLinear(nn.Module):
@@ -117,13 +114,8 @@ class PackedLinear(nn.Module):
     def cut(self, bounds: Sequence[int], axis: int) -> list[PackedLinear]:
         """Parts of the weight from each bound to the next, copies. Of rows (axis 0) their outputs lie side by side; of
         columns (axis 1) they are added up: the first has the bias."""
-        if axis not in (ROWS, COLUMNS):
-            raise ValueError(f"axis is {axis}; expected 0, rows, or 1, columns")
-        whole, end = self.packed, self.out_features if axis == ROWS else self.in_features
-        if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != end or list(bounds) != sorted(set(bounds)):
-            raise ValueError(f"bounds are {list(bounds)}; expected rising numbers from 0 to {end}")
-        parts = []
-        for low, high in itertools.pairwise(bounds):
+        whole, parts = self.packed, []
+        for low, high in parts_between(bounds, axis, (self.out_features, self.in_features)):
             if axis == ROWS:
                 bias = None if self.bias is None else self.bias[low:high].clone()
                 part = cut_rows(whole, low, high)

@@ -171,7 +171,17 @@ def place_of(device_map: Mapping[str, Any], name: str) -> Any:
 
 def model_bytes(model: nn.Module) -> int:
     """Bytes of all weights, packed or not, tied ones once."""
-    return sum(weight.nbytes for weight in weights_of(model))
+    return sum(map(bytes_of, weights_of(model)))
+
+
+def bytes_of(weight: Any) -> int:
+    """Of a tensor; of a library's in fewer bits, of what it holds: the parts of torchao's, bitsandbytes' scales."""
+    if hasattr(weight, "__tensor_flatten__"):
+        return sum(bytes_of(getattr(weight, name)) for name in weight.__tensor_flatten__()[0])
+    count, state = weight.nbytes, getattr(weight, "quant_state", None)
+    while state is not None:
+        count, state = count + state.absmax.nbytes, getattr(state, "state2", None)
+    return count
 
 
 def weights_of(model: nn.Module) -> list[torch.Tensor]:
@@ -207,7 +217,7 @@ def bytes_by_device(model: nn.Module, placement: Placement) -> dict[Any, int]:
         for weight in weights_of(model.get_submodule(name)):
             if id(weight) not in counted:
                 counted.add(id(weight))
-                needed[device] = needed.get(device, 0) + weight.nbytes
+                needed[device] = needed.get(device, 0) + bytes_of(weight)
     return needed
 
 

@@ -1,4 +1,4 @@
-"""What a loaded target must be before a twin of it is made; and hooks that change it once, run before there are two.
+"""What a loaded target must be before a twin of it is made; and what changes it once, run before there are two.
 
 A decoding step runs many nodes as rows of one product: a row's result must be its own, whatever the others hold.
 """
@@ -6,6 +6,7 @@ A decoding step runs many nodes as rows of one product: a row's result must be i
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from eagle_fast.target.twin import evaluating, hooks_of
 
 LARGEST_HEAD = 256  # that the attention kernels take
 KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+ODD = (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError)  # of layers that do not work
 LOUD = 1000.0  # how much larger the other row is
 
 
@@ -95,11 +97,18 @@ def _check_readable(kind: str, part: str, module: nn.Module) -> None:
 
 
 def settle(model: PreTrainedModel) -> None:
-    """Let hooks that change a model on its first forward do so, as compressed-tensors' that unpacks its weights.
+    """Let what changes a model on its first forward do so: hooks, as compressed-tensors' that unpacks its weights, and
+    linear layers of a library, as bitsandbytes' that pack theirs for a CPU.
 
     On a copy such a hook would change the copy, and be taken off the model: both would be broken. So a model with hooks
-    runs one token first. Raises UnsupportedModel where it cannot.
+    runs one token first, and such layers a row. Raises UnsupportedModel where a model with hooks cannot.
     """
+    with torch.no_grad(), evaluating(model):
+        for _, module in _foreign_linears(model):
+            if type(module) is not nn.Linear:
+                row = torch.zeros(1, 1, module.in_features, dtype=_arithmetic(model), device=module.weight.device)
+                with suppress(*ODD):
+                    module.forward(row)
     if not any(hooks_of(module) for module in model.modules()):
         return
     inner: Any = generating_model(model)
@@ -111,7 +120,7 @@ def settle(model: PreTrainedModel) -> None:
     try:
         with torch.random.fork_rng(devices=devices), torch.no_grad(), evaluating(model):
             model(input_ids=token, use_cache=False)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (*ODD, IndexError, KeyError) as error:
         raise UnsupportedModel(
             f"{type(model).__name__} does not run a token by itself ({type(error).__name__}: {error}): decoding needs "
             "a model that base_model.generate works with"
@@ -137,7 +146,7 @@ def check_rows(model: nn.Module) -> None:
         loud = rows * torch.tensor([[1.0], [LOUD]], device=rows.device, dtype=rows.dtype)
         try:
             alone, beside = (module(each[None])[0, 0].float() for each in (rows, loud))
-        except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        except ODD:
             continue  # the probe runs the whole model, and says what does not work
         if not torch.allclose(alone, beside, rtol=0, atol=1e-3 * float(alone.abs().max())):
             raise UnsupportedModel(
@@ -148,18 +157,24 @@ def check_rows(model: nn.Module) -> None:
 
 
 def _kinds_of_linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(name, module): one of each kind of linear layer that is not PyTorch's own over a plain weight."""
+    """(name, module): one of each kind of the foreign ones."""
     seen = set()
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if not hasattr(module, "in_features") or not isinstance(weight, torch.Tensor) or weight.is_meta:
-            continue
-        if (isinstance(module, nn.Linear) and is_plain(module)) or any(True for _ in module.children()):
-            continue
+    for name, module in _foreign_linears(model):
+        weight = module.weight
         forward = getattr(vars(module).get("forward"), "__func__", type(module).forward)
         kind = type(module), type(weight.data), weight.dtype, forward, str(getattr(module, "quantization_scheme", ""))
         if kind not in seen:
             seen.add(kind)
+            yield name, module
+
+
+def _foreign_linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name, module) of the linear layers that are not PyTorch's own over a plain weight."""
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if not hasattr(module, "in_features") or not isinstance(weight, torch.Tensor) or weight.is_meta:
+            continue
+        if not (isinstance(module, nn.Linear) and is_plain(module)) and not any(True for _ in module.children()):
             yield name, module
 
 

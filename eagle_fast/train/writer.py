@@ -60,6 +60,7 @@ class Writer:
 
     def __init__(self, completer: Completer, sources: Sources, seed: int = 0):
         self.completer, self.sources = completer, sources
+        self.openings = [each for each in sources.openings if len(each) < sources.max_question]  # others leave no room
         self.rng = np.random.default_rng(seed)
         self.waiting: deque[list[int]] = deque()  # questions that have no answer yet
         self.seen: set[int] = set()
@@ -88,8 +89,8 @@ class Writer:
         if source.chat.suffix is None:
             return Job(source.chat.prefix, source.max_answer, temperature=1.0, tag="answer")
         opening: list[int] = []
-        if source.openings and self.rng.random() < source.opening_share:
-            opening = source.openings[self.rng.integers(len(source.openings))]
+        if self.openings and self.rng.random() < source.opening_share:
+            opening = self.openings[self.rng.integers(len(self.openings))]
         room = source.max_question - len(opening)
         return Job(source.chat.prefix + opening, room, temperature=1.0, min_p=QUESTION_MIN_P, tag="question")
 

@@ -7,16 +7,19 @@ well, and its log-probability. A test at the end shows that what depends on the 
 import functools
 import importlib
 import random
+import tempfile
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from decoders import prompt, rebuilt, with_head
+from often_right import write_often_right_head
 from torch import Tensor
 from zoo import make
 
-from eagle_fast import SamplingParams, TreeConfig
+from eagle_fast import EaModel, SamplingParams, TreeConfig
 from eagle_fast.config import ROOT_ALONE
 from eagle_fast.decoding.records import Keeps
 from eagle_fast.decoding.request import pad_left
@@ -116,6 +119,33 @@ def test_no_tree_changes_a_bit(tree, dtype, settings, device):
         assert_same(decode(model, "eagenerate", texts, list(range(5)), **options)[0], expected)
 
 
+@functools.cache
+def packed(bits, dtype, device, tree=TREES[0]):
+    """The same of a model whose weights are rounded to so many bits, lm_head and embedding to 8."""
+    model = make("qwen2", num_hidden_layers=3, hidden_size=256, intermediate_size=1536)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* runs from its packed weights")
+        model.save_pretrained(folder)
+        options = {"device_map": device.type, "dtype": dtype, "target_bits": bits, "lm_head_bits": 8, **vars(tree)}
+        return EaModel.from_pretrained(None, folder, write_often_right_head(model, f"{folder}/head"), **options)
+
+
+@gpu
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_weights_change_no_bit(bits, dtype, settings, device):
+    """One prompt and five, each with a large tree, a chain and a few nodes: rows for the kernel alone, and for more."""
+    texts, options = prompts(LENGTHS), SETTINGS[settings]
+    for tree in TREES:
+        model = packed(bits, dtype, device, tree)
+        assert model.exactness == "bitwise", model.exactness.reason
+        expected = alone(model, texts, **options)
+        assert_same(decode(model, "eagenerate", texts[3:4], [3], **options)[0], expected[3:4])
+        for method in ("eagenerate", "naivegenerate"):
+            assert_same(decode(model, method, texts, list(range(5)), **options)[0], expected)
+
+
 @gpu
 def test_samples_of_one_prompt_are_as_alone(device):
     model, text = half("llama", torch.bfloat16, device), prompts([33])[0]
@@ -210,7 +240,18 @@ def trees(tree_bits, batch, rng):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_nodes_have_the_logits_of_their_text_token_by_token(name, dtype, device, tree_bits):
     """Behind contexts at the edges of blocks, in the middle of neighbours with others."""
-    target, rng = half(name, dtype, device).target, random.Random(3)
+    check_nodes(half(name, dtype, device).target, tree_bits)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_nodes_of_packed_targets_have_the_logits_of_their_text(bits, dtype, device, tree_bits):
+    check_nodes(packed(bits, dtype, device).target, tree_bits)
+
+
+def check_nodes(target, tree_bits):
+    rng = random.Random(3)
     for batch in (1, 5):
         contexts = tree_bits.MadeUpContexts(target, batch, max(CONTEXTS))
         for length in CONTEXTS:

@@ -91,8 +91,9 @@ def test_sizes_of_packed_weights(layout, tmp_path):
     """Near those of the loaded model, whose scales are smaller, and which keeps no zero points in the middle."""
     model = make("llama", sharp=False, hidden_size=256, intermediate_size=512)
     write_quantized(model, tmp_path, layout, "bfloat16")
-    shape, reason = read_model(Setting(str(tmp_path)))
+    shape, name, reason = read_model(Setting(str(tmp_path)))
     assert reason == ""
+    assert name
     found = sizes(shape, 8)
     assert found.dtype == torch.bfloat16
     assert found.parameters == sum(weight.numel() for weight in model.parameters())
@@ -106,7 +107,8 @@ def test_quantized_models_without_packed_sizes(folder, tmp_path):
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     settings["quantization_config"] = {"quant_method": "gptq", "bits": 3, "group_size": 128}
     (tmp_path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
-    found, reason = read_model(Setting(str(tmp_path)))
+    found, name, reason = read_model(Setting(str(tmp_path)))
+    assert not name
     assert "bits is 3" in reason
     assert sizes(found, 8).weights == sizes(read_model(Setting(str(folder)))[0], 8).weights
 
@@ -375,7 +377,7 @@ def test_plans_in_words_and_as_json(monkeypatch):
     }
     monkeypatch.setattr(planning, "plan_placement", lambda model, name, memory: maps[name])
     plans = [plan(name, model, None, size, FIGURES, LINKS, head) for name in maps]
-    placements = Placements(setting, size, head, True, plans, "its lm_head is quantized")
+    placements = Placements(setting, size, head, True, plans, unpacked="its bits is 3")
     out = list(lines(machine(), placements))
     (row,) = [line for line in out if line.startswith("balanced ")]
     assert row.split("  ")[0] == "balanced"
@@ -383,7 +385,7 @@ def test_plans_in_words_and_as_json(monkeypatch):
     assert f"{plans[1].round_seconds * 1e3:.2f} ms, of it copies 0.030" in row
     assert "balanced: does not fit: 60.0 GiB on cuda:1, where 50.0 GiB are free" in out
     assert any(line.startswith("sequential: leaves weights on the cpu") for line in out)
-    assert any(line.endswith("the sizes here are those of float32: its lm_head is quantized.") for line in out)
+    assert any(line.endswith("the sizes here are those of float32: its bits is 3.") for line in out)
     found = json.loads(json.dumps(as_json(machine(), placements)))
     assert [each["strategy"] for each in found["model"]["plans"]] == ["auto", "balanced", "sequential"]
     assert found["model"]["plans"][1]["crossings"] == 1
@@ -392,9 +394,11 @@ def test_plans_in_words_and_as_json(monkeypatch):
     assert found["gpus"][1]["read"] is None
     assert found["gpus"][0]["kernel"]["runs"]
     assert (found["model"]["quantized"], found["model"]["packed"]) == (True, False)
-    packed = Placements(setting, size, head, True, plans)
-    assert any("GiB packed, the rest in float32" in line for line in lines(machine(), packed))
+    packed = Placements(setting, size, head, True, plans, "AWQ, 4 bits in groups of 128")
+    said = "GiB packed (AWQ, 4 bits in groups of 128), the rest in float32"
+    assert any(said in line for line in lines(machine(), packed))
     assert as_json(machine(), packed)["model"]["packed"]
+    assert as_json(machine(), packed)["model"]["format"] == "AWQ, 4 bits in groups of 128"
 
 
 # -- reports of the software -----------------------------------------------------------------------------------------

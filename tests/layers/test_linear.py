@@ -262,3 +262,45 @@ def test_gradients():
     weight = torch.randn(4, 8, dtype=torch.double, requires_grad=True)
     for product in (few_rows_matmul, few_rows_sums, gated_matmul):
         assert torch.autograd.gradcheck(product, (x, weight))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_parts_of_rows_and_of_columns(bias, device):
+    weight, x = torch.randn(12, 80, device=device), torch.randn(5, 80, device=device)
+    linear = FewRowsLinear.of(weight, torch.randn(12, device=device) if bias else None)
+    expected = nn.functional.linear(x, linear.weight, linear.bias)
+    rows = linear.cut([0, 3, 4, 12], 0)
+    assert [each.out_features for each in rows] == [3, 1, 8]
+    torch.testing.assert_close(torch.cat([each(x) for each in rows], -1), expected, rtol=1e-5, atol=1e-5)
+    first, second = linear.cut([0, 33, 80], 1)
+    assert (first.in_features, second.in_features, second.bias) == (33, 47, None)
+    torch.testing.assert_close(first(x[:, :33]) + second(x[:, 33:]), expected, rtol=1e-5, atol=1e-5)
+    for part in (*rows, first, second):  # a GPU's kernels read whole rows, and the whole may go
+        assert part.weight.is_contiguous()
+        assert part.weight.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr()
+        assert not part.weight.requires_grad
+
+
+def test_halves_of_an_mlp_add_up(device):
+    """As two GPUs share it: rows of gate and of up, the columns of down that read them."""
+    gate, up, down = (torch.randn(*size, device=device) for size in ((48, 20), (48, 20), (20, 48)))
+    x = torch.randn(3, 20, device=device)
+    expected = gated(torch.cat([x @ gate.T, x @ up.T], -1)) @ down.T
+    bounds = [0, 16, 48]
+    gates, ups = (FewRowsLinear.of(each).cut(bounds, 0) for each in (gate, up))
+    downs = FewRowsLinear.of(down).cut(bounds, 1)
+    out = sum(
+        last(FewRowsLinear.of(torch.cat([one.weight, other.weight])).gated(x))
+        for one, other, last in zip(gates, ups, downs, strict=True)
+    )
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_bounds_that_are_none_are_refused():
+    linear = FewRowsLinear.of(torch.randn(12, 20))
+    for axis, end in ((0, 12), (1, 20)):
+        for bounds in ([0, 4], [4, end], [0, 8, 4, end], [0, 4, 4, end], [0]):
+            with pytest.raises(ValueError, match=f"from 0 to {end}"):
+                linear.cut(bounds, axis)
+    with pytest.raises(ValueError, match="axis is 2"):
+        linear.cut([0, 12], 2)

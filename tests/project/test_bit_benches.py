@@ -155,6 +155,16 @@ def test_every_batch_is_held_against_each_prompt_alone(lossless, bench, monkeypa
     assert "two turns" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:.* runs from its packed weights")
+def test_a_pair_whose_target_is_rounded(lossless, bench, monkeypatch, capsys):
+    """Both texts are the rounded model's."""
+    status, record = lossless("rounding", "--target-bits", 4, "--lm-head-bits", 8, "--temperature", 0)
+    assert status == 0
+    assert (record["target_bits"], record["lm_head_bits"]) == (4, 8)
+    assert [(row["batch"], row["prompts"], row["same"]) for row in record["rows"]] == [(1, 3, 3), (2, 3, 3)]
+    assert "float32, 4 bits, rounding" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("dtype", "exactness", "status"),
     [("float32", "rounding", 1), ("bfloat16", "bitwise", 1), ("bfloat16", "rounding", 0)],

@@ -191,6 +191,31 @@ def fp8(block: int | None = GROUP) -> Layout:
     return Layout(write, dict(quant_method="fp8", activation_scheme="dynamic", weight_block_size=size))
 
 
+def auto_fp8(dims: int = 0, scheme: str = "static") -> Layout:
+    """As AutoFP8 writes them. dims: of the scales, which are one number."""
+
+    def write(weight: Tensor) -> Written:
+        scale = weight.abs().amax() / 448
+        codes = (weight / scale).to(torch.float8_e4m3fn)
+        tensors = {"weight": codes, "weight_scale": scale.view([1] * dims)}
+        if scheme == "static":
+            tensors["input_scale"] = torch.ones([1] * dims)
+        return Written(tensors, codes.float() * scale)
+
+    return Layout(write, dict(quant_method="fp8", activation_scheme=scheme, ignored_layers=["lm_head"]))
+
+
+def fbgemm_fp8() -> Layout:
+    def write(weight: Tensor) -> Written:
+        scales = weight.abs().amax(1, keepdim=True) / 448
+        codes = (weight / scales).to(torch.float8_e4m3fn)
+        return Written({"weight": codes, "weight_scale": scales}, codes.float() * scales)
+
+    return Layout(
+        write, dict(quant_method="fbgemm_fp8", activation_scale_ub=1200.0, modules_to_not_convert=["lm_head"])
+    )
+
+
 def _in_blocks(weight: Tensor, size: int = GROUP) -> tuple[Tensor, Tensor, Tensor]:
     """(codes, a scale for each block of size x size, the last ones smaller, the weight that they stand for)."""
     codes, dense = torch.empty_like(weight, dtype=torch.float8_e4m3fn), torch.empty_like(weight)
@@ -233,6 +258,9 @@ LAYOUTS: dict[str, Layout] = {
     "fp8_w8a16_blocks": compressed_fp8("block"),
     "fp8_blocks": fp8(),
     "fp8_tensor": fp8(None),
+    "fp8_auto": auto_fp8(),
+    "fp8_auto_dynamic": auto_fp8(1, "dynamic"),
+    "fp8_fbgemm": fbgemm_fp8(),
 }
 
 

@@ -229,13 +229,16 @@ def test_the_command(tmp_path, capsys):
     assert "resumed after 3 updates" in capsys.readouterr().out
 
 
-def test_a_packed_target(tmp_path, capsys):
+@pytest.mark.parametrize("with_lm_head", [(), ("lm_head.weight",)], ids=["layers", "lm_head"])
+def test_a_packed_target(with_lm_head, tmp_path, capsys):
     """The command reads it natively, and the head drafts for it."""
-    model, target = make("llama", eos_token_id=END, num_hidden_layers=3), tmp_path / "target"
-    write_quantized(model, target, LAYOUTS["gptq"])
+    model, target = make("llama", eos_token_id=END, num_hidden_layers=3, vocab_size=136), tmp_path / "target"
+    ends = ("_proj.weight", *with_lm_head)
+    write_quantized(model, target, LAYOUTS["gptq"], ends=ends, lm_head=bool(with_lm_head))
     make_tokenizer().save_pretrained(target)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     sizes = "--updates 2 --draft-vocab 60 --steps 2 --batch-tokens 128 --pool-tokens 300 --max-question 8"
+    sizes += " --share-lm-head" * len(with_lm_head)
     arguments = ["train", "--model", str(target), "--out", str(tmp_path / "head"), "--device", "cpu"]
     arguments += ["--prompts", str(tmp_path / "prompts.txt")]
     with pytest.warns(UserWarning, match=r"--model='.*' \(GPTQ, 4 bits in groups of 32\) runs from its packed weights"):

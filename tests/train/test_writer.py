@@ -97,6 +97,20 @@ def test_the_target_asks_and_answers():
     assert sum(len(tokens) - start for tokens, start in texts) >= 200
 
 
+def test_openings_that_leave_no_room_for_a_question_are_not_used():
+    """With a small --max-question: one of the three leaves some, one none at all."""
+    short, full, long = [40, 41, 42], [50] * 10, [60] * 14
+    sources = Sources(
+        chat_format(make_tokenizer()), [], [short, full, long], opening_share=0.8, max_question=10, max_answer=4
+    )
+    model = make("llama")
+    model.lm_head.weight.mul_(0.3)
+    texts = writer_for(model, sources, stops=(END, *range(3, 36))).write(lambda count: count >= 20)
+    opened = {tuple(tokens[1:4].tolist()) for tokens, start in texts}
+    assert tuple(short) in opened
+    assert not {(50, 50, 50), (60, 60, 60)} & opened
+
+
 def test_given_prompts_are_answered_greedily_and_not():
     chat, prompts = chat_format(make_tokenizer()), [[USER, 5, END, ASSISTANT], [USER, 9, 8, END, ASSISTANT]]
     model = make("llama")

@@ -6,10 +6,13 @@ quantizer says so: no moment holds more than what is packed and one layer more.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from eagle_fast_kernels.packed import pack
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -44,7 +47,7 @@ class ArrivingLinear(nn.Module):
         tensors = {name: held.data for name, held in self.named_parameters()}
         bias = tensors.pop("bias", None)
         for name, (shape, _) in self.scheme.stored(self.out_features, self.in_features).items():
-            if tensors[name].shape != shape:  # old releases of transformers do not look
+            if tensors[name].shape != shape and tensors[name].numel() > 1:  # old releases of transformers do not look
                 raise ValueError(
                     f"a tensor {name} is {list(tensors[name].shape)}, and its config.json says {list(shape)}"
                 )
@@ -145,6 +148,25 @@ def _make_room_for_linears(model: PreTrainedModel, found: Format) -> None:
             raise Unreadable("its lm_head is quantized, and by its config.json one with the embedding, which is not")
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, ArrivingLinear(linear, scheme))
+
+
+def fit_single_numbers(model: PreTrainedModel, files: Sequence[str]) -> None:
+    """Give what is one number the number of dimensions that it has in the files, none or some, as writers please."""
+    wanted = {
+        f"{name}.{key}": (module, key)
+        for name, module in model.named_modules()
+        if isinstance(module, ArrivingLinear)
+        for key, parameter in module.named_parameters()
+        if parameter.numel() == 1
+    }
+    for file in [each for each in files if wanted and each.endswith(".safetensors")]:
+        with safe_open(file, "pt") as opened:
+            for name in wanted.keys() & set(opened.keys()):
+                module, key = wanted[name]
+                shape, held = opened.get_slice(name).get_shape(), module.get_parameter(key)
+                if math.prod(shape) == 1:
+                    empty = torch.empty(shape, dtype=held.dtype, device="meta")
+                    setattr(module, key, nn.Parameter(empty, requires_grad=False))
 
 
 def make_room_for_ends(model: PreTrainedModel, bits: int) -> None:

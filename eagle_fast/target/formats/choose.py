@@ -7,7 +7,7 @@ from typing import Any
 
 from eagle_fast.target.formats.awq import Awq
 from eagle_fast.target.formats.compressed import Compressed
-from eagle_fast.target.formats.fp8 import Fp8
+from eagle_fast.target.formats.fp8 import FbgemmFp8, Fp8
 from eagle_fast.target.formats.gptq import Gptq
 from eagle_fast.target.formats.scheme import Format, Unreadable
 
@@ -16,6 +16,7 @@ FORMATS: dict[str, Callable[[dict[str, Any]], Format]] = {
     "awq": Awq,
     "compressed-tensors": Compressed,
     "fp8": Fp8,
+    "fbgemm_fp8": FbgemmFp8,
 }
 
 

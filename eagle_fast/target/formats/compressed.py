@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eagle_fast.target.formats.fp8 import ACTIVATIONS, BlockScheme
+from eagle_fast.target.formats.fp8 import ACTIVATIONS, CACHED, BlockScheme
 from eagle_fast.target.formats.scheme import (
     KINDS,
     MIDDLE,
@@ -101,7 +101,7 @@ class Compressed:
             if rounded and not self.notes:
                 self.notes.append(ACTIVATIONS.format(bits=rounded.get("num_bits", 8)))
         if settings.get("kv_cache_scheme"):
-            self.notes.append("keys and values, which the file would round, are cached as they are")
+            self.notes.append(CACHED)
         self.name = f"compressed-tensors, {' and '.join(said)}"
 
     def scheme(self, name: str, linear: nn.Linear, inside: bool) -> Scheme | None:

@@ -1,4 +1,4 @@
-"""FP8 (e4m3) as DeepSeek and Qwen write it: a scale for each block of a weight, or one for all of it."""
+"""FP8 (e4m3): a scale for each block of a weight, as DeepSeek and Qwen write it, for each row, or one for all of it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from eagle_fast.target.formats.scheme import Codes, FileScheme, Scheme, Stored, Unreadable, group_of
 
 ACTIVATIONS = "its activations, which the file would round to {bits} bits, stay in 16"
+CACHED = "keys and values, which the file would round, are cached as they are"
+BESIDE = r"\.(activation|act|input|output|k|v|kv)_scale(_ub)?$"
 
 
 @dataclass(frozen=True)
@@ -43,20 +45,35 @@ class BlockScheme(FileScheme):
 
 
 class Fp8:
-    """A checkpoint of quant_method "fp8"."""
+    """A checkpoint of quant_method "fp8": of transformers, which states weight_block_size, or of AutoFP8."""
 
     def __init__(self, settings: dict[str, Any]):
-        self.beside, self.notes = [r"\.activation_scale$", r"\.input_scale$"], [ACTIVATIONS.format(bits=8)]
+        self.beside, self.notes = [BESIDE], [ACTIVATIONS.format(bits=8)]
         if settings.get("modules_to_convert"):
             raise Unreadable("it packs modules that are no linear layers (modules_to_convert)")
-        block = settings.get("weight_block_size", (128, 128))
+        if settings.get("kv_cache_scheme"):
+            self.notes.append(CACHED)
+        block = settings.get("weight_block_size")
         if block is not None:
             block = int(block[0]), int(block[1])
             if block[0] < 1 or block[1] not in (32, 64, 128):
                 raise Unreadable(f"its weight_block_size is {block}, and blocks of 32, 64 or 128 columns can be read")
-        self.one_scheme = BlockScheme(block)
+        of_transformers = "weight_block_size" in settings
+        self.one_scheme = BlockScheme(block) if of_transformers else BlockScheme(None, "weight_scale")
         self.kept: list[str] = list(settings.get("modules_to_not_convert") or settings.get("ignored_layers") or [])
         self.name = "FP8, one scale a weight" if block is None else f"FP8 in blocks of {block[0]} x {block[1]}"
 
     def scheme(self, name: str, linear: nn.Linear, inside: bool) -> Scheme | None:
         return self.one_scheme if should_convert_module(name, ["lm_head", *self.kept]) else None
+
+
+class FbgemmFp8:
+    """A checkpoint of quant_method "fbgemm_fp8": a scale for each row."""
+
+    def __init__(self, settings: dict[str, Any]):
+        self.beside, self.notes = [BESIDE], [ACTIVATIONS.format(bits=8)]
+        self.kept: list[str] = list(settings.get("modules_to_not_convert") or [])
+        self.name = "FP8, a scale a row"
+
+    def scheme(self, name: str, linear: nn.Linear, inside: bool) -> Scheme | None:
+        return BlockScheme((1, 0), "weight_scale") if should_convert_module(name, ["lm_head", *self.kept]) else None
