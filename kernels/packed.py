@@ -32,6 +32,11 @@ from .packed_kernels import packed_kernel
 from .packed_layout import WORDS, Packed, factors_of, group_of_kernel, has_kernel, pack, step_columns, unpack
 from .silu_mul import silu_mul
 
+# Gluon is experimental: other releases of Triton use `packed_kernel` only.
+HAS_GLUON = triton.__version__.startswith(("3.6.", "3.7."))
+if HAS_GLUON:
+    from . import packed_hopper as hopper
+
 __all__ = ["Packed", "factors_of", "pack", "packed_gated", "packed_matmul", "packed_sums", "unpack"]
 
 MOST_ROWS = 64  # that the kernel takes by itself
@@ -158,13 +163,20 @@ def launch(
         rows = rows.index_select(1, packed.order)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     factors = factors_of(packed, x.dtype) if factors is None else factors
+    bias = None if bias is None else bias.contiguous()
+    if by_hopper(rows, packed, gated=gated):
+        block = hopper.block_of(packed, len(rows), tile.splits, *resources(x.device))
+        hopper.launch(
+            rows, packed, bias, factors, out, block, tile.splits, gated=gated, **dependent_launch(x.device)
+        )  # fmt: skip
+        return
     inner, steps = packed.in_features, packed.words.shape[1] // WORDS
     shortest = steps - (tile.splits - 1) * triton.cdiv(steps, tile.splits)  # of the parts
     num_columns, block_n = out.shape[-1], tile.block_n // 2 if gated else tile.block_n
     grid = (triton.cdiv(len(rows), tile.block_m), triton.cdiv(num_columns, block_n), tile.splits)
     with device_guard(x):
         packed_kernel[grid](
-            rows, packed.words, factors, None if bias is None else bias.contiguous(), out,
+            rows, packed.words, factors, bias, out,
             len(rows), num_columns, inner, steps, rows.stride(0), tile.splits,
             KIND=packed.kind, GROUP=group_of_kernel(packed), ZEROS=packed.zeros is not None,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, GATED=gated, EVEN=inner % step_columns(packed.kind) == 0,
@@ -172,6 +184,11 @@ def launch(
             PTX=not INTERPRET and torch.version.hip is None, num_warps=tile.num_warps, num_stages=tile.num_stages,
             enable_fp_fusion=False, **dependent_launch(x.device),
         )  # fmt: skip
+
+
+def by_hopper(rows: Tensor, packed: Packed, *, gated: bool) -> bool:
+    """Whether `packed_hopper` takes the product."""
+    return HAS_GLUON and hopper.is_hopper(rows.device) and hopper.can_fetch(rows, packed, gated=gated)
 
 
 def packed_matmul_ref(x: Tensor, packed: Packed, *, bias: Tensor | None = None) -> Tensor:

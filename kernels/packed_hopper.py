@@ -1,4 +1,4 @@
-"""The kernel of `packed.py` for Hopper, in Gluon: the weight by TMA into a deep ring, before the wait for x.
+"""The kernel of `packed.py` for Hopper, in Gluon: the weight by TMA into a ring, asked for before the wait for x.
 
 The same products in the same order as `packed_kernels.py`, K in tiles of 32 columns from left to right, so the same
 bits. A program takes two tiles of the weight's rows in turns: one is made of its words while the matrix instructions
@@ -7,11 +7,14 @@ work on the other. GATED they are rows of gate and of up, which end in one threa
 The weight depends on no other kernel: its first STAGES steps are asked for before the wait for the kernels before,
 which at 4 bits is all of `o` and of `qkv` of an 8B model. That hides most of what a launch costs. x follows after the
 wait, and a further step takes the place of one that all warps have read.
+
+Gluon is experimental and changes between releases of Triton: `packed.py` takes this file with those that it is written
+for (3.6 and 3.7).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,31 +30,57 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .launch import device_guard
 from .packed_kernels import assembly
 from .packed_layout import Packed, group_of_kernel, step_columns
 
 WORDS = gl.constexpr(32)  # as in packed_layout.py
+PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+# of a thread when it starts, by warps and rows of x: what the loading warp gives up goes to the others
+REGISTERS = {(4, 16): 64, (4, 32): 72, (4, 64): 88, (8, 16): 80, (8, 32): 88, (8, 64): 112}
 
 
 @gluon.constexpr_function
-def _factor_rows(STEP, GROUP, ZEROS):
-    """Rows of factors that a step reads."""
-    if GROUP == 0:
-        return 0
-    return max(1, STEP // (GROUP if ZEROS else 2 * GROUP))
+def factor_rows(STEP, GROUP, ZEROS):
+    """Rows of factors [P, N] that a step reads."""
+    return max(1, STEP // (GROUP if ZEROS else 2 * GROUP)) if GROUP else 1
 
 
 @gluon.jit
-def _fetch_weight(descs, bufs, bar, slot, row, step, pred, STEP: gl.constexpr, GROUP: gl.constexpr,
-                  ZEROS: gl.constexpr):  # fmt: skip
+def _fetch_weight(
+    descs, bufs, bar, slot, row, step, pred, STEP: gl.constexpr, GROUP: gl.constexpr, ZEROS: gl.constexpr
+):  # fmt: skip
     """A step of both tiles of the weight's rows, and its factors."""
-    words_desc, factors_desc = descs
-    words, factors = bufs
-    tma.async_copy_global_to_shared(words_desc, [0, row, step * WORDS], bar, words.index(slot), pred=pred)
+    tma.async_copy_global_to_shared(descs[1], [0, row, step * WORDS], bar, bufs[1].index(slot), pred=pred)
     if GROUP > 0:
-        group = step * STEP // (GROUP if ZEROS else 2 * GROUP)
-        tma.async_copy_global_to_shared(factors_desc, [0, group, row], bar, factors.index(slot), pred=pred)
+        pair = step * STEP // (GROUP if ZEROS else 2 * GROUP)
+        tma.async_copy_global_to_shared(descs[2], [0, pair, row], bar, bufs[2].index(slot), pred=pred)
+
+
+@gluon.jit
+def _load(
+    descs, bufs, full, free, at, BYTES: gl.constexpr, STEP: gl.constexpr, GROUP: gl.constexpr, ZEROS: gl.constexpr,
+    PDL: gl.constexpr,
+):  # fmt: skip
+    """One warp: the weight of the first steps before the wait, then their x, then step after step."""
+    m, row, first, count = at
+    STAGES: gl.constexpr = full.shape[0]
+    early = gl.minimum(STAGES, count)
+    for i in range(early):
+        mbarrier.expect(full.index(i), BYTES)
+        _fetch_weight(descs, bufs, full.index(i), i, row, first + i, True, STEP, GROUP, ZEROS)
+    if PDL:
+        gdc_wait()
+    for i in range(early):
+        tma.async_copy_global_to_shared(descs[0], [m, (first + i) * STEP], full.index(i), bufs[0].index(i))
+    for i in range(STAGES, count):
+        slot = i % STAGES
+        bar = full.index(slot)
+        mbarrier.wait(free.index(slot), ((i // STAGES) & 1) ^ 1)
+        mbarrier.expect(bar, BYTES)
+        _fetch_weight(descs, bufs, bar, slot, row, first + i, True, STEP, GROUP, ZEROS)
+        tma.async_copy_global_to_shared(descs[0], [m, (first + i) * STEP], bar, bufs[0].index(slot))
 
 
 @gluon.jit
@@ -61,153 +90,242 @@ def _twice(half):
 
 
 @gluon.jit
-def _pair(factors, half: gl.constexpr, step, CODE: gl.constexpr, STEP: gl.constexpr, GROUP: gl.constexpr, ZEROS: gl.constexpr,
-          GATED: gl.constexpr, A: gl.constexpr):  # fmt: skip
-    """(scale, offset) of tile CODE of a step, [N, 1], as `packed_kernels._factors`."""
-    FACTORS: gl.constexpr = _factor_rows(STEP, GROUP, ZEROS)
-    PER_ROW: gl.constexpr = GROUP if ZEROS else 2 * GROUP  # columns
-    I: gl.constexpr = CODE * WORDS // PER_ROW
-    PLACE: gl.constexpr = half * FACTORS + I if GATED else I * 2 + half
+def _factors(
+    factors, step, HALF: gl.constexpr, CODE: gl.constexpr, STEP: gl.constexpr, GROUP: gl.constexpr,
+    ZEROS: gl.constexpr, GATED: gl.constexpr, A: gl.constexpr,
+):  # fmt: skip
+    """(scale, offset) of tile CODE of a step, [N, 1], as `packed_kernels._factors`. HALF: which tile of rows."""
+    ROW: gl.constexpr = CODE * WORDS // (GROUP if ZEROS else 2 * GROUP)
+    PLACE: gl.constexpr = HALF * factor_rows(STEP, GROUP, ZEROS) + ROW if GATED else ROW * 2 + HALF
     pair = factors.index(PLACE).load(gl.SliceLayout(1, A))
     if ZEROS:
         return _twice(pair), _twice(pair >> 16)
     if STEP % (2 * GROUP) == 0:
-        scale = _twice(pair >> (CODE * WORDS // GROUP % 2 * 16))
+        scale = _twice(pair >> CODE * WORDS // GROUP % 2 * 16)
     else:
-        scale = _twice(pair >> (step * STEP // GROUP % 2 * 16))
+        scale = _twice(pair >> step * STEP // GROUP % 2 * 16)
     return scale, scale
 
 
 @gluon.jit
-def _weights(words, scale, offset, CODE: gl.constexpr, KIND: gl.constexpr, GROUP: gl.constexpr, ZEROS: gl.constexpr,
-             DTYPE: gl.constexpr):  # fmt: skip
+def _weights(
+    words, scale, offset, CODE: gl.constexpr, KIND: gl.constexpr, GROUP: gl.constexpr, ZEROS: gl.constexpr,
+    DTYPE: gl.constexpr,
+):  # fmt: skip
+    """As `packed_kernels._weights`."""
     w = gl.inline_asm_elementwise(
-        assembly(KIND, CODE, DTYPE == gl.bfloat16, GROUP > 0, ZEROS), "=r,r,r,r,r,r,r", [words, scale, offset],
+        assembly(KIND, CODE, gl.bfloat16 == DTYPE, GROUP > 0, ZEROS), "=r,r,r,r,r,r,r", [words, scale, offset],
         dtype=gl.int16, is_pure=True, pack=2,
     )  # fmt: skip
     return w.to(DTYPE, bitcast=True)
+
+
+@gluon.jit
+def _add_step(
+    bufs, slot, step, acc, other_acc, KIND: gl.constexpr, GROUP: gl.constexpr, ZEROS: gl.constexpr,
+    GATED: gl.constexpr,
+):  # fmt: skip
+    """The products of both tiles with a step of x, added to theirs."""
+    xs, all_words, all_factors = bufs
+    STEP: gl.constexpr = xs.shape[2]
+    ROWS: gl.constexpr = acc.shape[0]
+    A: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
+    both = all_words.index(slot).reshape([2 * ROWS, WORDS])
+    words, other_words = both.slice(0, ROWS).load(A), both.slice(ROWS, ROWS).load(A)
+    factors = all_factors.index(slot)._reinterpret(
+        gl.int32, [2 * factor_rows(STEP, GROUP, ZEROS), ROWS], PLAIN
+    )  # fmt: skip
+    scale, offset, other_scale, other_offset, other_w = words, words, other_words, other_words, other_words
+    for code in gl.static_range(STEP // WORDS):
+        if GROUP > 0 and (code * WORDS % GROUP == 0 if GROUP < STEP else code == 0):
+            scale, offset = _factors(factors, step, 0, code, STEP, GROUP, ZEROS, GATED, A)
+            other_scale, other_offset = _factors(factors, step, 1, code, STEP, GROUP, ZEROS, GATED, A)
+        x = xs.index(slot).slice(code * WORDS, WORDS, 1).permute((1, 0))
+        w = _weights(words, scale, offset, code, KIND, GROUP, ZEROS, xs.dtype)
+        acc = warpgroup_mma(w, x, acc, is_async=True)
+        if code > 0:
+            other_acc, other_w = warpgroup_mma_wait(1, deps=(other_acc, other_w))
+        other_w = _weights(other_words, other_scale, other_offset, code, KIND, GROUP, ZEROS, xs.dtype)
+        other_acc = warpgroup_mma(other_w, x, other_acc, is_async=True)
+        acc, w = warpgroup_mma_wait(1, deps=(acc, w))
+    other_acc, other_w = warpgroup_mma_wait(0, deps=(other_acc, other_w))
+    return acc, other_acc
+
+
+@gluon.jit
+def _column(ptr, first, n, end):
+    """Numbers first + n of a vector, in fp32."""
+    return gl.load(ptr + first + n, mask=n < end - first, other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def _finish(acc, other_acc, out, at, GROUP: gl.constexpr, GATED: gl.constexpr):
+    """Scales, bias and gate; and the results to memory."""
+    factors_ptr, bias_ptr, out_ptr, split, num_rows, num_columns, all_rows = out
+    m, row, _, _ = at
+    ROWS: gl.constexpr = acc.shape[0]
+    other = row + (num_columns if GATED else ROWS)
+    n = gl.arange(0, ROWS, gl.SliceLayout(1, acc.type.layout))
+    m += gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))
+    if GROUP == 0:
+        acc *= _column(factors_ptr, row, n, all_rows)[:, None]
+        other_acc *= _column(factors_ptr, other, n, all_rows)[:, None]
+    if bias_ptr is not None:
+        acc += gl.where(split == 0, _column(bias_ptr, row, n, all_rows), 0.0)[:, None]
+        other_acc += gl.where(split == 0, _column(bias_ptr, other, n, all_rows), 0.0)[:, None]
+    out_ptrs = out_ptr + (split.to(gl.int64) * num_rows + m)[None, :] * num_columns + (row + n)[:, None]
+    live = (m < num_rows)[None, :]
+    dtype: gl.constexpr = out_ptr.dtype.element_ty
+    if GATED:
+        gate, up = acc.to(dtype).to(gl.float32), other_acc.to(dtype).to(gl.float32)
+        acc = gate * (1 / (1 + gl.exp(-gate))) * up
+    gl.store(out_ptrs, acc.to(dtype), mask=live & (n < num_columns - row)[:, None])
+    if not GATED:
+        gl.store(out_ptrs + ROWS, other_acc.to(dtype), mask=live & (n < num_columns - other)[:, None])
+
+
+@gluon.jit
+def _multiply(
+    bufs, full, free, at, out, KIND: gl.constexpr, GROUP: gl.constexpr, ZEROS: gl.constexpr, GATED: gl.constexpr
+):  # fmt: skip
+    """The other warps: the steps in turn, and the results."""
+    STAGES: gl.constexpr = full.shape[0]
+    _, _, first, count = at
+    BLOCK_M: gl.constexpr = bufs[0].shape[1]
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_M, 16])
+    acc = gl.zeros([16 * gl.num_warps(), BLOCK_M], gl.float32, MMA)
+    other_acc = gl.zeros([16 * gl.num_warps(), BLOCK_M], gl.float32, MMA)
+    for i in range(count):
+        slot = i % STAGES
+        mbarrier.wait(full.index(slot), (i // STAGES) & 1)
+        acc, other_acc = _add_step(bufs, slot, first + i, acc, other_acc, KIND, GROUP, ZEROS, GATED)
+        mbarrier.arrive(free.index(slot))
+    _finish(acc, other_acc, out, at, GROUP, GATED)
 
 
 @gluon.jit(do_not_specialize=["num_rows", "steps", "splits"])
 def packed_hopper_kernel(
     x_desc, words_desc, factors_desc, factors_ptr, bias_ptr, out_ptr, num_rows, num_columns, all_rows, steps, splits,
     KIND: gl.constexpr, GROUP: gl.constexpr, ZEROS: gl.constexpr, GATED: gl.constexpr, STAGES: gl.constexpr,
-    PDL: gl.constexpr,
+    SPECIAL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """num_columns: of the output; all_rows: of the weight; steps: of a row of it. GROUP 0: one scale a row, fp32."""
-    CODES: gl.constexpr = 8 if KIND == "int4" else 4
-    STEP: gl.constexpr = CODES * WORDS
-    DTYPE: gl.constexpr = x_desc.dtype
-    HALF: gl.constexpr = 16 * gl.num_warps()
-    M: gl.constexpr = x_desc.block_type.shape[0]
-    FACTORS: gl.constexpr = _factor_rows(STEP, GROUP, ZEROS)
-    BYTES: gl.constexpr = 2 * HALF * 4 * (WORDS + FACTORS) + M * STEP * 2
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, M, 16])
-    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    """num_columns: of the output; all_rows, steps: of the weight, of a row of it. GROUP 0: one scale a row, fp32."""
     if PDL:
         gdc_launch_dependents()
-    m, tile, split = gl.program_id(0) * M, gl.program_id(1), gl.program_id(2)
-    row = tile * (HALF if GATED else 2 * HALF)
-    other = row + (num_columns if GATED else HALF)
+    BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
+    STEP: gl.constexpr = x_desc.block_type.shape[1]
+    ROWS: gl.constexpr = 16 * gl.num_warps()
+    FACTORS: gl.constexpr = factor_rows(STEP, GROUP, ZEROS) if GROUP > 0 else 0
+    BYTES: gl.constexpr = BLOCK_M * STEP * 2 + 2 * ROWS * 4 * (WORDS + FACTORS)
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_M, 16])
+    tile, split = gl.program_id(1), gl.program_id(2)
     share = gl.cdiv(steps, splits)
     first = split * share
     count = gl.minimum(share, steps - first)
-
-    words = gl.allocate_shared_memory(gl.int32, [STAGES] + words_desc.block_type.shape, words_desc.layout)
-    xs = gl.allocate_shared_memory(DTYPE, [STAGES, M, STEP], x_desc.layout)
-    factors = gl.allocate_shared_memory(gl.int32, [STAGES] + factors_desc.block_type.shape, factors_desc.layout)
-    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for s in gl.static_range(STAGES):
-        mbarrier.init(bars.index(s), count=1)
-    fence_async_shared()
-    descs, bufs = (words_desc, factors_desc), (words, factors)
-    for s in gl.static_range(STAGES):
-        mbarrier.expect(bars.index(s), BYTES, pred=s < count)
-    for s in gl.static_range(STAGES):
-        _fetch_weight(descs, bufs, bars.index(s), s, row, first + s, s < count, STEP, GROUP, ZEROS)
-    own: gl.constexpr = gl.SliceLayout(1, MMA)
-    n = gl.arange(0, HALF, own)
-    if PDL:
-        gdc_wait()
-    for s in gl.static_range(STAGES):
-        tma.async_copy_global_to_shared(x_desc, [m, (first + s) * STEP], bars.index(s), xs.index(s), pred=s < count)
-
-    acc_a, acc_b = gl.zeros([HALF, M], gl.float32, MMA), gl.zeros([HALF, M], gl.float32, MMA)
-    for i in range(count):
-        slot = i % STAGES
-        bar = bars.index(slot)
-        mbarrier.wait(bar, (i // STAGES) & 1)
-        both = words.index(slot).reshape([2 * HALF, WORDS])
-        words_a, words_b = both.slice(0, HALF).load(A), both.slice(HALF, HALF).load(A)
-        pairs = factors.index(slot)._reinterpret(gl.int32, [2 * max(1, FACTORS), HALF], PLAIN)
-        scale_a, offset_a, scale_b, offset_b = words_a, words_a, words_b, words_b
-        w_b = words_b
-        for code in gl.static_range(CODES):
-            if GROUP > 0 and (code * WORDS % GROUP == 0 if GROUP < STEP else code == 0):
-                scale_a, offset_a = _pair(pairs, 0, first + i, code, STEP, GROUP, ZEROS, GATED, A)
-                scale_b, offset_b = _pair(pairs, 1, first + i, code, STEP, GROUP, ZEROS, GATED, A)
-            x = xs.index(slot).slice(code * WORDS, WORDS, 1).permute((1, 0))
-            w_a = _weights(words_a, scale_a, offset_a, code, KIND, GROUP, ZEROS, DTYPE)
-            acc_a = warpgroup_mma(w_a, x, acc_a, is_async=True)
-            if code > 0:
-                acc_b, w_b = warpgroup_mma_wait(1, deps=(acc_b, w_b))
-            w_b = _weights(words_b, scale_b, offset_b, code, KIND, GROUP, ZEROS, DTYPE)
-            acc_b = warpgroup_mma(w_b, x, acc_b, is_async=True)
-            acc_a, w_a = warpgroup_mma_wait(1, deps=(acc_a, w_a))
-        acc_b, w_b = warpgroup_mma_wait(0, deps=(acc_b, w_b))
-        gl.thread_barrier()  # all warps have read the step
-        more, step = i + STAGES < count, first + i + STAGES
-        mbarrier.expect(bar, BYTES, pred=more)
-        _fetch_weight(descs, bufs, bar, slot, row, step, more, STEP, GROUP, ZEROS)
-        tma.async_copy_global_to_shared(x_desc, [m, step * STEP], bar, xs.index(slot), pred=more)
-
-    out_m = m + gl.arange(0, M, gl.SliceLayout(0, MMA))
-    if GROUP == 0:
-        acc_a *= gl.load(factors_ptr + row + n, mask=n < all_rows - row, other=0.0)[:, None]
-        acc_b *= gl.load(factors_ptr + other + n, mask=n < all_rows - other, other=0.0)[:, None]
-    out_rows = split.to(gl.int64) * num_rows + out_m
-    out_ptrs = out_ptr + out_rows[None, :] * num_columns + (row + n)[:, None]
-    live = (out_m < num_rows)[None, :]
-    dtype: gl.constexpr = out_ptr.dtype.element_ty
-    if GATED:
-        gate, up = acc_a.to(dtype).to(gl.float32), acc_b.to(dtype).to(gl.float32)
-        z = gate * (1 / (1 + gl.exp(-gate))) * up
-        gl.store(out_ptrs, z.to(dtype), mask=live & (n < num_columns - row)[:, None])
+    at = (gl.program_id(0) * BLOCK_M, tile * (ROWS if GATED else 2 * ROWS), first, count)
+    out = (factors_ptr, bias_ptr, out_ptr, split, num_rows, num_columns, all_rows)
+    descs = (x_desc, words_desc, factors_desc)
+    bufs = (
+        gl.allocate_shared_memory(x_desc.dtype, [STAGES] + x_desc.block_type.shape, x_desc.layout),  # noqa: RUF005
+        gl.allocate_shared_memory(gl.int32, [STAGES] + words_desc.block_type.shape, words_desc.layout),  # noqa: RUF005
+        gl.allocate_shared_memory(gl.int32, [STAGES] + factors_desc.block_type.shape, factors_desc.layout),  # noqa: RUF005
+    )
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+    if SPECIAL:
+        for i in gl.static_range(STAGES):
+            mbarrier.init(free.index(i), count=1)
+        fence_async_shared()
+        gl.warp_specialize([
+            (_multiply, (bufs, full, free, at, out, KIND, GROUP, ZEROS, GATED)),
+            (_load, (descs, bufs, full, free, at, BYTES, STEP, GROUP, ZEROS, PDL)),
+        ], [1], [24])  # fmt: skip
     else:
-        gl.store(out_ptrs, acc_a.to(dtype), mask=live & (n < num_columns - row)[:, None])
-        gl.store(out_ptrs + HALF, acc_b.to(dtype), mask=live & (n < num_columns - other)[:, None])
+        fence_async_shared()
+        m, row, _, _ = at
+        for s in gl.static_range(STAGES):
+            mbarrier.expect(full.index(s), BYTES, pred=s < count)
+        for s in gl.static_range(STAGES):
+            _fetch_weight(descs, bufs, full.index(s), s, row, first + s, s < count, STEP, GROUP, ZEROS)
+        if PDL:
+            gdc_wait()
+        for s in gl.static_range(STAGES):
+            tma.async_copy_global_to_shared(
+                x_desc, [m, (first + s) * STEP], full.index(s), bufs[0].index(s), pred=s < count
+            )
+        acc, other_acc = gl.zeros([ROWS, BLOCK_M], gl.float32, MMA), gl.zeros([ROWS, BLOCK_M], gl.float32, MMA)
+        for i in range(count):
+            slot = i % STAGES
+            bar = full.index(slot)
+            mbarrier.wait(bar, (i // STAGES) & 1)
+            acc, other_acc = _add_step(bufs, slot, first + i, acc, other_acc, KIND, GROUP, ZEROS, GATED)
+            gl.thread_barrier()  # all warps have read the step
+            more, step = i + STAGES < count, first + i + STAGES
+            mbarrier.expect(bar, BYTES, pred=more)
+            _fetch_weight(descs, bufs, bar, slot, row, step, more, STEP, GROUP, ZEROS)
+            tma.async_copy_global_to_shared(x_desc, [m, step * STEP], bar, bufs[0].index(slot), pred=more)
+        _finish(acc, other_acc, out, at, GROUP, GATED)
 
 
-def _matrix(x: Tensor, halves: int, rows_of_block: int, block: int, *, swizzled: bool) -> TensorDescriptor:
-    """x [halves P, C] as [halves, P, C]; or by its columns"""
+def is_hopper(device: torch.device) -> bool:
+    """Whether the kernel runs there."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def can_fetch(rows: Tensor, packed: Packed, *, gated: bool) -> bool:
+    """Whether x [R, K] and the weight lie as TMA wants them, on 16 bytes."""
+    part = packed.out_features // 2 if gated else packed.out_features
+    return part % 4 == 0 and len(rows) > 0 and rows.data_ptr() % 16 == 0 and rows.stride(0) % 8 == 0
+
+
+class Block(NamedTuple):
+    """How a launch cuts its work: rows of x; warps, 32 rows of the weight for each; stages."""
+
+    block_m: int
+    num_warps: int
+    num_stages: int
+
+
+def block_of(packed: Packed, num_rows: int, splits: int, num_sms: int, shared_memory: int) -> Block:
+    """Two programs share a multiprocessor, or one with twice the rows of the weight where those of x are many."""
+    step, steps = step_columns(packed.kind), -(-packed.words.shape[1] // WORDS.value // splits)
+    block_m = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64
+    num_warps = 8 if block_m == 64 and splits == 1 else 4
+    group, zeros = group_of_kernel(packed), packed.zeros is not None
+    stage = block_m * step * 2 + 32 * num_warps * 4 * (WORDS.value + factor_rows(step, group, zeros))
+    most = shared_memory - 1024 if num_warps == 8 else shared_memory // 2 - 2048
+    return Block(block_m, num_warps, max(2, min(most // stage, steps, 6)))
 
 
 def launch(
-    rows: Tensor, packed: Packed, factors: Tensor, bias: Tensor | None, out: Tensor, block_m: int, num_warps: int,
-    splits: int, stages: int, *, gated: bool, **options: Any,
+    rows: Tensor, packed: Packed, bias: Tensor | None, factors: Tensor, out: Tensor, tile: Block, splits: int, *,
+    gated: bool, special: bool = True, **options: Any,
 ) -> None:  # fmt: skip
-    half, all_rows, step = 16 * num_warps, packed.out_features, step_columns(packed.kind)
-    halves = 2 if gated else 1
-    block = 2 * half // halves
+    """The product of x's rows [R, K] with the weight into out: [R, N] or [R, I], or parts [S, R, N]."""
+    block_m, num_warps, num_stages = tile
+    all_rows, width, step = *packed.words.shape, step_columns(packed.kind)
+    group, zeros, halves = group_of_kernel(packed), packed.zeros is not None, 2 if gated else 1
+    part, block = all_rows // halves, 32 * num_warps // halves
     x_layout = gl.NVMMASharedLayout.get_default_for([block_m, step], TYPES[rows.dtype])
     x_desc = TensorDescriptor(rows, [len(rows), packed.in_features], [rows.stride(0), 1], [block_m, step], x_layout)
-    part, width = all_rows // halves, packed.words.shape[1]
     words_desc = TensorDescriptor(
-        packed.words, [halves, part, width], [part * width, width, 1], [halves, block, 32],
-        gl.NVMMASharedLayout.get_default_for([halves, block, 32], gl.int32),
-    )
-    group, zeros = group_of_kernel(packed), packed.zeros is not None
-    flat = factors if group else packed.words.view(-1)[:all_rows].view(1, -1)
-    count = max(1, step // (group if zeros else 2 * group)) if group else 1
+        packed.words, [halves, part, width], [part * width, width, 1], [halves, block, WORDS.value],
+        gl.NVMMASharedLayout(128, 32, 3),
+    )  # fmt: skip
+    pairs = factors if group else packed.words  # which are not read
     factors_desc = TensorDescriptor(
-        flat, [halves, len(flat), part], [part, all_rows, 1], [halves, count, block],
-        gl.NVMMASharedLayout(0, 32, 3),
-    )
+        pairs, [halves, len(factors) if group else 1, part], [part, all_rows, 1],
+        [halves, factor_rows(step, group, zeros), block], gl.NVMMASharedLayout(0, 32, 3),
+    )  # fmt: skip
     num_columns = out.shape[-1]
-    grid = (-(-len(rows) // block_m), -(-num_columns // (half if gated else 2 * half)), splits)
-    packed_hopper_kernel[grid](
-        x_desc, words_desc, factors_desc, factors, bias, out, len(rows), num_columns, all_rows,
-        packed.words.shape[1] // 32, splits, KIND=packed.kind, GROUP=group, ZEROS=packed.zeros is not None,
-        GATED=gated, STAGES=stages, num_warps=num_warps, enable_fp_fusion=False, **options,
-    )
+    grid = (-(-len(rows) // block_m), -(-num_columns // (16 * num_warps if gated else 32 * num_warps)), splits)
+    if special:
+        options["maxnreg"] = REGISTERS[num_warps, block_m]
+    with device_guard(rows):
+        packed_hopper_kernel[grid](
+            x_desc, words_desc, factors_desc, factors, bias, out, len(rows), num_columns, all_rows,
+            width // WORDS.value, splits, KIND=packed.kind, GROUP=group, ZEROS=zeros, GATED=gated, STAGES=num_stages,
+            SPECIAL=special, num_warps=num_warps, enable_fp_fusion=False, **options,
+        )  # fmt: skip
