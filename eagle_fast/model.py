@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 
 from eagle_fast.calls import CallsMixin
 from eagle_fast.config import TreeConfig
-from eagle_fast.decoding.graph import WARMUP_STEPS
+from eagle_fast.decoding.adapt import EachInTurn, Experience
+from eagle_fast.decoding.choice import resolved
 from eagle_fast.decoding.memory import check_memory
 from eagle_fast.decoding.request import Request
 from eagle_fast.decoding.states import IdleStates
-from eagle_fast.decoding.tune import pick_total_token
-from eagle_fast.decoding.validate import check_flags, check_forward, check_positive
+from eagle_fast.decoding.validate import check_adaptive, check_flags, check_forward, check_positive
 from eagle_fast.head import DraftHead
 from eagle_fast.hf_generate import HFGenerateMixin
 from eagle_fast.loading import (
@@ -52,6 +52,7 @@ class EaModel(CallsMixin, HFGenerateMixin, nn.Module):
     several. It decodes in eval mode here whatever its own mode is.
     ea_layer: the draft head, on any device. Raises UnsupportedModel, with the reason, for other models.
     device_map: where base_model lies, module by module with the embedding first; {"": device} on one device.
+    adaptive: see from_pretrained; `adaptive` is what was decided.
     Calls may run interleaved and in several threads; they take turns to launch their rounds.
     Every call decodes base_model as it is then: adapters that were switched, added or removed, hooks, own forwards,
     replaced modules and tensors, weights edited in place. A call under way goes on with what it began with.
@@ -65,6 +66,7 @@ class EaModel(CallsMixin, HFGenerateMixin, nn.Module):
         *,
         tree: TreeConfig | None = None,
         name: str = "",
+        adaptive: bool | None = None,
         **options,
     ):
         refuse_unknown(type(self).__name__, options, option_names(EaModel.__init__))
@@ -72,16 +74,17 @@ class EaModel(CallsMixin, HFGenerateMixin, nn.Module):
         super().__init__()
         self.base_model, self.ea_layer = base_model, ea_layer
         self.config = base_model.config
-        self.tree = tree or TreeConfig()
+        self._adaptive = check_adaptive(adaptive, tree)
+        self.tree = resolved(tree or TreeConfig())
         self.target = self._new_target()
         self.device_map = device_map_of(base_model)
         self._name = os.fspath(name or "") or getattr(base_model, "name_or_path", "")
         self._tokenizer: Any = None
         self._tokenizer_options: dict[str, Any] = {}
-        if self.tree.total_token == -1:
-            self.tree = pick_total_token(self.target, ea_layer, self.tree)
         self.states = IdleStates(self.target, ea_layer, self.tree)
+        self.experience = Experience(ea_layer.config.acceptance)
         warn_if_slow(base_model)
+        self._warn_if_timing_decides()
 
     @classmethod
     @names_options
@@ -96,6 +99,7 @@ class EaModel(CallsMixin, HFGenerateMixin, nn.Module):
         top_k: int = 10,
         threshold: float = 1.0,
         *,
+        adaptive: bool | None = None,
         device_map=None,
         max_memory: dict | None = None,
         draft_device=None,
@@ -107,6 +111,10 @@ class EaModel(CallsMixin, HFGenerateMixin, nn.Module):
         """Load a target and a head from the hub or from folders.
 
         use_eagle3 None detects the kind of head from its tensors; a value that contradicts the file is an error.
+        total_token, depth, top_k: see TreeConfig. adaptive: None and True, the most that the tree of a round may have:
+        each round has the one that pays best by measured times and acceptance, or none; False: they are held fixed.
+        None is False where `exactness` is "rounding" in 16 bits: there True lets timing decide the text, with a
+        warning. total_token=-1 is adaptive up to the engine's own limits.
         draft_int8: the head's weights in int8, which slightly changes how much is accepted, never the text; None: on
         a GPU of compute capability 8.0 or newer where the target runs in 16 bits.
         target_bits: 8 or 4: the weights of the target's layers are rounded to so many bits while they are loaded, from
@@ -121,6 +129,7 @@ class EaModel(CallsMixin, HFGenerateMixin, nn.Module):
         kwargs = modern_options(kwargs)
         head_path = known_path("ea_model_path", ea_model_path)
         tree = TreeConfig(total_token, depth, top_k)
+        check_adaptive(adaptive, tree)
         head_options = {key: kwargs.pop(key) for key in HEAD_OPTIONS if key in kwargs}
         head_options |= {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
         check_head_arguments(head_path, threshold, use_eagle3, head_options)
@@ -131,7 +140,7 @@ class EaModel(CallsMixin, HFGenerateMixin, nn.Module):
         )
         if runs_in_int8(head, draft_int8):
             head.quantize()
-        model = cls(base_model, head, tree=tree)
+        model = cls(base_model, head, tree=tree, adaptive=adaptive)
         model._tokenizer_options = {key: kwargs[key] for key in TOKENIZER_OPTIONS if key in kwargs}
         return model
 
@@ -287,13 +296,15 @@ class EaModel(CallsMixin, HFGenerateMixin, nn.Module):
         return (outputs, logits, outputs[0]) if output_orig else (outputs, outputs[0])
 
     def warmup(self, batch: int = 1, max_length: int = 2048) -> None:
-        """Before the clock: compile kernels and capture graphs for `batch` sequences of up to `max_length` tokens."""
+        """Before the clock: compile kernels and capture graphs for `batch` sequences of up to `max_length` tokens, and
+        time the rounds of every tree that they may have."""
         batch, max_length = check_positive(batch=batch, max_length=max_length)
         self._follow()
         for speculative in (True, False):
             check_memory(self.states, speculative, batch, max_length, {"batch": batch, "max_length": max_length})
-            budget = (WARMUP_STEPS + 2) * (self.tree.max_path if speculative else 1)
-            for _ in self._rounds(speculative, Request([[0, 0]] * batch, [budget] * batch), max_length):
+            paths = [tree.max_path for tree in self.trees(batch)] if speculative else [1]
+            budget = EachInTurn.ROUNDS * sum(paths)
+            for _ in self._rounds(speculative, Request([[0, 0]] * batch, [budget] * batch), max_length, EachInTurn):
                 pass
 
     # -- as a module -------------------------------------------------------------------------------------------------

@@ -17,6 +17,14 @@ class Tree(NamedTuple):
     ancestors: torch.Tensor  # [B, T, W]: bit j of node i is set where i is j or descends from it
 
 
+class Walked(NamedTuple):
+    """What the host knows of the paths that a round accepted, of B sequences."""
+
+    counts: list[int]  # nodes
+    ranks: list[list[int]]  # as `accept` gives them, of so many nodes or more
+    full: list[bool]  # the sequence was done, or had no room for more
+
+
 def root_only(roots: torch.Tensor) -> Tree:
     """The tree of plain decoding: just the newest token of each sequence [B]."""
     tokens = roots[:, None]

@@ -21,7 +21,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from eagle_fast.config import TreeConfig
 from eagle_fast.doctor.measure import GpuFigures, Link
-from eagle_fast.head import read_head
+from eagle_fast.head import HeadCheckpoint, read_head
 from eagle_fast.loading import known_path
 from eagle_fast.target.anatomy import Anatomy, decoder_layers
 from eagle_fast.target.formats.arriving import num_parameters
@@ -32,7 +32,8 @@ from eagle_fast.target.placement import place_of, plan_placement, skeleton
 
 @dataclass(frozen=True)
 class Setting:
-    """What is to be placed. context: tokens in the cache; head: a head's folder or hub name, if there is one."""
+    """What is to be placed. context: tokens in the cache; head: a head's folder or hub name, if there is one;
+    batches: numbers of sequences whose rounds are to be timed."""
 
     model: str
     dtype: torch.dtype | None = None
@@ -40,6 +41,7 @@ class Setting:
     tree: TreeConfig = field(default_factory=TreeConfig)
     head: str | None = None
     max_memory: Mapping[int | str, int | str] | None = None
+    batches: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -134,22 +136,28 @@ class HeadBytes(NamedTuple):
     read: int = 0
 
 
-def head_bytes(setting: Setting, model: PreTrainedModel) -> HeadBytes:
-    """A round reads an absorb and one pass a level, each with its lm_head; fc in the absorb alone."""
+def found_head(setting: Setting, model: PreTrainedModel) -> HeadCheckpoint | None:
+    """The head that was named. Raises ValueError for one that cannot be read, or is for another model."""
     if setting.head is None:
-        return HeadBytes()
+        return None
     anatomy = Anatomy(model)
-    found = read_head(
+    return read_head(
         setting.head,
         target_hidden_size=anatomy.hidden_size,
         target_vocab_size=anatomy.vocab_size,
         num_target_layers=anatomy.num_layers,
     )
+
+
+def head_bytes(setting: Setting, model: PreTrainedModel, found: HeadCheckpoint | None) -> HeadBytes:
+    """A round reads an absorb and one pass a level, each with its lm_head; fc in the absorb alone."""
+    if found is None:
+        return HeadBytes()
     numbers = {name: tensor.numel() for name, tensor in found.tensors.items()}
     once = sum(count for name, count in numbers.items() if name.startswith("fc."))
     each = sum(numbers.values()) - once - numbers.get("embed_tokens.weight", 0)
     if not found.config.own_lm_head:
-        each += anatomy.hidden_size * found.config.draft_vocab_size
+        each += Anatomy(model).hidden_size * found.config.draft_vocab_size
     item = model.dtype.itemsize
     return HeadBytes(sum(numbers.values()) * item, (each * (setting.tree.depth + 1) + once) * item)
 

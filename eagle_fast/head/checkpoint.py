@@ -9,7 +9,7 @@ the text stays right and only the speed is gone.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,6 +174,17 @@ def write_head(folder: str | Path, checkpoint: HeadCheckpoint) -> None:
     (folder / "config.json").write_text(json.dumps(_settings(config, dtype), indent=2) + "\n", encoding="utf-8")
 
 
+def note_acceptance(folder: str | Path, tables: Mapping[float, Sequence[Sequence[float]]]) -> None:
+    """Say in a head's config.json how its drafts did: by temperature, chances by depth and rank."""
+    file = Path(folder) / "config.json"
+    settings = read_config(Path(folder)) | _acceptance(tables)
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _acceptance(tables: Mapping[float, Sequence[Sequence[float]]]) -> dict[str, Any]:
+    return {"acceptance": {f"{temperature:g}": table for temperature, table in tables.items()}}
+
+
 def _settings(config: HeadConfig, dtype: str) -> dict[str, Any]:
     eagle3 = config.kind == "eagle3"
     rope = dict(config.rope)
@@ -200,6 +211,8 @@ def _settings(config: HeadConfig, dtype: str) -> dict[str, Any]:
     }
     if config.rope_interleaved:
         settings["rope_interleaved"] = True
+    if config.acceptance:
+        settings |= _acceptance(config.acceptance)
     if any(config.sliding_windows):
         kinds = ["sliding_attention" if window else "full_attention" for window in config.sliding_windows]
         settings |= {"layer_types": kinds, "sliding_window": max(config.sliding_windows), "use_sliding_window": True}

@@ -137,6 +137,7 @@ def infer_config(
         lm_head_bias=has("lm_head.bias"),
         own_embedding=has("embed_tokens.weight"),
         own_lm_head=has("lm_head.weight"),
+        acceptance={float(temperature): table for temperature, table in settings.get("acceptance", {}).items()},
     )
     _compare(settings, config, conflicts)
     return config
