@@ -6,7 +6,8 @@ work on the other. GATED they are rows of gate and of up, which end in one threa
 
 The weight depends on no other kernel: its first STAGES steps are asked for before the wait for the kernels before,
 which at 4 bits is all of `o` and of `qkv` of an 8B model. That hides most of what a launch costs. x follows after the
-wait, and a further step takes the place of one that all warps have read.
+wait, and a further step takes the place of one that all warps have read. Two programs share a multiprocessor: one makes
+weights while the other waits.
 
 Gluon is experimental and changes between releases of Triton: `packed.py` takes this file with those that it is written
 for (3.6 and 3.7).
@@ -36,9 +37,9 @@ from .packed_layout import Packed, group_of_kernel, step_columns
 
 WORDS = gl.constexpr(32)  # as in packed_layout.py
 PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+NUM_WARPS = 4
+BLOCK_N = 32 * NUM_WARPS  # rows of the weight, in two tiles
 TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
-# of a thread when it starts, by warps and rows of x: what the loading warp gives up goes to the others
-REGISTERS = {(4, 16): 64, (4, 32): 72, (4, 64): 88, (8, 16): 80, (8, 32): 88, (8, 64): 112}
 
 
 @gluon.constexpr_function
@@ -52,35 +53,10 @@ def _fetch_weight(
     descs, bufs, bar, slot, row, step, pred, STEP: gl.constexpr, GROUP: gl.constexpr, ZEROS: gl.constexpr
 ):  # fmt: skip
     """A step of both tiles of the weight's rows, and its factors."""
-    tma.async_copy_global_to_shared(descs[1], [0, row, step * WORDS], bar, bufs[1].index(slot), pred=pred)
+    tma.async_copy_global_to_shared(descs[0], [0, row, step * WORDS], bar, bufs[1].index(slot), pred=pred)
     if GROUP > 0:
         pair = step * STEP // (GROUP if ZEROS else 2 * GROUP)
-        tma.async_copy_global_to_shared(descs[2], [0, pair, row], bar, bufs[2].index(slot), pred=pred)
-
-
-@gluon.jit
-def _load(
-    descs, bufs, full, free, at, BYTES: gl.constexpr, STEP: gl.constexpr, GROUP: gl.constexpr, ZEROS: gl.constexpr,
-    PDL: gl.constexpr,
-):  # fmt: skip
-    """One warp: the weight of the first steps before the wait, then their x, then step after step."""
-    m, row, first, count = at
-    STAGES: gl.constexpr = full.shape[0]
-    early = gl.minimum(STAGES, count)
-    for i in range(early):
-        mbarrier.expect(full.index(i), BYTES)
-        _fetch_weight(descs, bufs, full.index(i), i, row, first + i, True, STEP, GROUP, ZEROS)
-    if PDL:
-        gdc_wait()
-    for i in range(early):
-        tma.async_copy_global_to_shared(descs[0], [m, (first + i) * STEP], full.index(i), bufs[0].index(i))
-    for i in range(STAGES, count):
-        slot = i % STAGES
-        bar = full.index(slot)
-        mbarrier.wait(free.index(slot), ((i // STAGES) & 1) ^ 1)
-        mbarrier.expect(bar, BYTES)
-        _fetch_weight(descs, bufs, bar, slot, row, first + i, True, STEP, GROUP, ZEROS)
-        tma.async_copy_global_to_shared(descs[0], [m, (first + i) * STEP], bar, bufs[0].index(slot))
+        tma.async_copy_global_to_shared(descs[1], [0, pair, row], bar, bufs[2].index(slot), pred=pred)
 
 
 @gluon.jit
@@ -159,10 +135,9 @@ def _column(ptr, first, n, end):
 
 
 @gluon.jit
-def _finish(acc, other_acc, out, at, GROUP: gl.constexpr, GATED: gl.constexpr):
+def _finish(acc, other_acc, out, m, row, GROUP: gl.constexpr, GATED: gl.constexpr):
     """Scales, bias and gate; and the results to memory."""
     factors_ptr, bias_ptr, out_ptr, split, num_rows, num_columns, all_rows = out
-    m, row, _, _ = at
     ROWS: gl.constexpr = acc.shape[0]
     other = row + (num_columns if GATED else ROWS)
     n = gl.arange(0, ROWS, gl.SliceLayout(1, acc.type.layout))
@@ -184,30 +159,11 @@ def _finish(acc, other_acc, out, at, GROUP: gl.constexpr, GATED: gl.constexpr):
         gl.store(out_ptrs + ROWS, other_acc.to(dtype), mask=live & (n < num_columns - other)[:, None])
 
 
-@gluon.jit
-def _multiply(
-    bufs, full, free, at, out, KIND: gl.constexpr, GROUP: gl.constexpr, ZEROS: gl.constexpr, GATED: gl.constexpr
-):  # fmt: skip
-    """The other warps: the steps in turn, and the results."""
-    STAGES: gl.constexpr = full.shape[0]
-    _, _, first, count = at
-    BLOCK_M: gl.constexpr = bufs[0].shape[1]
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_M, 16])
-    acc = gl.zeros([16 * gl.num_warps(), BLOCK_M], gl.float32, MMA)
-    other_acc = gl.zeros([16 * gl.num_warps(), BLOCK_M], gl.float32, MMA)
-    for i in range(count):
-        slot = i % STAGES
-        mbarrier.wait(full.index(slot), (i // STAGES) & 1)
-        acc, other_acc = _add_step(bufs, slot, first + i, acc, other_acc, KIND, GROUP, ZEROS, GATED)
-        mbarrier.arrive(free.index(slot))
-    _finish(acc, other_acc, out, at, GROUP, GATED)
-
-
 @gluon.jit(do_not_specialize=["num_rows", "steps", "splits"])
 def packed_hopper_kernel(
     x_desc, words_desc, factors_desc, factors_ptr, bias_ptr, out_ptr, num_rows, num_columns, all_rows, steps, splits,
     KIND: gl.constexpr, GROUP: gl.constexpr, ZEROS: gl.constexpr, GATED: gl.constexpr, STAGES: gl.constexpr,
-    SPECIAL: gl.constexpr, PDL: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     """num_columns: of the output; all_rows, steps: of the weight, of a row of it. GROUP 0: one scale a row, fp32."""
     if PDL:
@@ -222,51 +178,40 @@ def packed_hopper_kernel(
     share = gl.cdiv(steps, splits)
     first = split * share
     count = gl.minimum(share, steps - first)
-    at = (gl.program_id(0) * BLOCK_M, tile * (ROWS if GATED else 2 * ROWS), first, count)
+    m, row = gl.program_id(0) * BLOCK_M, tile * (ROWS if GATED else 2 * ROWS)
     out = (factors_ptr, bias_ptr, out_ptr, split, num_rows, num_columns, all_rows)
-    descs = (x_desc, words_desc, factors_desc)
+    descs = (words_desc, factors_desc)
     bufs = (
         gl.allocate_shared_memory(x_desc.dtype, [STAGES] + x_desc.block_type.shape, x_desc.layout),  # noqa: RUF005
         gl.allocate_shared_memory(gl.int32, [STAGES] + words_desc.block_type.shape, words_desc.layout),  # noqa: RUF005
         gl.allocate_shared_memory(gl.int32, [STAGES] + factors_desc.block_type.shape, factors_desc.layout),  # noqa: RUF005
     )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-    if SPECIAL:
-        for i in gl.static_range(STAGES):
-            mbarrier.init(free.index(i), count=1)
-        fence_async_shared()
-        gl.warp_specialize([
-            (_multiply, (bufs, full, free, at, out, KIND, GROUP, ZEROS, GATED)),
-            (_load, (descs, bufs, full, free, at, BYTES, STEP, GROUP, ZEROS, PDL)),
-        ], [1], [24])  # fmt: skip
-    else:
-        fence_async_shared()
-        m, row, _, _ = at
-        for s in gl.static_range(STAGES):
-            mbarrier.expect(full.index(s), BYTES, pred=s < count)
-        for s in gl.static_range(STAGES):
-            _fetch_weight(descs, bufs, full.index(s), s, row, first + s, s < count, STEP, GROUP, ZEROS)
-        if PDL:
-            gdc_wait()
-        for s in gl.static_range(STAGES):
-            tma.async_copy_global_to_shared(
-                x_desc, [m, (first + s) * STEP], full.index(s), bufs[0].index(s), pred=s < count
-            )
-        acc, other_acc = gl.zeros([ROWS, BLOCK_M], gl.float32, MMA), gl.zeros([ROWS, BLOCK_M], gl.float32, MMA)
-        for i in range(count):
-            slot = i % STAGES
-            bar = full.index(slot)
-            mbarrier.wait(bar, (i // STAGES) & 1)
-            acc, other_acc = _add_step(bufs, slot, first + i, acc, other_acc, KIND, GROUP, ZEROS, GATED)
-            gl.thread_barrier()  # all warps have read the step
-            more, step = i + STAGES < count, first + i + STAGES
-            mbarrier.expect(bar, BYTES, pred=more)
-            _fetch_weight(descs, bufs, bar, slot, row, step, more, STEP, GROUP, ZEROS)
-            tma.async_copy_global_to_shared(x_desc, [m, step * STEP], bar, bufs[0].index(slot), pred=more)
-        _finish(acc, other_acc, out, at, GROUP, GATED)
+    fence_async_shared()
+    for s in gl.static_range(STAGES):
+        mbarrier.expect(full.index(s), BYTES, pred=s < count)
+    for s in gl.static_range(STAGES):
+        _fetch_weight(descs, bufs, full.index(s), s, row, first + s, s < count, STEP, GROUP, ZEROS)
+    if PDL:
+        gdc_wait()
+    for s in gl.static_range(STAGES):
+        tma.async_copy_global_to_shared(
+            x_desc, [m, (first + s) * STEP], full.index(s), bufs[0].index(s), pred=s < count
+        )
+    acc, other_acc = gl.zeros([ROWS, BLOCK_M], gl.float32, MMA), gl.zeros([ROWS, BLOCK_M], gl.float32, MMA)
+    for i in range(count):
+        slot = i % STAGES
+        bar = full.index(slot)
+        mbarrier.wait(bar, (i // STAGES) & 1)
+        acc, other_acc = _add_step(bufs, slot, first + i, acc, other_acc, KIND, GROUP, ZEROS, GATED)
+        gl.thread_barrier()  # all warps have read the step
+        more, step = i + STAGES < count, first + i + STAGES
+        mbarrier.expect(bar, BYTES, pred=more)
+        _fetch_weight(descs, bufs, bar, slot, row, step, more, STEP, GROUP, ZEROS)
+        tma.async_copy_global_to_shared(x_desc, [m, step * STEP], bar, bufs[0].index(slot), pred=more)
+    _finish(acc, other_acc, out, m, row, GROUP, GATED)
 
 
 def is_hopper(device: torch.device) -> bool:
@@ -281,33 +226,30 @@ def can_fetch(rows: Tensor, packed: Packed, *, gated: bool) -> bool:
 
 
 class Block(NamedTuple):
-    """How a launch cuts its work: rows of x; warps, 32 rows of the weight for each; stages."""
+    """How a launch cuts its work: rows of x; stages."""
 
     block_m: int
-    num_warps: int
     num_stages: int
 
 
-def block_of(packed: Packed, num_rows: int, splits: int, num_sms: int, shared_memory: int) -> Block:
-    """Two programs share a multiprocessor, or one with twice the rows of the weight where those of x are many."""
+def block_of(packed: Packed, num_rows: int, splits: int, shared_memory: int) -> Block:
+    """Two programs share a multiprocessor, each with as many stages as fit in half of its memory."""
     step, steps = step_columns(packed.kind), -(-packed.words.shape[1] // WORDS.value // splits)
     block_m = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64
-    num_warps = 8 if block_m == 64 and splits == 1 else 4
-    group, zeros = group_of_kernel(packed), packed.zeros is not None
-    stage = block_m * step * 2 + 32 * num_warps * 4 * (WORDS.value + factor_rows(step, group, zeros))
-    most = shared_memory - 1024 if num_warps == 8 else shared_memory // 2 - 2048
-    return Block(block_m, num_warps, max(2, min(most // stage, steps, 6)))
+    factors = factor_rows(step, group_of_kernel(packed), packed.zeros is not None)
+    stage = block_m * step * 2 + BLOCK_N * 4 * (WORDS.value + factors)
+    return Block(block_m, max(2, min((shared_memory // 2 - 2048) // stage, steps, 6)))
 
 
 def launch(
     rows: Tensor, packed: Packed, bias: Tensor | None, factors: Tensor, out: Tensor, tile: Block, splits: int, *,
-    gated: bool, special: bool = True, **options: Any,
+    gated: bool, **options: Any,
 ) -> None:  # fmt: skip
     """The product of x's rows [R, K] with the weight into out: [R, N] or [R, I], or parts [S, R, N]."""
-    block_m, num_warps, num_stages = tile
+    block_m, num_stages = tile
     all_rows, width, step = *packed.words.shape, step_columns(packed.kind)
     group, zeros, halves = group_of_kernel(packed), packed.zeros is not None, 2 if gated else 1
-    part, block = all_rows // halves, 32 * num_warps // halves
+    part, block = all_rows // halves, BLOCK_N // halves
     x_layout = gl.NVMMASharedLayout.get_default_for([block_m, step], TYPES[rows.dtype])
     x_desc = TensorDescriptor(rows, [len(rows), packed.in_features], [rows.stride(0), 1], [block_m, step], x_layout)
     words_desc = TensorDescriptor(
@@ -320,12 +262,10 @@ def launch(
         [halves, factor_rows(step, group, zeros), block], gl.NVMMASharedLayout(0, 32, 3),
     )  # fmt: skip
     num_columns = out.shape[-1]
-    grid = (-(-len(rows) // block_m), -(-num_columns // (16 * num_warps if gated else 32 * num_warps)), splits)
-    if special:
-        options["maxnreg"] = REGISTERS[num_warps, block_m]
+    grid = (-(-len(rows) // block_m), -(-num_columns // block), splits)
     with device_guard(rows):
         packed_hopper_kernel[grid](
             x_desc, words_desc, factors_desc, factors, bias, out, len(rows), num_columns, all_rows,
             width // WORDS.value, splits, KIND=packed.kind, GROUP=group, ZEROS=zeros, GATED=gated, STAGES=num_stages,
-            SPECIAL=special, num_warps=num_warps, enable_fp_fusion=False, **options,
+            num_warps=NUM_WARPS, enable_fp_fusion=False, **options,
         )  # fmt: skip
