@@ -37,6 +37,7 @@ from .packed_layout import Packed, group_of_kernel, step_columns
 
 WORDS = gl.constexpr(32)  # as in packed_layout.py
 PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+all_warps = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # Triton 3.6; 3.7
 NUM_WARPS = 4
 BLOCK_N = 32 * NUM_WARPS  # rows of the weight, in two tiles
 TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
@@ -206,7 +207,7 @@ def packed_hopper_kernel(
         bar = full.index(slot)
         mbarrier.wait(bar, (i // STAGES) & 1)
         acc, other_acc = _add_step(bufs, slot, first + i, acc, other_acc, KIND, GROUP, ZEROS, GATED)
-        gl.thread_barrier()  # all warps have read the step
+        all_warps()  # all warps have read the step
         more, step = i + STAGES < count, first + i + STAGES
         mbarrier.expect(bar, BYTES, pred=more)
         _fetch_weight(descs, bufs, bar, slot, row, step, more, STEP, GROUP, ZEROS)

@@ -258,6 +258,7 @@ class NoGPU:
 
 driver.set_active(NoGPU())
 from eagle_fast_kernels import packed, packed_many
+from eagle_fast_kernels.launch import Resources
 hopper = sys.argv[4] == "gluon"
 from packed_weights import KINDS, packed_case
 
@@ -271,11 +272,12 @@ if hopper:
     kernels[0] = packed.hopper, "packed_hopper_kernel"
 for module, name in kernels:
     record(getattr(module, name))
+for module in (packed, packed_many):
     module.use_triton = lambda *tensors: True
     pdl = {"PDL": True, "launch_pdl": True} if capability >= 90 else {"PDL": False}
     module.dependent_launch = lambda device: pdl
 packed._is_hopper = lambda device: capability == 90
-packed.resources = lambda device: (132, {80: 166912, 89: 101376, 90: 232448}[capability])
+packed.resources = lambda device: Resources(132, {80: 166912, 89: 101376, 90: 232448}[capability])
 for name in KINDS:
     weight, _, _ = packed_case(name, 128, 1024)
     packed_many.convert(weight, slice(0, 128), dtype)
