@@ -5,9 +5,10 @@
     packed_gated    silu(gate) * up of a weight [2I, K] = gate | up -> [R, I]
 
 A packed weight (`packed_layout.py`) stands for a dense one in x's dtype, (code - zero) * scale rounded once, which the
-kernel (`packed_kernels.py`) makes in registers; sums are in fp32, along K from left to right, never rescaled. So rows
-have the bits that `linear.py` gives them with the dense weight where K is cut alike. A weight with one scale a row, or
-one in all, multiplies by its codes as they are, and the sum by the scale, as int8 in `linear.py`.
+kernels (`packed_kernels.py`, on Hopper `packed_hopper.py`) make in registers; sums are in fp32, along K from left to
+right, never rescaled. So rows have the bits that `linear.py` gives them with the dense weight where K is cut alike. A
+weight with one scale a row, or one in all, multiplies by its codes as they are, and the sum by the scale, as int8 in
+`linear.py`.
 
 Bytes: the weight once, at 4 bits with groups of 128 N K 0.516 of them; 7 B weights 3.6 GB, 1.17 ms at 3.08 TB/s.
 x comes from L2 once for every BLOCK_N rows of the weight, and is four times a tile of words at 64 rows and BLOCK_N 64:
@@ -32,9 +33,14 @@ from .packed_kernels import packed_kernel
 from .packed_layout import WORDS, Packed, factors_of, group_of_kernel, has_kernel, pack, step_columns, unpack
 from .silu_mul import silu_mul
 
+# Gluon is experimental: other releases of Triton use `packed_kernel` only.
+HAS_GLUON = triton.__version__.startswith(("3.6.", "3.7."))
+if HAS_GLUON:
+    from . import packed_hopper as hopper
+
 __all__ = ["Packed", "factors_of", "pack", "packed_gated", "packed_matmul", "packed_sums", "unpack"]
 
-MOST_ROWS = 64  # that the kernel takes by itself
+MOST_ROWS = 256  # up to which the kernel, in tiles of 64, is faster than the weight made dense and cuBLAS
 PREFETCHED = 4  # steps of a row, 512 bytes
 
 
@@ -49,7 +55,7 @@ class PackedTile(NamedTuple):
 
 
 def packed_tile(packed: Packed, num_rows: int, *, split: bool) -> PackedTile:
-    """A wide weight takes wide tiles; others as many parts as the GPU can hold, of which rows know nothing."""
+    """Of `packed_kernel`, as measured on an H100; as many parts as the GPU can hold, of which rows know nothing."""
     num_sms, shared_memory = resources(packed.words.device)
     steps = packed.words.shape[1] // WORDS
     splits = 1
@@ -57,12 +63,15 @@ def packed_tile(packed: Packed, num_rows: int, *, split: bool) -> PackedTile:
         tiles = triton.cdiv(packed.out_features, 128)
         splits = max((s for s in range(1, steps // 2 + 1) if _fits(steps, s) and s * tiles <= 2 * num_sms), default=1)
     block_m = min(64, max(16, triton.next_power_of_2(num_rows)))
-    block_n = 128 if packed.out_features >= 64 * num_sms or block_m == 64 else 64
+    wide = packed.out_features >= 64 * num_sms
+    block_n = 128 if packed.kind != "int8" or (wide and block_m == 64) else 64
     if not _is_hopper(packed.words.device):
         block_n = 64
+    narrow = packed.kind == "fp8" or (packed.kind == "int4" and block_m <= 32 and not wide)
+    num_warps = 4 if narrow else block_n // 16
     stage = (block_n * 4 + step_columns(packed.kind) // WORDS * block_m * 2) * WORDS
-    num_stages = min(4, max(2, shared_memory // 2 // stage))
-    return PackedTile(block_m, block_n, splits, block_n // 16, num_stages)
+    num_stages = min(3 if packed.kind == "fp8" else 4, max(2, shared_memory // 2 // stage))
+    return PackedTile(block_m, block_n, splits, num_warps, num_stages)
 
 
 def _fits(steps: int, splits: int) -> bool:
@@ -160,13 +169,20 @@ def launch(
         rows = rows.index_select(1, packed.order)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     factors = factors_of(packed, x.dtype) if factors is None else factors
+    bias = None if bias is None else bias.contiguous()
+    if by_hopper(rows, packed, gated=gated):
+        block = hopper.block_of(packed, len(rows), tile.splits, resources(x.device).shared_memory)
+        hopper.launch(
+            rows, packed, bias, factors, out, block, tile.splits, gated=gated, **dependent_launch(x.device)
+        )  # fmt: skip
+        return
     inner, steps = packed.in_features, packed.words.shape[1] // WORDS
     shortest = steps - (tile.splits - 1) * triton.cdiv(steps, tile.splits)  # of the parts
     num_columns, block_n = out.shape[-1], tile.block_n // 2 if gated else tile.block_n
     grid = (triton.cdiv(len(rows), tile.block_m), triton.cdiv(num_columns, block_n), tile.splits)
     with device_guard(x):
         packed_kernel[grid](
-            rows, packed.words, factors, None if bias is None else bias.contiguous(), out,
+            rows, packed.words, factors, bias, out,
             len(rows), num_columns, inner, steps, rows.stride(0), tile.splits,
             KIND=packed.kind, GROUP=group_of_kernel(packed), ZEROS=packed.zeros is not None,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, GATED=gated, EVEN=inner % step_columns(packed.kind) == 0,
@@ -174,6 +190,11 @@ def launch(
             PTX=not INTERPRET and torch.version.hip is None, num_warps=tile.num_warps, num_stages=tile.num_stages,
             enable_fp_fusion=False, **dependent_launch(x.device),
         )  # fmt: skip
+
+
+def by_hopper(rows: Tensor, packed: Packed, *, gated: bool) -> bool:
+    """Whether `packed_hopper` takes the product."""
+    return HAS_GLUON and hopper.is_hopper(rows.device) and hopper.can_fetch(rows, packed, gated=gated)
 
 
 def packed_matmul_ref(x: Tensor, packed: Packed, *, bias: Tensor | None = None) -> Tensor:

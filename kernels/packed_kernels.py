@@ -20,7 +20,7 @@ ROWS = tl.constexpr(8)  # of gate and of up in turns: matrix instructions keep r
 
 
 @triton.constexpr_function
-def _assembly(kind, code, bf16, grouped, zeros):
+def assembly(kind, code, bf16, grouped, zeros):
     """Code `code` of the words in $1 and $2 as two floats in $0. $3 holds the scale twice, $5 what is added to the
     code twice; both may be any registers where they are not used."""
     fma = "fma.rn.bf16x2" if bf16 else "fma.rn.f16x2"
@@ -104,7 +104,7 @@ def _weights(
     added to a code: the 16 bits of each number twice in 32, [N, 1]."""
     if PTX:
         w = tl.inline_asm_elementwise(
-            _assembly(KIND, CODE, tl.bfloat16 == DTYPE, GROUPED, ZEROS), "=r,r,r,r,r,r,r", [words, scale, offset],
+            assembly(KIND, CODE, tl.bfloat16 == DTYPE, GROUPED, ZEROS), "=r,r,r,r,r,r,r", [words, scale, offset],
             dtype=tl.int16, is_pure=True, pack=2,
         )  # fmt: skip
         return w.to(DTYPE, bitcast=True)

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from eagle_fast_kernels import packed as module
 from eagle_fast_kernels.linear import few_rows_matmul
 from eagle_fast_kernels.packed import pack, packed_gated, packed_matmul, packed_sums, packed_tile, part_bounds, unpack
 from eagle_fast_kernels.packed_layout import dense_rows
@@ -173,6 +174,46 @@ def test_bits_are_those_of_the_dense_weight(num_rows, columns, name, dtype):
         assert torch.equal(part.to(dtype), alone)
 
 
+on_hopper = pytest.mark.skipif(
+    not (module.HAS_GLUON and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9),
+    reason="needs a Hopper GPU and a release of Triton that the kernel is written for",
+)
+
+
+@on_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", KINDS)
+@HALVES
+@SHAPES
+def test_kernel_of_hopper_gives_the_bits_of_the_other(num_rows, columns, name, dtype, bias, monkeypatch):
+    """Products and parts; a gate is within its own rounding, since the two kernels divide in other ways."""
+    x, packed = on_gpu(name, num_rows, columns, dtype)
+    bias = torch.randn(num_rows, device="cuda").to(dtype) if bias else None
+    taken = module.by_hopper(x, packed, gated=False), module.by_hopper(x, packed, gated=True)
+    assert taken == (num_rows % 4 == 0 and x.stride(0) % 8 == 0, num_rows % 8 == 0 and x.stride(0) % 8 == 0)
+    for rows in (1, 10, 17, 33, 60, 64, 100, 256):
+        out = [product(x[:rows], packed, bias=bias) for product in (packed_matmul, packed_sums, packed_gated)]
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "HAS_GLUON", False)
+            other = [product(x[:rows], packed, bias=bias) for product in (packed_matmul, packed_sums, packed_gated)]
+        assert torch.equal(out[0], other[0])
+        assert torch.equal(out[1], other[1])
+        check(out[2], other[2].double(), dtype, packed.in_features)
+
+
+@pytest.mark.skipif(not module.HAS_GLUON, reason="another release of Triton")
+def test_rows_and_weights_that_tma_can_fetch():
+    """On 16 bytes, both halves of a gated weight too."""
+    packed, _, _ = packed_case("int4, groups of 64", 36, 320)
+    x, can_fetch = torch.zeros(4, 328, dtype=torch.bfloat16), module.hopper.can_fetch
+    assert can_fetch(x[:, :320], packed, gated=False)
+    assert not can_fetch(x[:, :320], packed, gated=True)
+    assert not can_fetch(x[:, 4:324], packed, gated=False)
+    assert not can_fetch(torch.zeros(4, 324, dtype=torch.bfloat16)[:, :320], packed, gated=False)
+    assert not can_fetch(x[:0, :320], packed, gated=False)
+
+
 def added_up(product, dtype):
     return product if product.dtype == dtype else sum_parts_ref(product, dtype)
 
@@ -217,19 +258,26 @@ class NoGPU:
 
 driver.set_active(NoGPU())
 from eagle_fast_kernels import packed, packed_many
+from eagle_fast_kernels.launch import Resources
+hopper = sys.argv[4] == "gluon"
 from packed_weights import KINDS, packed_case
 
 compiled = []
 def record(kernel):
     launch = kernel.run
     kernel.run = lambda *args, warmup, **options: compiled.append(launch(*args, warmup=True, **options))
-for module, name in ((packed, "packed_kernel"), (packed_many, "dense_kernel")):
+kernels = [(packed, "packed_kernel"), (packed_many, "dense_kernel")]
+if hopper:
+    packed.hopper.is_hopper = lambda device: True
+    kernels[0] = packed.hopper, "packed_hopper_kernel"
+for module, name in kernels:
     record(getattr(module, name))
+for module in (packed, packed_many):
     module.use_triton = lambda *tensors: True
     pdl = {"PDL": True, "launch_pdl": True} if capability >= 90 else {"PDL": False}
     module.dependent_launch = lambda device: pdl
 packed._is_hopper = lambda device: capability == 90
-packed.resources = lambda device: (132, {80: 166912, 89: 101376, 90: 232448}[capability])
+packed.resources = lambda device: Resources(132, {80: 166912, 89: 101376, 90: 232448}[capability])
 for name in KINDS:
     weight, _, _ = packed_case(name, 128, 1024)
     packed_many.convert(weight, slice(0, 128), dtype)
@@ -246,11 +294,20 @@ for each in compiled:
     # before Hopper ptxas takes a few bytes of memory to fit one program more
     spilled = int(said.split(" bytes spill stores")[0].split()[-1])
     assert spilled <= (0 if capability == 90 else 64) and "arning" not in said, said
-    assert each.metadata.shared <= packed.resources(None)[1], each.metadata.shared
+    most = packed.resources(None)[1]
+    assert each.metadata.shared <= (most // 2 - 1024 if hopper else most), each.metadata.shared
     if capability == 90 and "wgmma" in ptx:
         assert ptx.count("wgmma.mma_async") == ptx.count("}, {"), "a weight comes from shared memory"
 print("compiled", len(compiled))
 """
+
+
+def compile_kernels(capability, dtype, tmp_path, which="triton"):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, "-c", COMPILE, str(capability), dtype, str(tmp_path / "kernel.ptx"), which]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["compiled", str(len(KINDS) * 4)], done.stderr[-3000:]
 
 
 @pytest.mark.parametrize(
@@ -258,8 +315,11 @@ print("compiled", len(compiled))
 )
 def test_kernels_compile_without_spills(capability, dtype, tmp_path):
     """For three generations of GPUs, on any machine; on Hopper all weights go from registers into the products."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    command = [sys.executable, "-c", COMPILE, str(capability), dtype, str(tmp_path / "kernel.ptx")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.stdout.split() == ["compiled", str(len(KINDS) * 4)], done.stderr[-3000:]
+    compile_kernels(capability, dtype, tmp_path)
+
+
+@pytest.mark.skipif(not module.HAS_GLUON, reason="another release of Triton")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_kernel_of_hopper_compiles_without_spills(dtype, tmp_path):
+    """In half of the memory of a multiprocessor, so that two programs share it."""
+    compile_kernels(90, dtype, tmp_path, "gluon")
