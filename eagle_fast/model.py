@@ -22,9 +22,10 @@ from eagle_fast.decoding.memory import check_memory
 from eagle_fast.decoding.request import Request
 from eagle_fast.decoding.states import IdleStates
 from eagle_fast.decoding.tune import pick_total_token
-from eagle_fast.decoding.validate import check_flags, check_forward, check_positive
+from eagle_fast.decoding.validate import check_positive
 from eagle_fast.head import DraftHead
 from eagle_fast.hf_generate import HFGenerateMixin
+from eagle_fast.hf_model import HFModelMixin
 from eagle_fast.loading import (
     HEAD_OPTIONS,
     HUB_OPTIONS,
@@ -40,12 +41,11 @@ from eagle_fast.loading import (
     runs_in_int8,
 )
 from eagle_fast.options import option_names, refuse_unknown
-from eagle_fast.target.interface import cache_argument
 from eagle_fast.target.placement import device_map_of, resolve_device, warn_if_slow
 from eagle_fast.target.turns import own_precision
 
 
-class EaModel(CallsMixin, HFGenerateMixin, nn.Module):
+class EaModel(CallsMixin, HFGenerateMixin, HFModelMixin, nn.Module):
     """Speculative decoding of `base_model` with `ea_layer`; `base_model` itself stays usable and unchanged.
 
     base_model: any stock causal LM whose attention goes through transformers' AttentionInterface, on one device or
@@ -258,33 +258,6 @@ class EaModel(CallsMixin, HFGenerateMixin, nn.Module):
             temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, max_length=max_length,
             is_llama3=is_llama3, **options,
         )  # fmt: skip
-
-    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, output_orig=False, position_ids=None):
-        """The target alone, as in SafeAILab/EAGLE: (outputs, hidden), or (outputs, logits, hidden) with output_orig.
-
-        hidden [B, L, H] is the last hidden state after the final norm, logits [B, L, V]. Raises ValueError.
-        """
-        check_forward(input_ids, attention_mask, past_key_values, position_ids, self.target)
-        output_orig = check_flags(output_orig=output_orig)[0]
-        input_ids = input_ids.to(self.target.input_device, torch.long)
-        kept = {}
-
-        def keep(module, args, output):
-            kept["outputs"] = output
-
-        handle = self.base_model.get_decoder().register_forward_hook(keep)
-        try:
-            with torch.inference_mode():
-                logits = self.base_model(
-                    input_ids=input_ids,
-                    attention_mask=attention_mask,
-                    position_ids=position_ids,
-                    **{cache_argument(self.base_model): past_key_values},
-                ).logits
-        finally:
-            handle.remove()
-        outputs = kept["outputs"]
-        return (outputs, logits, outputs[0]) if output_orig else (outputs, outputs[0])
 
     def warmup(self, batch: int = 1, max_length: int = 2048) -> None:
         """Before the clock: compile kernels and capture graphs for `batch` sequences of up to `max_length` tokens."""

@@ -23,6 +23,7 @@ CONFIG_FIELDS = {
         "?", "_pad_token_tensor", "do_sample", "get_generation_mode", "return_dict_in_generate",
         "stop_strings",
     },
+    "hf_model.py": {"setter"},  # of a property
     "pairs.py": {"eos_token_id", "pad_token_id", "quantization_config"},  # written, of the demo's model
     "target/experts.py": {"_experts_implementation"},
     "target/formats/quantizer.py": {"format", "quantization_config"},  # who is to load it
