@@ -17,6 +17,7 @@ from eagle_fast.decoding.memory import check_memory
 from eagle_fast.decoding.records import Keeps
 from eagle_fast.decoding.request import Request, end_of_turn, make_request, pad_id, padded, special_ids
 from eagle_fast.decoding.states import IdleStates
+from eagle_fast.decoding.tune import pick_total_token
 from eagle_fast.decoding.validate import check_flags
 from eagle_fast.head import DraftHead
 from eagle_fast.messages import warn_user
@@ -41,6 +42,8 @@ class CallsMixin:
     states: IdleStates
     tokenizer: Any
     generate: Callable
+    _is_followed: Callable[[], bool]
+    _look_at_parts: Callable[[], None]
 
     @property
     def exactness(self) -> Exactness:
@@ -63,8 +66,9 @@ class CallsMixin:
             warn_user(AUTOCAST)
         turn = self.target.turn
         with turn.lock, turn():
-            if self.target.is_current():
+            if self.target.is_current() and self._is_followed():
                 return
+            self._look_at_parts()
             target = self._new_target()
             if target.vocab_size != self.target.vocab_size:
                 raise ValueError(
@@ -73,6 +77,9 @@ class CallsMixin:
                 )
             self.states.follow(target)  # first: an interrupt in between makes the next call follow once more
             self.target = target
+            if self.tree.total_token == -1:
+                self.tree = pick_total_token(target, self.ea_layer, self.tree)
+            self.states.head, self.states.tree = self.ea_layer, self.tree
 
     def _refuse_unknown(self, method: str, options: dict[str, Any]) -> None:
         if not options:
@@ -97,7 +104,7 @@ class CallsMixin:
         if eos_token_id is None:
             eos_token_id = special_ids(self.base_model, "eos_token_id")
             if is_llama3:
-                eos_token_id = [*eos_token_id, end_of_turn(self.tokenizer)]
+                eos_token_id = [*eos_token_id, *end_of_turn(self.tokenizer)]
         request, ids = make_request(self.target, input_ids, eos_token_id=eos_token_id, **options)
         lengths = {name: options[name] for name in ("max_new_tokens", "max_length")}
         check_memory(self.states, speculative, len(request.prompts), request.longest, lengths)

@@ -41,11 +41,12 @@ from eagle_fast.loading import (
     runs_in_int8,
 )
 from eagle_fast.options import option_names, refuse_unknown
+from eagle_fast.parts import PartsMixin
 from eagle_fast.target.placement import device_map_of, resolve_device, warn_if_slow
 from eagle_fast.target.turns import own_precision
 
 
-class EaModel(CallsMixin, HFGenerateMixin, HFModelMixin, nn.Module):
+class EaModel(CallsMixin, PartsMixin, HFGenerateMixin, HFModelMixin, nn.Module):
     """Speculative decoding of `base_model` with `ea_layer`; `base_model` itself stays usable and unchanged.
 
     base_model: any stock causal LM whose attention goes through transformers' AttentionInterface, on one device or
@@ -54,7 +55,8 @@ class EaModel(CallsMixin, HFGenerateMixin, HFModelMixin, nn.Module):
     device_map: where base_model lies, module by module with the embedding first; {"": device} on one device.
     Calls may run interleaved and in several threads; they take turns to launch their rounds.
     Every call decodes base_model as it is then: adapters that were switched, added or removed, hooks, own forwards,
-    replaced modules and tensors, weights edited in place. A call under way goes on with what it began with.
+    replaced modules and tensors, weights edited in place; and so with base_model, ea_layer and tree that are replaced
+    themselves. A call under way goes on with what it began with.
     """
 
     @own_precision()
@@ -106,7 +108,8 @@ class EaModel(CallsMixin, HFGenerateMixin, HFModelMixin, nn.Module):
     ) -> EaModel:
         """Load a target and a head from the hub or from folders.
 
-        use_eagle3 None detects the kind of head from its tensors; a value that contradicts the file is an error.
+        use_eagle3 None detects the kind of head from its tensors; False beside an EAGLE-3 head is a warning, True
+        beside an older one an error.
         draft_int8: the head's weights in int8, which slightly changes how much is accepted, never the text; None: on
         a GPU of compute capability 8.0 or newer where the target runs in 16 bits.
         target_bits: 8 or 4: the weights of the target's layers are rounded to so many bits while they are loaded, from
@@ -148,6 +151,10 @@ class EaModel(CallsMixin, HFGenerateMixin, HFModelMixin, nn.Module):
                 )
             self._tokenizer = load_tokenizer(self._name, self._tokenizer_options)
         return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, value) -> None:
+        self._tokenizer = value
 
     def get_tokenizer(self):
         """The target's tokenizer."""

@@ -183,6 +183,35 @@ def test_options_in_the_words_of_older_transformers(folders, monkeypatch):
         pair(folders, dtype="float16", torch_dtype="float32")
 
 
+def test_settings_that_upstream_takes_as_off(folders, stock):
+    model = pair(folders)
+    ids = torch.tensor([[5, 17, 40]])
+    expected = stock(ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for settings in ({"top_p": None, "top_k": None}, {"temperature": 1e-6}, {"temperature": 1e-5}):
+            assert torch.equal(model.eagenerate(ids, max_new_tokens=NEW, **settings), expected)
+    options = {"temperature": 0.8, "seed": 3, "max_new_tokens": NEW}
+    sampled = model.eagenerate(ids, top_p=None, top_k=None, min_p=None, **options)
+    assert torch.equal(sampled, model.eagenerate(ids, **options))
+
+
+def test_a_tokenizer_without_end_of_turn(folders, stock):
+    model = pair(folders)
+    model.tokenizer = make_tokenizer()
+    ids = torch.tensor([[9, 30, 31]])
+    with pytest.warns(UserWarning, match=r"no <\|eot_id\|>"):
+        out = model.eagenerate(ids, max_new_tokens=NEW, is_llama3=True)
+    assert torch.equal(out, stock(ids))
+
+
+def test_use_eagle3_false_beside_an_eagle3_head(folders, stock):
+    with pytest.warns(UserWarning, match="use_eagle3=False, but"):
+        model = pair(folders, use_eagle3=False)
+    assert model.use_eagle3
+    assert torch.equal(model.eagenerate(torch.tensor([[5, 17]]), max_new_tokens=NEW), stock(torch.tensor([[5, 17]])))
+
+
 # -- the two functions -----------------------------------------------------------------------------------------------
 
 
