@@ -62,6 +62,7 @@ PRIVATE_NAMES = {
     "target/shards.py": {"_modules", "_pytree"},
     "target/watch.py": {"_parameters", "_buffers", "_version"},
     # Python, and our own
+    "attached.py": {"_eagle_fast"},
     "messages.py": {"_getframe"},
     "model.py": {"_tokenizer_options"},
     "target/formats/scheme.py": {"_replace"},
