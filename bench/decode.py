@@ -168,7 +168,7 @@ def main() -> None:
     nodes, depth, top_k = args.tree
     model = EaModel.from_pretrained(
         base_model_path=args.model, ea_model_path=args.head, total_token=nodes, depth=depth, top_k=top_k,
-        device_map=args.device, dtype=getattr(torch, args.dtype),
+        adaptive=False, device_map=args.device, dtype=getattr(torch, args.dtype),
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     rows = []

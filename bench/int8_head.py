@@ -37,7 +37,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    tree = dict(zip(("total_token", "depth", "top_k"), args.tree, strict=True))
+    tree = {**dict(zip(("total_token", "depth", "top_k"), args.tree, strict=True)), "adaptive": False}
     plain = EaModel.from_pretrained(
         base_model_path=args.model, ea_model_path=args.head, device_map=args.device, dtype=getattr(torch, args.dtype),
         draft_int8=False, **tree,

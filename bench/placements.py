@@ -74,7 +74,11 @@ def main() -> int:
     print(f"{'placement':<18}{'T':>5}{'GPUs':>6}{'texts':>7}{'same':>6}{'tau':>7}{'tokens/s':>10}")
     for name, device_map in placements(args.model).items():
         model = EaModel.from_pretrained(
-            base_model_path=args.model, ea_model_path=args.head, device_map=device_map, dtype=getattr(torch, args.dtype)
+            base_model_path=args.model,
+            ea_model_path=args.head,
+            device_map=device_map,
+            dtype=getattr(torch, args.dtype),
+            adaptive=False,
         )
         for temperature in args.temperature:
             own = texts(model, prompts, args, temperature)

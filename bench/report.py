@@ -24,6 +24,7 @@ END = "<!-- end of results -->"
 ROUND = "round-llama-3.1-8b"
 ROUND_70B = "round-llama-3.3-70b"
 DECODE = "decode-smollm2-135m"
+BATCH = "batch-smollm2-135m"
 OPS = "ops"
 
 
@@ -75,6 +76,16 @@ def _share_of_texts(record: dict) -> float:
     return sum(row["same"] for row in rows) / sum(row["prompts"] for row in rows)
 
 
+def _least_over_plain(record: dict) -> float:
+    """Of all batch sizes that the pair decoded greedily."""
+    return min(row["over_plain"] for row in record["pair"] if row["temperature"] == 0)
+
+
+def _shapes_over_plain(batch: int) -> Callable[[dict], float]:
+    """A KeyError where the record has no such batch."""
+    return lambda record: {row["batch"]: row["over_plain"] for row in record["shapes"]["rows"]}[batch]
+
+
 def _boundary(several: dict, one: dict) -> float:
     """What each boundary between GPUs adds to a round, in us."""
     return (several["round_ms"] - one["round_ms"]) / several["boundaries"] * 1e3
@@ -100,6 +111,13 @@ FIGURES = (
     ),
     Figure("round, SmolLM2-135M", ("round-smollm2-135m",), _field("round_ms"), "{:.2f} ms", "", _field("floor_ms")),
     Figure("SmolLM2 pair over plain decoding, T=0", (DECODE,), _mean_speedup, "{:.2f} x", "≥ 1.8 x"),
+    Figure("the pair at any batch of 1 to 32 over plain decoding, least", (BATCH,), _least_over_plain, "{:.2f} x",
+           "≥ 1.0 x"),
+    Figure("8B, 8 sequences over plain decoding, with the pair's acceptance", (BATCH,), _shapes_over_plain(8),
+           "{:.2f} x", "≥ 2.7 x"),
+    Figure("the same with 32 sequences", (BATCH,), _shapes_over_plain(32), "{:.2f} x", "≥ 2.1 x"),
+    Figure("8B with a head that knows nothing, time over plain decoding's", (BATCH,),
+           lambda record: record["shapes"]["random_head_over_plain"], "{:.3f} x", "≤ 1.05 x"),
     Figure("rows of logits, 8B, with a bit that is not plain decoding's", ("bits-llama-3.1-8b",), _field("differ"),
            "{:,.0f}", "0"),
     Figure("texts of the SmolLM2 pair that are plain decoding's, bfloat16", ("lossless-bfloat16",), _share_of_texts,
@@ -131,7 +149,7 @@ def figure_row(figure: Figure, records: dict[str, dict]) -> str | None:
 
 def figures_table(records: dict[str, dict]) -> list[str]:
     rows = [row for figure in FIGURES if (row := figure_row(figure, records))]
-    benches = "`round`, `decode`, `ops`, `bits`, `lossless` in `bench/`"
+    benches = "`round`, `decode`, `ops`, `bits`, `lossless`, `batch` in `bench/`"
     head = f"| {benches} | measured | aim | floor (bytes) | hardware | commit |"
     return [head, "| --- | --- | --- | --- | --- | --- |", *rows] if rows else []
 

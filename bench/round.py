@@ -210,7 +210,7 @@ def main() -> None:
     placement = plan_target(args.shape, args.device_map)
     one = set(placement) == {""}
     target = build_target(args.shape, placement[""]) if one else build_spread_target(args.shape, placement)
-    model = EaModel(target, build_head(target), tree=TreeConfig(nodes, depth, top_k))
+    model = EaModel(target, build_head(target), tree=TreeConfig(nodes, depth, top_k), adaptive=False)
     rate = bandwidth()
     for device in model.target.devices:
         torch.cuda.empty_cache()

@@ -41,6 +41,7 @@ BITS = {  # record -> arguments of bits.py
     "bits-llama-3.1-8b": [],
     "bits-llama-3.1-8b-float16": ["--dtype", "float16"],
 }
+BATCH = "batch-smollm2-135m"
 LOSSLESS = ("float32", "bfloat16", "float16")
 OVER_SEVERAL = ("llama-3.1-8b", "llama-3.3-70b")  # over 2, 4 and 8 GPUs, where there are as many
 
@@ -116,6 +117,7 @@ def of_pair() -> dict[str, list[str]]:
     return {
         **{f"lossless-{dtype}": ["lossless.py", "--chat", "--dtype", dtype] for dtype in LOSSLESS},
         "int8-head-smollm2-135m": ["int8_head.py"],
+        BATCH: ["batch.py"],
         **several,
     }
 

@@ -48,7 +48,7 @@ class Held:
 def hook(head: str, **options: Any) -> Callable:
     """A `generate` for the model in whose folder, or repository on the hub, the head lies under this name.
 
-    options: total_token, depth and top_k of the tree, and draft_int8, as in `EaModel.from_pretrained`.
+    options: total_token, depth, top_k, adaptive and draft_int8, as in `EaModel.from_pretrained`.
     """
 
     def generate(*args, model: PreTrainedModel, custom_generate=None, trust_remote_code=None, **given):
@@ -80,11 +80,18 @@ def _decoder(model: PreTrainedModel, head: str, options: dict[str, Any]) -> Atta
         return held.model
 
 
-def _attach(model: PreTrainedModel, folder: Path, *, draft_int8: bool | None = None, **tree: int) -> Attached:
+def _attach(
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    draft_int8: bool | None = None,
+    adaptive: bool | None = None,
+    **tree: int,
+) -> Attached:
     layer = load_head(str(folder), model)
     if runs_in_int8(layer, draft_int8):
         layer.quantize()
-    decoder = Attached(model, layer, tree=TreeConfig(**tree))
+    decoder = Attached(model, layer, tree=TreeConfig(**tree), adaptive=adaptive)
     vars(decoder)["calls"] = threading.local()
     return decoder
 

@@ -10,25 +10,32 @@ from typing import Any
 import torch
 from transformers import GenerationMixin, PreTrainedModel
 
-from eagle_fast.config import TreeConfig
+from eagle_fast.config import ROOT_ALONE, TreeConfig
+from eagle_fast.decoding.adapt import Experience, TreeChooser
+from eagle_fast.decoding.choice import candidates
 from eagle_fast.decoding.generation import Decoding
 from eagle_fast.decoding.hooks import StopsComeOut
 from eagle_fast.decoding.memory import check_memory
 from eagle_fast.decoding.records import Keeps
 from eagle_fast.decoding.request import Request, end_of_turn, make_request, pad_id, padded, special_ids
+from eagle_fast.decoding.round import Round
 from eagle_fast.decoding.states import IdleStates
-from eagle_fast.decoding.tune import pick_total_token
 from eagle_fast.decoding.validate import check_flags
 from eagle_fast.head import DraftHead
 from eagle_fast.messages import warn_user
 from eagle_fast.options import option_names, refuse_unknown
 from eagle_fast.target import Exactness, Target
 from eagle_fast.target.check import checked_target
+from eagle_fast.target.exactness import BITWISE
 from eagle_fast.target.turns import autocast_on
 
 AUTOCAST = (
     "torch.autocast is on and does not apply: the model decodes in the precision of its weights; load it with dtype= "
     "for another"
+)
+TIMING_DECIDES = (
+    "adaptive=True: the tree of each round is chosen by measured times, and this model rounds by the number of rows "
+    "({where}), so two calls may give texts that part where two scores are about a rounding apart"
 )
 
 
@@ -40,8 +47,10 @@ class CallsMixin:
     tree: TreeConfig
     target: Target
     states: IdleStates
+    experience: Experience
     tokenizer: Any
     generate: Callable
+    _adaptive: bool | None
     _is_followed: Callable[[], bool]
     _look_at_parts: Callable[[], None]
 
@@ -55,6 +64,34 @@ class CallsMixin:
         two best scores are about a rounding apart. `exactness.reason` says why. See docs/exactness.md.
         """
         return self.target.exactness
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the tree of each round is the one that pays: asked for, or else where changing it changes no text,
+        which is where `exactness` is "bitwise", and in float32."""
+        if self._adaptive is not None:
+            return self._adaptive
+        return self.exactness == BITWISE or _is_float32(self.target)
+
+    def _warn_if_timing_decides(self) -> None:
+        if self.adaptive and self.exactness != BITWISE and not _is_float32(self.target):
+            where = f"from {self.exactness.module} on" if self.exactness.module else "see model.exactness.reason"
+            warn_user(TIMING_DECIDES.format(where=where))
+
+    def trees(self, batch: int = 1) -> tuple[TreeConfig, ...]:
+        """The trees that rounds of `batch` sequences may have: what was given alone, or those that the engine chooses
+        from, none of them more than that."""
+        if not self.adaptive or self.tree == ROOT_ALONE:
+            return (self.tree,)
+        return candidates(self.tree, batch, self.target.device.type == "cpu")
+
+    def _chooser(self, state: Round, request: Request, kind: type[TreeChooser]) -> TreeChooser | None:
+        if len(state.trees) == 1:
+            return None
+        worth = self.experience.worth(request.sampling.temperature, request.shared_noise)
+        context = sum(map(len, request.prompts)) / state.batch
+        where = {"on_host": bool(request.processors), "on_cpu": self.target.device.type == "cpu"}
+        return kind(state.trees, self.experience, worth, state.batch, context, **where)
 
     def _new_target(self) -> Target:
         boundaries = tuple(self.ea_layer.config.feature_layers)
@@ -76,9 +113,8 @@ class CallsMixin:
                     "when the head was loaded: load a head for it"
                 )
             self.states.follow(target)  # first: an interrupt in between makes the next call follow once more
+            self.experience = Experience(self.ea_layer.config.acceptance)
             self.target = target
-            if self.tree.total_token == -1:
-                self.tree = pick_total_token(target, self.ea_layer, self.tree)
             self.states.head, self.states.tree = self.ea_layer, self.tree
 
     def _refuse_unknown(self, method: str, options: dict[str, Any]) -> None:
@@ -112,13 +148,15 @@ class CallsMixin:
 
     @torch.inference_mode(False)  # buffers live longer than a call, and an inference tensor can't be written outside
     @torch.no_grad()
-    def _rounds(self, speculative: bool, request: Request, max_length: int = 0) -> abc.Generator[Decoding, None, None]:
+    def _rounds(
+        self, speculative: bool, request: Request, max_length: int = 0, chooser: type[TreeChooser] | None = None
+    ) -> abc.Generator[Decoding, None, None]:
         """Run a request; yields its `Decoding` with the tokens of each round, and frees the state when closed."""
         longest = max(request.longest, max_length)
         keeps = Keeps.NOTHING if request.processors else request.record.keeps
-        texts = request.prompts if request.reuse_cache else None
-        with self.states.lease(speculative, len(request.prompts), longest, keeps, texts) as (state, step, _):
-            decoding = Decoding(state, step, request)
+        batch, texts = len(request.prompts), request.prompts if request.reuse_cache else None
+        with self.states.lease(speculative, batch, longest, keeps, texts, self.trees(batch)) as (state, step, _):
+            decoding = Decoding(state, step, request, self._chooser(state, request, chooser or TreeChooser))
             decoding.begin()
             while not decoding.finished:
                 if decoding.advance():
@@ -149,3 +187,9 @@ class CallsMixin:
                     yield decoding.result(sequences, pad) if return_dict_in_generate else sequences
 
         return rounds()
+
+
+def _is_float32(target: Target) -> bool:
+    """Whether roundings are far smaller than the gaps between scores."""
+    tf32 = target.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    return target.dtype == torch.float32 and not tf32

@@ -46,9 +46,10 @@ def whole_number(value: Any) -> int | None:
 
 @dataclass(frozen=True)
 class TreeConfig:
-    """The dynamic draft tree of EAGLE-2/3 (Li et al. 2024, section 4), with the meaning of SafeAILab/EAGLE.
+    """The dynamic draft tree of EAGLE-2/3 (Li et al. 2024, section 4), with the meaning of SafeAILab/EAGLE: what every
+    round has or, where the engine chooses the tree of each, the most that it may have.
 
-    total_token  nodes that the target verifies, the root (the newest token) included; -1 picks from measured times;
+    total_token  nodes that the target verifies, the root (the newest token) included; -1 leaves them to the engine;
                  1, with depth=0 and top_k=1, is the root alone: one token per round
     depth        beam steps after the first, so the deepest drafted token is depth + 1 below the root
     top_k        width of the beam, and children that each beam row proposes
@@ -67,7 +68,7 @@ class TreeConfig:
         total, least = whole_number(self.total_token), 1 if (self.depth, self.top_k) == (0, 1) else 2
         if total is None or (total != -1 and not least <= total <= MAX_TREE_NODES):
             raise ValueError(
-                f"total_token={shown(self.total_token)}: use 2 to {MAX_TREE_NODES}, or -1 to pick from measured times"
+                f"total_token={shown(self.total_token)}: use 2 to {MAX_TREE_NODES}, or -1 to leave them to the engine"
             )
         object.__setattr__(self, "total_token", total)
         if total > 1 + self.num_candidates:

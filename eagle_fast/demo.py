@@ -10,19 +10,16 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoTokenizer
 
-from eagle_fast.config import TreeConfig
 from eagle_fast.model import EaModel
 from eagle_fast.pairs import SMOLLM2, smollm2_head, smollm2_target
 from eagle_fast.target.placement import resolve_device
 
 PROMPT = "Give me five tips for learning a new language."
-CPU_TREE = TreeConfig(total_token=8, depth=3, top_k=3)  # verifying a row costs a CPU far more than it costs a GPU
 
 
 class Typewriter:
@@ -78,9 +75,8 @@ def load(device_name: str) -> tuple[EaModel, Any]:
     device = resolve_device(device_name)
     folder = smollm2_target()
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    tree = CPU_TREE if device.type == "cpu" else TreeConfig()
     model = EaModel.from_pretrained(
-        base_model_path=str(folder), ea_model_path=str(smollm2_head()), device_map=device, dtype=dtype, **asdict(tree)
+        base_model_path=str(folder), ea_model_path=str(smollm2_head()), device_map=device, dtype=dtype
     )
     return model, AutoTokenizer.from_pretrained(folder)
 

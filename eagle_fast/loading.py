@@ -25,8 +25,8 @@ from eagle_fast.loading_target import (
 )
 from eagle_fast.messages import short
 from eagle_fast.target.anatomy import Anatomy
+from eagle_fast.target.ends import device_of, dtype_of, ends, matrix, num_rows
 from eagle_fast.target.sound import check_base
-from eagle_fast.target.twin import stored_weight
 
 __all__ = [
     "BITSANDBYTES_OPTIONS",
@@ -77,14 +77,13 @@ def load_head(
     device: torch.device | None = None,
 ) -> DraftHead:
     """The draft head for a target, by default beside the lm_head. options: `HEAD_OPTIONS` and `HUB_OPTIONS`."""
-    lm_head: Any = base_model.get_output_embeddings()
-    embedding, logits = (stored_weight(each) for each in (base_model.get_input_embeddings(), lm_head))
+    first, lm_head = ends(base_model)
     anatomy = Anatomy(base_model)
     checkpoint = read_head(
         path,
         target_hidden_size=anatomy.hidden_size,
-        target_vocab_size=min(len(logits), len(embedding)),  # what it cannot embed must not be drafted
-        target_embedding=embedding,
+        target_vocab_size=min(num_rows(lm_head), num_rows(first)),  # what it cannot embed must not be drafted
+        target_embedding=matrix(first),
         num_target_layers=anatomy.num_layers,
         use_eagle3=use_eagle3,
         revision=revision,
@@ -92,11 +91,11 @@ def load_head(
     )
     return DraftHead(
         checkpoint,
-        embedding=embedding,
-        lm_head_weight=logits,
+        embedding=matrix(first),
+        lm_head_weight=matrix(lm_head),
         lm_head_bias=getattr(lm_head, "bias", None),
-        dtype=logits.dtype,
-        device=device or logits.device,
+        dtype=dtype_of(lm_head),
+        device=device or device_of(lm_head),
     )
 
 

@@ -11,14 +11,14 @@ from transformers import AutoConfig, PreTrainedConfig
 from eagle_fast.loading_options import CONFIG_OPTIONS, transformers_options
 from eagle_fast.target.anatomy import Anatomy
 from eagle_fast.target.formats.scheme import Unreadable
-from eagle_fast.target.packing import Packing, packing_at_load, packing_of_file
+from eagle_fast.target.packing import Bits, Packing, packing_at_load, packing_of_file
 
 
 def packing_of(
     config: PreTrainedConfig | None,
     path: str,
     options: dict[str, Any],
-    target_bits: int | None,
+    bits: Bits,
     what: str,
     dtype: torch.dtype | None,
 ) -> tuple[Packing | None, str]:
@@ -27,10 +27,10 @@ def packing_of(
     options: of from_pretrained. dtype: of what is not packed, None for the checkpoint's. Raises ValueError.
     """
     trusted = bool(options.get("trust_remote_code"))
-    if target_bits is not None:
+    if bits:
         if is_adapter(path):
-            raise ValueError(f"target_bits={target_bits}, but {what} is an adapter: merge it into its model first")
-        return packing_at_load(target_bits, config, options, what, dtype, trust_remote_code=trusted), ""
+            raise ValueError(f"{bits}, but {what} is an adapter: merge it into its model first")
+        return packing_at_load(bits, config, options, what, dtype, trust_remote_code=trusted), ""
     if config is None or "quantization_config" in options or not Anatomy(config).is_quantized:
         return None, ""
     if is_adapter(path):

@@ -26,7 +26,7 @@ from eagle_fast.messages import listed, short, warn_user
 from eagle_fast.target.anatomy import Anatomy
 from eagle_fast.target.devices import STRATEGIES, check_device_map, check_max_memory, resolve_device
 from eagle_fast.target.kind import auto_class, check_layers, checked_dtype
-from eagle_fast.target.packing import Packing, check_all_read, say_how_it_runs
+from eagle_fast.target.packing import Bits, Packing, check_all_read, say_how_it_runs
 from eagle_fast.target.placement import GIB, bytes_by_device, model_bytes, plan_placement, skeleton
 from eagle_fast.target.quantized import bitsandbytes_config, drop_wrappers, quantization_options, without_its_warning
 from eagle_fast.target.sound import check_base
@@ -83,19 +83,21 @@ def load_target(
     options: dict[str, Any],
     max_memory: dict | None = None,
     target_bits: int | None = None,
+    lm_head_bits: int | None = None,
     *,
     name: str = NAME,
 ) -> PreTrainedModel:
     """The target: a model as it is, or one from the hub or a folder with options of transformers' from_pretrained.
 
-    target_bits: 8 or 4, that the weights of its layers are rounded to while they are loaded. name: of the argument that
-    it is given as. Raises ValueError, among them UnsupportedModel, for what cannot be loaded or decoded, as far as that
-    is known here.
+    target_bits: 8 or 4, that the weights of its layers are rounded to while they are loaded; lm_head_bits: 8, the same
+    of lm_head and embedding. name: of the argument that it is given as. Raises ValueError, among them UnsupportedModel,
+    for what cannot be loaded or decoded, as far as that is known here.
     """
     if isinstance(path_or_model, nn.Module):  # a PreTrainedModel, or a wrapper of one as PEFT's
         check_base(path_or_model, name)
         check_names_of_loaded(path_or_model, options)
-        given = options | {"device_map": device_map, "max_memory": max_memory, "target_bits": target_bits}
+        more = {"device_map": device_map, "max_memory": max_memory}
+        given = options | more | {"target_bits": target_bits, "lm_head_bits": lm_head_bits}
         names = sorted(key for key, value in given.items() if key in options or value is not None)
         if names:
             raise ValueError(f"{names} cannot change a model that is loaded already: pass them where you load it")
@@ -111,7 +113,7 @@ def load_target(
     device = _one_device(device_map, max_memory)
     config = _read_config(path, options, name)
     what = f"{name}={path!r}"
-    packing, reason = packing_of(config, path, options, target_bits, what, _dtype(options))
+    packing, reason = packing_of(config, path, options, Bits(target_bits, lm_head_bits), what, _dtype(options))
     if packing is None:
         options = quantization_options(config, options, what, reason)
     trusted = bool(options.get("trust_remote_code"))
@@ -133,7 +135,7 @@ def load_target(
             f"{listed(missing)}; is it complete, no draft head, and its config.json its own?"
         )
     if packing is not None:
-        check_all_read(unexpected, what)
+        check_all_read(unexpected, packing, what)
     check_base(model, name)
     say_how_it_runs(model, what, packing, reason)
     if Anatomy(model).softcap and "attn_implementation" not in options:
@@ -179,14 +181,14 @@ def _checked_dtypes(dtype: Any) -> Any:
 
 def _read_config(path: str, options: dict[str, Any], name: str) -> PreTrainedConfig | None:
     """The checkpoint's config, or that given as config=; None where a GGUF file stands for it."""
-    given = options.get("config")
+    given, hub = options.get("config"), {key: options[key] for key in CONFIG_OPTIONS if key in options}
     if given is not None:
         if not isinstance(given, PreTrainedConfig):
             raise ValueError(f"config={given!r}: pass a config of transformers, or leave it out")
+        _check_width(given, path, hub, name)
         return given
     if options.get("gguf_file") is not None:
         return None
-    hub = {key: options[key] for key in CONFIG_OPTIONS if key in options}
     with loading(name, path, options):
         try:
             return AutoConfig.from_pretrained(path, **hub)
@@ -195,6 +197,20 @@ def _read_config(path: str, options: dict[str, Any], name: str) -> PreTrainedCon
             if base is None:
                 raise
             return AutoConfig.from_pretrained(base, **hub | {"revision": None})
+
+
+def _check_width(given: PreTrainedConfig, path: str, hub: dict[str, Any], name: str) -> None:
+    """A config of another width than the checkpoint's own is of another model, and all weights would be made up."""
+    try:
+        own = AutoConfig.from_pretrained(path, **hub)
+    except (OSError, ValueError):
+        return  # it has none, and its weights will tell
+    widths = [Anatomy(each).stated_width for each in (given, own)]
+    if widths[0] != widths[1]:
+        raise ValueError(
+            f"config= is of a model of width {widths[0]} (hidden_size), and that of {name}={path!r} is {widths[1]}: "
+            "pass the checkpoint's own config with what you change in it, or leave it out"
+        )
 
 
 def _base_of_adapter(path: str, hub: dict[str, Any]) -> str | None:

@@ -17,12 +17,11 @@ from transformers import PreTrainedModel
 
 from eagle_fast.calls import CallsMixin
 from eagle_fast.config import TreeConfig
-from eagle_fast.decoding.graph import WARMUP_STEPS
+from eagle_fast.decoding.adapt import EachInTurn, Experience
 from eagle_fast.decoding.memory import check_memory
 from eagle_fast.decoding.request import Request
 from eagle_fast.decoding.states import IdleStates
-from eagle_fast.decoding.tune import pick_total_token
-from eagle_fast.decoding.validate import check_positive
+from eagle_fast.decoding.validate import check_adaptive, check_positive
 from eagle_fast.head import DraftHead
 from eagle_fast.hf_generate import HFGenerateMixin
 from eagle_fast.hf_model import HFModelMixin
@@ -53,6 +52,7 @@ class EaModel(CallsMixin, PartsMixin, HFGenerateMixin, HFModelMixin, nn.Module):
     several. It decodes in eval mode here whatever its own mode is.
     ea_layer: the draft head, on any device. Raises UnsupportedModel, with the reason, for other models.
     device_map: where base_model lies, module by module with the embedding first; {"": device} on one device.
+    adaptive: see from_pretrained; `adaptive` is what was decided.
     Calls may run interleaved and in several threads; they take turns to launch their rounds.
     Every call decodes base_model as it is then: adapters that were switched, added or removed, hooks, own forwards,
     replaced modules and tensors, weights edited in place; and so with base_model, ea_layer and tree that are replaced
@@ -67,6 +67,7 @@ class EaModel(CallsMixin, PartsMixin, HFGenerateMixin, HFModelMixin, nn.Module):
         *,
         tree: TreeConfig | None = None,
         name: str = "",
+        adaptive: bool | None = None,
         **options,
     ):
         refuse_unknown(type(self).__name__, options, option_names(EaModel.__init__))
@@ -74,16 +75,17 @@ class EaModel(CallsMixin, PartsMixin, HFGenerateMixin, HFModelMixin, nn.Module):
         super().__init__()
         self.base_model, self.ea_layer = base_model, ea_layer
         self.config = base_model.config
+        self._adaptive = check_adaptive(adaptive, tree)
         self.tree = tree or TreeConfig()
         self.target = self._new_target()
         self.device_map = device_map_of(base_model)
         self._name = os.fspath(name or "") or getattr(base_model, "name_or_path", "")
         self._tokenizer: Any = None
         self._tokenizer_options: dict[str, Any] = {}
-        if self.tree.total_token == -1:
-            self.tree = pick_total_token(self.target, ea_layer, self.tree)
         self.states = IdleStates(self.target, ea_layer, self.tree)
+        self.experience = Experience(ea_layer.config.acceptance)
         warn_if_slow(base_model)
+        self._warn_if_timing_decides()
 
     @classmethod
     @names_options
@@ -98,22 +100,30 @@ class EaModel(CallsMixin, PartsMixin, HFGenerateMixin, HFModelMixin, nn.Module):
         top_k: int = 10,
         threshold: float = 1.0,
         *,
+        adaptive: bool | None = None,
         device_map=None,
         max_memory: dict | None = None,
         draft_device=None,
         ea_revision: str | None = None,
         draft_int8: bool | None = None,
         target_bits: int | None = None,
+        lm_head_bits: int | None = None,
         **kwargs,
     ) -> EaModel:
         """Load a target and a head from the hub or from folders.
 
         use_eagle3 None detects the kind of head from its tensors; False beside an EAGLE-3 head is a warning, True
         beside an older one an error.
+        total_token, depth, top_k: see TreeConfig. adaptive: None and True, the most that the tree of a round may have:
+        each round has the one that pays best by measured times and acceptance, or none; False: they are held fixed.
+        None is False where `exactness` is "rounding" in 16 bits: there True lets timing decide the text, with a
+        warning. total_token=-1 is adaptive up to the engine's own limits.
         draft_int8: the head's weights in int8, which slightly changes how much is accepted, never the text; None: on
         a GPU of compute capability 8.0 or newer where the target runs in 16 bits.
         target_bits: 8 or 4: the weights of the target's layers are rounded to so many bits while they are loaded, from
         a checkpoint of 16 or 32. base_model is the rounded model then, and the text its own.
+        lm_head_bits: 8: the same of lm_head and embedding, of any checkpoint that has them in 16 or 32 bits and whose
+        layers are plain, packed or rounded.
         base_model_path may be a loaded model. threshold is accepted for SafeAILab/EAGLE's sake and changes nothing.
         device_map: "auto" (one GPU if the pair fits on one), "balanced", "balanced_low_0", "sequential" with max_memory
         as in transformers, a device, or a dict of module names; draft_device: the head's, by default the lm_head's.
@@ -124,17 +134,18 @@ class EaModel(CallsMixin, PartsMixin, HFGenerateMixin, HFModelMixin, nn.Module):
         kwargs = modern_options(kwargs)
         head_path = known_path("ea_model_path", ea_model_path)
         tree = TreeConfig(total_token, depth, top_k)
+        check_adaptive(adaptive, tree)
         head_options = {key: kwargs.pop(key) for key in HEAD_OPTIONS if key in kwargs}
         head_options |= {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
         check_head_arguments(head_path, threshold, use_eagle3, head_options)
         there = None if draft_device is None else resolve_device(draft_device, "draft_device")
-        base_model = load_target(base_model_path, device_map, kwargs, max_memory, target_bits)
+        base_model = load_target(base_model_path, device_map, kwargs, max_memory, target_bits, lm_head_bits)
         head = load_head(
             head_path, base_model, use_eagle3=use_eagle3, revision=ea_revision, options=head_options, device=there
         )
         if runs_in_int8(head, draft_int8):
             head.quantize()
-        model = cls(base_model, head, tree=tree)
+        model = cls(base_model, head, tree=tree, adaptive=adaptive)
         model._tokenizer_options = {key: kwargs[key] for key in TOKENIZER_OPTIONS if key in kwargs}
         return model
 
@@ -267,13 +278,15 @@ class EaModel(CallsMixin, PartsMixin, HFGenerateMixin, HFModelMixin, nn.Module):
         )  # fmt: skip
 
     def warmup(self, batch: int = 1, max_length: int = 2048) -> None:
-        """Before the clock: compile kernels and capture graphs for `batch` sequences of up to `max_length` tokens."""
+        """Before the clock: compile kernels and capture graphs for `batch` sequences of up to `max_length` tokens, and
+        time the rounds of every tree that they may have."""
         batch, max_length = check_positive(batch=batch, max_length=max_length)
         self._follow()
         for speculative in (True, False):
             check_memory(self.states, speculative, batch, max_length, {"batch": batch, "max_length": max_length})
-            budget = (WARMUP_STEPS + 2) * (self.tree.max_path if speculative else 1)
-            for _ in self._rounds(speculative, Request([[0, 0]] * batch, [budget] * batch), max_length):
+            paths = [tree.max_path for tree in self.trees(batch)] if speculative else [1]
+            budget = EachInTurn.ROUNDS * sum(paths)
+            for _ in self._rounds(speculative, Request([[0, 0]] * batch, [budget] * batch), max_length, EachInTurn):
                 pass
 
     # -- as a module -------------------------------------------------------------------------------------------------
@@ -281,7 +294,7 @@ class EaModel(CallsMixin, PartsMixin, HFGenerateMixin, HFModelMixin, nn.Module):
     def _apply(self, fn, recurse=True):
         """Conversions that change nothing, as `.to("cuda:0")` of a model that is there, pass; others are errors."""
         weight = self.ea_layer.embedding
-        moved = fn(weight.new_empty(0))
+        moved = fn(torch.empty(0, dtype=weight.dtype, device=weight.device))
         if (moved.device, moved.dtype) != (weight.device, weight.dtype):
             raise ValueError(
                 f"the model is loaded in {weight.dtype} on {weight.device}: pass dtype= and device_map= to "

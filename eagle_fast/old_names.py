@@ -42,7 +42,6 @@ PLACES = {  # old module -> where its names are now
     "shards": ("target.shards",),
     "transfers": ("layers.transfers",),
     "tree": ("decoding.tree",),
-    "tune": ("decoding.tune",),
     "twin": ("target.twin",),
     "validate": ("decoding.validate",),
 }

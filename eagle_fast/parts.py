@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from eagle_fast.config import TreeConfig
+from eagle_fast.decoding.choice import resolved
 from eagle_fast.decoding.states import IdleStates
 from eagle_fast.head import DraftHead
 from eagle_fast.loading import check_pair
@@ -46,7 +47,7 @@ class PartsMixin:
         self._settle(value or TreeConfig())
 
     def _settle(self, tree: TreeConfig) -> None:
-        head = self.ea_layer
+        head, tree = self.ea_layer, resolved(tree)
         self._tree, head.tree, head.heard = tree, tree, len(head.asked)
         self._heard = id(head), head.heard
 

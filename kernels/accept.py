@@ -2,6 +2,8 @@
 
     path[0] = 0,   path[r + 1] = the node c with parents[c] = path[r] and tokens[c] = chosen[path[r]]
     emitted[r] = chosen[path[r]]
+    ranks[r]   = how many children of path[r] come before path[r + 1]; where the walk ends at path[r], -1 - m of its m
+                 children, none of which was right, and -1 where they were not looked at
 
     B sequences   T tree nodes   A most nodes on a path
 
@@ -28,8 +30,8 @@ MOST_NODES = 4096  # of a tree, which one program holds
 
 @triton.jit
 def _accept_kernel(
-    tokens_ptr, parents_ptr, chosen_ptr, lengths_ptr, ends_ptr, roots_ptr, report_ptr, path_ptr,
-    T: tl.constexpr, A: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
+    tokens_ptr, parents_ptr, chosen_ptr, lengths_ptr, ends_ptr, roots_ptr, report_ptr, path_ptr, ranks_ptr,
+    T: tl.constexpr, A: tl.constexpr, BLOCK_T: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     after_earlier_kernels(PDL)
     sequence = tl.program_id(0).to(tl.int64)
@@ -49,22 +51,28 @@ def _accept_kernel(
         tl.store(report + 1 + step, token)
         newest = tl.where(walking, tl.maximum(token, 0), newest)
         count += walking.to(tl.int32)
-        matches = walking & (count < room) & (token >= 0) & (node > 0) & (parents == here) & (tokens == token)
-        child = tl.min(tl.where(matches, node, BLOCK_T), 0)
+        children = walking & (count < room) & (token >= 0) & (node > 0) & (parents == here)
+        child = tl.min(tl.where(children & (tokens == token), node, BLOCK_T), 0)
+        if RANKS:
+            before = tl.sum((children & (node < child)).to(tl.int32), 0)
+            rank = tl.where(child < BLOCK_T, before, -1 - before)
+            tl.store(ranks_ptr + sequence * A + step, rank.to(tl.int64))
         here = tl.where(child < BLOCK_T, child, -1)
     tl.store(report, count.to(tl.int64))
     tl.store(roots_ptr + sequence, newest)
 
 
 def accept(
-    tokens: Tensor, parents: Tensor, chosen: Tensor, lengths: Tensor, ends: Tensor, roots: Tensor, report: Tensor
-) -> Tensor:
+    tokens: Tensor, parents: Tensor, chosen: Tensor, lengths: Tensor, ends: Tensor, roots: Tensor, report: Tensor,
+    ranks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The accepted path [B, A] of every sequence: tree nodes, root first, then zeros.
 
     tokens, parents [B, T] of the tree (parents[:, 0] = -1); chosen [B, T] the target's token after each node, -1 (no
     valid choice) matches nothing; lengths, ends [B]: a path has at most ends - lengths nodes.
     report [B, 1 + A] gets the number of nodes on each path and the token chosen after each of them, then zeros; roots
     [B] the last of these tokens (0 if it is -1), and keep what they are where there is none. All are int64, contiguous.
+    ranks [B, A]: if given, gets the ranks above, and -1 behind the end of the walk.
     """
     num_sequences, num_nodes = shape = tensor("tokens", tokens, "B T", INT64)
     near = ("tokens", tokens)
@@ -82,37 +90,47 @@ def accept(
         )
     if num_nodes > 1:
         of_nodes.append(near)  # a root alone may be its own token: the kernel does not look at it
-    written([("report", report), of_sequences.pop()], [*of_nodes, *of_sequences])
+    outputs = [("report", report), of_sequences.pop()]
+    if ranks is not None:
+        tensor("ranks", ranks, "B A", INT64, (num_sequences, max_path), near=("report", report))
+        outputs.append(("ranks", ranks))
+    written(outputs, [*of_nodes, *of_sequences])
     if not use_triton(tokens):
-        return accept_ref(tokens, parents, chosen, lengths, ends, roots, report)
+        return accept_ref(tokens, parents, chosen, lengths, ends, roots, report, ranks)
     path = tokens.new_empty(num_sequences, max_path)
     with device_guard(tokens):
         _accept_kernel[(num_sequences,)](
-            tokens, parents, chosen, lengths, ends, roots, report, path,
-            T=num_nodes, A=max_path, BLOCK_T=triton.next_power_of_2(num_nodes), num_warps=1,
+            tokens, parents, chosen, lengths, ends, roots, report, path, path if ranks is None else ranks,
+            T=num_nodes, A=max_path, BLOCK_T=triton.next_power_of_2(num_nodes), RANKS=ranks is not None, num_warps=1,
             **dependent_launch(tokens.device),
         )  # fmt: skip
     return path
 
 
 def accept_ref(
-    tokens: Tensor, parents: Tensor, chosen: Tensor, lengths: Tensor, ends: Tensor, roots: Tensor, report: Tensor
-) -> Tensor:
+    tokens: Tensor, parents: Tensor, chosen: Tensor, lengths: Tensor, ends: Tensor, roots: Tensor, report: Tensor,
+    ranks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """`accept` in plain PyTorch: all sequences take a step together."""
     num_nodes, room = tokens.shape[1], (ends - lengths)[:, None]
     nodes = torch.arange(num_nodes, device=tokens.device)
     node, walking, newest = torch.zeros_like(tokens[:, :1]), room > 0, roots[:, None]
-    path, emitted, walked = [], [], []
+    path, emitted, walked, ranked = [], [], [], []
     for step in range(report.shape[1] - 1):
         token = chosen.gather(1, node)
         path.append(torch.where(walking, node, 0))
         emitted.append(torch.where(walking, token, 0))
         walked.append(walking)
         newest = torch.where(walking, token.clamp(min=0), newest)
-        matches = (nodes > 0) & (parents == node) & (tokens == token) & (token >= 0)
-        child = torch.where(matches, nodes, num_nodes).amin(1, keepdim=True)
-        walking = walking & (child < num_nodes) & (step + 1 < room)
+        walking = walking & (step + 1 < room)
+        children = walking & (nodes > 0) & (parents == node) & (token >= 0)
+        child = torch.where(children & (tokens == token), nodes, num_nodes).amin(1, keepdim=True)
+        before = (children & (nodes < child)).sum(1, keepdim=True)
+        walking = walking & (child < num_nodes)
+        ranked.append(torch.where(walking, before, -1 - before))
         node = torch.where(walking, child, 0)
     report.copy_(torch.cat([torch.cat(walked, 1).sum(1, keepdim=True), *emitted], 1))
     roots.copy_(newest[:, 0])
+    if ranks is not None:
+        ranks.copy_(torch.cat(ranked, 1))
     return torch.cat(path, 1)

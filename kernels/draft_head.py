@@ -27,42 +27,48 @@ from torch import Tensor
 
 from .check import HUGE, flag, number, whole
 from .draft_head_inputs import check_head_input, check_rope_append
+from .embedding import bytes_and_scales, embedding_rows_ref, packed_columns
 from .launch import device_guard, use_triton
 from .overlap import after_earlier_kernels, dependent_launch
+from .packed_layout import Packed
 from .rms_norm import given_norm_ref, normalize, num_warps, sum_parts, sum_parts_ref
 
 FEW_ROWS, ROWS = 64, 8  # rope_append: one row per program up to FEW_ROWS, then ROWS per program
 
 
 @triton.jit
-def _copy_normed(source, norm_ptr, target, plain_target, width, eps, BLOCK: tl.constexpr):
+def _store_normed(x, norm_ptr, target, width, eps, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
-    x = tl.load(source + i, mask=i < width, other=0.0)
-    if plain_target is not None:
-        tl.store(plain_target + i, x, mask=i < width)
-    x = x.to(tl.float32)
+    wide = x.to(tl.float32)
     if norm_ptr is not None:
         weight = tl.load(norm_ptr + i, mask=i < width, other=0.0).to(tl.float32)
-        x, _ = normalize(x, x, weight, weight, width, eps, source.dtype.element_ty)
-    tl.store(target + i, x.to(target.dtype.element_ty), mask=i < width)
+        wide, _ = normalize(wide, wide, weight, weight, width, eps, x.dtype)
+    tl.store(target + i, wide.to(target.dtype.element_ty), mask=i < width)
 
 
 @triton.jit
 def _head_input_kernel(
-    tokens_ptr, hidden_ptr, rows_ptr, embedding_ptr, embed_norm_ptr, hidden_norm_ptr, out_ptr, taken_ptr, eps,
-    stride_h, stride_e, E: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    tokens_ptr, hidden_ptr, rows_ptr, embedding_ptr, scale_ptr, embed_norm_ptr, hidden_norm_ptr, out_ptr, taken_ptr,
+    eps, stride_h, stride_e, E: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """scale_ptr: of a packed embedding's rows."""
     after_earlier_kernels(PDL)
-    row = tl.program_id(0).to(tl.int64)
+    row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     target = out_ptr + row * (E + H)
     if tl.program_id(1) == 0:
         token = tl.maximum(tl.load(tokens_ptr + row), 0)
-        _copy_normed(embedding_ptr + token * stride_e, embed_norm_ptr, target, None, E, eps, BLOCK)
-    elif rows_ptr is None:
-        _copy_normed(hidden_ptr + row * stride_h, hidden_norm_ptr, target + E, None, H, eps, BLOCK)
+        entry = embedding_ptr + token * stride_e
+        if scale_ptr is not None:
+            e = packed_columns(entry, tl.load(scale_ptr + token), i, i < E, out_ptr.dtype.element_ty)
+        else:
+            e = tl.load(entry + i, mask=i < E, other=0.0)
+        _store_normed(e, embed_norm_ptr, target, E, eps, BLOCK)
     else:
-        source = hidden_ptr + tl.load(rows_ptr + row) * stride_h
-        _copy_normed(source, hidden_norm_ptr, target + E, taken_ptr + row * H, H, eps, BLOCK)
+        source = row if rows_ptr is None else tl.load(rows_ptr + row)
+        h = tl.load(hidden_ptr + source * stride_h + i, mask=i < H, other=0.0)
+        if rows_ptr is not None:
+            tl.store(taken_ptr + row * H + i, h, mask=i < H)
+        _store_normed(h, hidden_norm_ptr, target + E, H, eps, BLOCK)
 
 
 @triton.jit
@@ -117,26 +123,28 @@ def _rope_append_kernel(
 
 
 def head_input(
-    tokens: Tensor, hidden: Tensor, embedding: Tensor, embed_norm: Tensor | None = None,
+    tokens: Tensor, hidden: Tensor, embedding: Tensor | Packed, embed_norm: Tensor | None = None,
     hidden_norm: Tensor | None = None, eps: float = 1e-6, rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """([R, E+H] in hidden's dtype, hidden[rows] [R, H]): embedding [V, E] rows of tokens [R], then the hidden states,
     each through its RMSNorm.
 
     hidden is [N, H], rows [R]; without rows N = R and hidden itself is returned. A token of -1 (the target had no valid
-    choice) reads row 0.
+    choice) reads row 0. An embedding may be packed, in int8 with a scale a row (`embedding.py`).
     """
     eps = check_head_input(tokens, hidden, embedding, embed_norm, hidden_norm, eps, rows)
-    num_rows, embed_size, hidden_size = len(tokens), embedding.shape[1], hidden.shape[1]
-    if not use_triton(hidden, embedding, embed_norm, hidden_norm):
+    table, scale = bytes_and_scales(embedding) if isinstance(embedding, Packed) else (embedding, None)
+    embed_size = embedding.in_features if isinstance(embedding, Packed) else embedding.shape[1]
+    num_rows, hidden_size = len(tokens), hidden.shape[1]
+    if not use_triton(hidden, table, embed_norm, hidden_norm):
         return head_input_ref(tokens, hidden, embedding, embed_norm, hidden_norm, eps, rows)
     out = hidden.new_empty(num_rows, embed_size + hidden_size)
     taken = hidden if rows is None else hidden.new_empty(num_rows, hidden_size)
     block = triton.next_power_of_2(max(embed_size, hidden_size))
     with device_guard(hidden):
         _head_input_kernel[(num_rows, 2)](
-            tokens, hidden, rows, embedding, embed_norm, hidden_norm, out, taken, eps,
-            hidden.stride(0), embedding.stride(0), E=embed_size, H=hidden_size,
+            tokens, hidden, rows, table, scale, embed_norm, hidden_norm, out, taken, eps,
+            hidden.stride(0), table.stride(0), E=embed_size, H=hidden_size,
             BLOCK=block, num_warps=num_warps(block), **dependent_launch(hidden.device),
         )  # fmt: skip
     return out, taken
@@ -205,12 +213,17 @@ def rope_ref(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, interleaved
 
 
 def head_input_ref(
-    tokens: Tensor, hidden: Tensor, embedding: Tensor, embed_norm: Tensor | None = None,
+    tokens: Tensor, hidden: Tensor, embedding: Tensor | Packed, embed_norm: Tensor | None = None,
     hidden_norm: Tensor | None = None, eps: float = 1e-6, rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`head_input` in plain PyTorch, differentiable."""
     taken = hidden if rows is None else hidden[rows]
-    embedded = given_norm_ref(embedding[tokens.clamp(min=0)], embed_norm, eps).to(hidden.dtype)
+    tokens = tokens.clamp(min=0)
+    if isinstance(embedding, Packed):
+        embedded = embedding_rows_ref(tokens, embedding, hidden.dtype)
+    else:
+        embedded = embedding[tokens]
+    embedded = given_norm_ref(embedded, embed_norm, eps).to(hidden.dtype)
     return torch.cat((embedded, given_norm_ref(taken, hidden_norm, eps)), -1), taken
 
 

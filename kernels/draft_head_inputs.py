@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .check import (
@@ -17,24 +18,34 @@ from .check import (
     tensor,
     written,
 )
+from .embedding import check_table
+from .packed_layout import Packed
 from .rms_norm import MOST_COLUMNS
+
+INT32 = (torch.int32,)
 
 
 def check_head_input(
-    tokens: Tensor, hidden: Tensor, embedding: Tensor, embed_norm: Tensor | None, hidden_norm: Tensor | None,
+    tokens: Tensor, hidden: Tensor, embedding: Tensor | Packed, embed_norm: Tensor | None, hidden_norm: Tensor | None,
     eps: float, rows: Tensor | None,
 ) -> float:  # fmt: skip
     """Raise ValueError unless all of them fit; eps comes back."""
     num_hidden, hidden_size = tensor("hidden", hidden, "N H", FLOATS, layout=BY_ROWS)
     near = ("hidden", hidden)
-    embed_size = tensor("embedding", embedding, "V E", FLOATS, near=near, layout=BY_ROWS)[1]
+    if isinstance(embedding, Packed):
+        embed_size = check_table("embedding", embedding)[1]
+        given = "embedding.words", embedding.words
+        tensor(*given, "V W", INT32, near=near)
+    else:
+        given = "embedding", embedding
+        embed_size = tensor(*given, "V E", FLOATS, near=near, layout=BY_ROWS)[1]
     if rows is None:
         tensor("tokens", tokens, "N", INT64, (num_hidden,), near=near)
     else:
         num_rows = tensor("tokens", tokens, "R", INT64, near=near)[0]
         tensor("rows", rows, "R", INT64, (num_rows,), near=("tokens", tokens))
     if embed_norm is not None:
-        tensor("embed_norm", embed_norm, "E", FLOATS, (embed_size,), near=("embedding", embedding))
+        tensor("embed_norm", embed_norm, "E", FLOATS, (embed_size,), near=given)
     if hidden_norm is not None:
         tensor("hidden_norm", hidden_norm, "H", FLOATS, (hidden_size,), near=near)
     if max(embed_size, hidden_size) > MOST_COLUMNS:

@@ -24,7 +24,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .check import ANY, FLOATS, HALVES, tensor
+from .check import ANY, FLOATS, HALVES, described, tensor
 from .launch import INTERPRET, device_guard, resources, upcast, use_triton
 from .linear import few_rows_matmul_ref
 from .overlap import dependent_launch
@@ -125,6 +125,8 @@ def streams(x: Tensor, packed: Packed, bias: Tensor | None = None, most_rows: in
 
 
 def _check(x: Tensor, packed: Packed, bias: Tensor | None) -> None:
+    if not isinstance(packed, Packed):
+        raise ValueError(f"packed is {described(packed)}; expected a weight as `pack` makes it")
     near = ("packed.words", packed.words)
     tensor("x", x, "... K", FLOATS, layout=ANY, empty=True, near=near)
     if x.shape[-1] != packed.in_features:

@@ -11,16 +11,17 @@ without a value.
     B sequences   T queries   Hq, Hkv heads   G = Hq / Hkv   L cache rows   D head size   W mask words   N tree slots
 
 A row's bits depend on its own keys, their positions and its query alone: `tree_attention_order.py` says in which order
-they are added up. So a node gets what plain decoding gives the same token, whose path is prefix then. One kernel takes
-the prefix, in programs of one split each, or of a whole prefix where tiles alone fill the GPU; a second one takes what
-differs from node to node, starts early, and adds up (`tree_attention_kernels.py`). Many rows over a long cache take
-`tree_attention_hopper` for the prefix, on the GPUs that it is for: the same pieces, by specialized warps.
+they are added up. So a node gets what plain decoding gives the same token, whose path is prefix then; that holds for
+paths of up to LAST = 17 nodes, deeper ones are right up to rounding. Where tiles of rows alone fill the GPU, a program
+takes all keys of its rows, and there is one launch. Else programs take a split each, or the last keys, and a second
+kernel adds up (`tree_attention_kernels.py`). There many rows over a long cache take `tree_attention_hopper` for most of
+the prefix, on the GPUs that it is for: the same pieces, by specialized warps.
 
 Bytes: K and V of the live rows, 2 Hkv (length + first + T) D per sequence, plus q and out, 2 T Hq D. Llama-3.1-8B with
 2,048 rows in bf16: 8.4 MB per layer, 2.7 us at 3.08 TB/s (88 us for 32 layers). The T * G rows that share a KV head are
 packed into matrix tiles; each tile reads K and V once, all but the first from L2. The grid covers the whole cache, so
 that a captured graph fits every length: programs beyond the prefix leave at once. Partial results are 4 T Hq D bytes
-for a split, within L2; every node reads half a block of keys and its path again, 50 KB of L2 for a KV head.
+for a split, within L2 for one sequence.
 
 Left out: fp8 caches, different head sizes of K and V.
 """
@@ -37,22 +38,25 @@ from .check import FLOATS, number, whole
 from .launch import device_guard, resources, upcast, use_triton
 from .overlap import dependent_launch
 from .tree_attention_inputs import check_inputs, check_options
-from .tree_attention_kernels import finish_kernel, prefix_kernel
+from .tree_attention_kernels import attend_kernel, combine_kernel
 from .tree_attention_order import SPLITS, UNIT
 from .tree_attention_ref import tree_attention_ref
 
-# Gluon is experimental: other releases of Triton use `prefix_kernel` only.
+# Gluon is experimental: other releases of Triton use `attend_kernel` only.
 HAS_GLUON = triton.__version__.startswith(("3.6.", "3.7."))
 if HAS_GLUON:
     from . import tree_attention_hopper as hopper
 
 
 class Tile(NamedTuple):
-    """How a launch cuts its work: query rows and cache rows per step, warps, pipeline stages of the prefix; whether a
-    program takes the whole prefix. Of these block_n alone decides bits, so it follows from dtype and head size."""
+    """How a launch cuts its work: query rows, cache rows and tree slots per step, columns of D of the last keys,
+    warps, pipeline stages; whether a program takes all of its rows' keys. Of these block_n alone decides bits, so it
+    follows from dtype and head size."""
 
     block_m: int
     block_n: int
+    block_t: int
+    columns: int
     num_warps: int
     num_stages: int
     fold: bool
@@ -66,10 +70,11 @@ TILES = {
 }  # fmt: skip
 LEAST_ROWS = {2: 64, 4: 16}  # of a product, by the bytes of an element: see `tree_attention_order.py`
 SHORT_CACHE = SPLITS.value * UNIT.value  # rows up to which all splits are of one unit
-LONG_CACHE = 4096  # rows from which on `tree_attention_hopper` attends, and the prefix's kernel does not start early
+COMBINED_ROWS = 8  # of a program of the second kernel
+LONG_CACHE = 4096  # rows from which on `tree_attention_hopper` attends, and the first kernel does not start early
 
 
-def _tile(q: Tensor, k: Tensor) -> Tile:
+def _tile(q: Tensor, k: Tensor, first: int) -> Tile:
     num_sms, shared_memory = resources(q.device)
     num_sequences, num_heads, num_queries, head_dim = q.shape
     num_kv_heads, num_rows = k.shape[1], k.shape[2]
@@ -80,11 +85,13 @@ def _tile(q: Tensor, k: Tensor) -> Tile:
     packed_rows, groups = num_queries * num_heads // num_kv_heads, num_sequences * num_kv_heads
     wanted = 64 if num_sequences == 1 else most_rows  # one sequence: more programs rather than fewer reads
     block_m = min(most_rows, wanted, max(LEAST_ROWS[size], triton.next_power_of_2(packed_rows)))
+    block_t = min(block_n, max(16, triton.next_power_of_2(first + num_queries)))
     num_warps = 8 if block_m == 128 or block_d == 256 or size == 4 else 4
     fold = 4 * triton.cdiv(packed_rows, block_m) * groups >= 3 * num_sms
+    columns = min(block_d, 32)
     num_stages = (shared_memory - 4096 - block_m * block_d * size) // (2 * block_n * block_d * size)
     most_stages = 3 if fold or num_rows > SHORT_CACHE else 1
-    return Tile(block_m, block_n, num_warps, min(most_stages, max(1, num_stages)), fold)
+    return Tile(block_m, block_n, block_t, columns, num_warps, min(most_stages, max(1, num_stages)), fold)
 
 
 def _num_slots(num_rows: int) -> int:
@@ -96,11 +103,6 @@ def _num_slots(num_rows: int) -> int:
 
 def _padded(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
-
-
-def _num_widths(num_rows: int, num_slots: int) -> int:
-    """Most widths of splits that the rows of one tree have."""
-    return 1 if num_rows <= SHORT_CACHE else 1 + triton.cdiv(num_slots, SHORT_CACHE)
 
 
 def _by_hopper(q: Tensor, k: Tensor, v: Tensor, other: float) -> bool:
@@ -122,8 +124,9 @@ def tree_attention(
     q [B, Hq, T, D] of any strides, row i is tree slot first + i; k, v [B, Hkv, L, D], views of a slab (all three with a
     contiguous last dimension); lengths [B] prefix rows; ancestors [B, T, W] int64 bits of the visible slots; scale > 0;
     depths [B, N] of the slots, needed by `window` (keys less than so many positions back) and `chunk` (keys of one
-    chunk); window, chunk, softcap: 0 = off; sinks [Hq]. Rows from lengths[b] + first + T on do not count, whatever they
-    hold. Returns [B, T, Hq, D], contiguous; a query that sees nothing gets zeros.
+    chunk), else they only save time: slots of one depth are added up at once; window, chunk, softcap: 0 = off; sinks
+    [Hq]. Rows from lengths[b] + first + T on do not count, whatever they hold. Returns [B, T, Hq, D], contiguous; a
+    query that sees nothing gets zeros.
     """
     first, window, chunk = whole("first", first), whole("window", window), whole("chunk", chunk)
     scale, softcap = number("scale", scale), number("softcap", softcap, or_zero=True)
@@ -136,42 +139,37 @@ def tree_attention(
         )  # fmt: skip
     num_sequences, num_heads, num_queries, head_dim = q.shape
     num_kv_heads, num_rows = k.shape[1:3]
-    tile, by_hopper = _tile(q, k), _by_hopper(q, k, v, window or chunk or softcap)
-    fold = tile.fold and not by_hopper
+    tile = _tile(q, k, first)
+    by_hopper = not tile.fold and _by_hopper(q, k, v, window or chunk or softcap)
     packed_rows, groups = num_queries * num_heads // num_kv_heads, num_sequences * num_kv_heads
-    slots = 2 if fold else _num_slots(num_rows)
-    num_tails = (tile.block_n + first + num_queries - 2) // tile.block_n + 1
-    group_size = num_heads // num_kv_heads
-    heads = min(triton.next_power_of_2(group_size), 64)
-    node_programs = num_queries * triton.cdiv(group_size, heads)
+    slots, columns = (0, _padded(head_dim)) if tile.fold else (_num_slots(num_rows), tile.columns)
     out = q.new_empty(num_sequences, num_queries, num_heads, head_dim)
-    partials, tails = _sums(q, groups, slots, packed_rows), _sums(q, groups, num_queries, num_tails, group_size)
-    paths = q.new_empty(groups, node_programs, first + num_queries, dtype=torch.int32)
+    partials: Any = (None, None, None) if tile.fold else _sums(q, groups, slots + 1, packed_rows)
     # Programs that start early find some multiprocessors taken and crowd on the rest: a long cache does not forgive it.
     overlap = dependent_launch(q.device)
     late: dict[str, Any] = {name: value and (name == "PDL" or num_rows < LONG_CACHE) for name, value in overlap.items()}
     by_depth = 0 if depths is None else depths.stride(0)
-    strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *ancestors.stride()[:2], by_depth
     shared: dict[str, Any] = dict(
-        G=group_size, D=head_dim, WINDOW=window, CHUNK=chunk, SOFTCAP=softcap, SLOTS=slots, FOLD=fold,
-        BLOCK_N=tile.block_n, FINE=q.dtype == torch.float32, UPCAST=upcast(q.dtype), enable_fp_fusion=False,
+        G=num_heads // num_kv_heads, D=head_dim, BLOCK_D=_padded(head_dim), WINDOW=window, CHUNK=chunk, SLOTS=slots,
+        BLOCK_N=tile.block_n, enable_fp_fusion=False,
     )  # fmt: skip
-    widths = _num_widths(num_rows, first + num_queries)
+    parts = 1 if tile.fold else slots + _padded(head_dim) // columns
     with device_guard(q):
         if by_hopper:
             hopper.attend(q, k, v, lengths, ancestors, *partials, scale=scale, first=first, **late)
-        else:
-            prefix_kernel[(widths if fold else widths * slots, triton.cdiv(packed_rows, tile.block_m), groups)](
-                q, k, v, lengths, ancestors, depths, *partials, num_queries, num_kv_heads, first, scale, *strides,
-                **shared, BLOCK_M=tile.block_m, BLOCK_D=_padded(head_dim), num_warps=tile.num_warps,
-                num_stages=tile.num_stages, **late,
-            )  # fmt: skip
-        finish_kernel[(node_programs, groups)](
-            q, k, v, lengths, ancestors, depths, sinks, out, *partials, *tails, paths,
-            num_queries, num_kv_heads, first, num_tails, paths.shape[2], scale, *strides,
-            **shared, BLOCK_M=max(16, heads), BLOCK_D=_padded(head_dim), HEADS=heads,
-            LEAST=LEAST_ROWS[q.element_size()], num_warps=4, num_stages=1, **overlap,
+        attend_kernel[(parts, triton.cdiv(packed_rows, tile.block_m), groups)](
+            q, k, v, lengths, ancestors, depths, sinks, out, *partials, num_queries, num_kv_heads, first, scale,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *ancestors.stride()[:2], by_depth,
+            **shared, SOFTCAP=softcap, FOLD=tile.fold, BLOCK_M=tile.block_m, BLOCK_T=tile.block_t, COLUMNS=columns,
+            ONE=first + num_queries <= tile.block_t, FINE=q.dtype == torch.float32, UPCAST=upcast(q.dtype),
+            NUM_STAGES=tile.num_stages, RESUME=by_hopper, num_warps=tile.num_warps, **(overlap if by_hopper else late),
         )  # fmt: skip
+        if not tile.fold:
+            rows = min(COMBINED_ROWS, triton.next_power_of_2(packed_rows))
+            combine_kernel[(triton.cdiv(packed_rows, rows), groups)](
+                lengths, ancestors, sinks, out, *partials, num_queries, num_kv_heads, first, *ancestors.stride()[:2],
+                **shared, BLOCK_M=rows, num_warps=4, **overlap,
+            )  # fmt: skip
     return out
 
 

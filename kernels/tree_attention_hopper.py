@@ -2,10 +2,11 @@
 
     B sequences   T queries   Hq, Hkv heads   G = Hq / Hkv   L cache rows   D head size
 
-The same pieces as in `tree_attention_order.py`: blocks of 64 keys by matrix instructions of 64 rows, each block summed
-for itself and added to its split; so the same bits. A program takes 128 of the T * G rows that share a KV head, and as
+The same pieces as in `tree_attention_order.py`: splits, each one chain of matrix instructions of 64 rows over blocks of
+64 keys; so the same bits. It takes the blocks of which every row of the tree sees all among its splits' keys, and
+leaves each split's sums, from which `attend_kernel` goes on. A program takes 128 of the T * G rows of a KV head, and as
 many splits as let all programs run at once. One warp asks for K and V by TMA, six blocks deep, and two warpgroups
-attend, 64 rows each. The softmax of S(i) = q K(i)^T runs under P(i-1) V(i-1), and the addition of that under S(i+1).
+attend, 64 rows each. The softmax of S(i) = q K(i)^T runs under P(i-1) V(i-1), the rescaling of that under S(i+1).
 
 Bytes: K and V of the prefix, 4 Hkv length D per sequence in 16 bits, once from memory, by further tiles of 128 rows
 from L2; partial results, 4 T Hq D a split. Flops: 4 Hq T length D, of whole tiles. Llama-3.1-8B, 60 nodes, 32,000 rows:
@@ -40,12 +41,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .check import FLOAT32, described, number, tensor, whole, written
 from .launch import device_guard, resources
 from .tree_attention_inputs import check_inputs
-from .tree_attention_order import LOG2E, SPLITS, UNIT, path_length, units
+from .tree_attention_order import LOG2E, SPLITS, UNIT, path_length, units, whole_blocks
 
 BLOCK = gl.constexpr(64)  # cache rows
 ROWS = gl.constexpr(128)  # packed query rows of a program
 STAGES = gl.constexpr(6)  # 6 * 2 * 16 KB, and 32 KB of q
-SLOTS = gl.constexpr(SPLITS.value + 1)  # of partial results, as `tree_attention` has them for long caches
+SLOTS = gl.constexpr(SPLITS.value + 2)  # of partial results: see `tree_attention`
 FIRST, SECOND = gl.constexpr(0), gl.constexpr(64)  # rows of the two warpgroups
 HEAD_DIMS = (128,)  # 64 compiles as well, and has not been measured
 TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
@@ -73,7 +74,7 @@ def _split(at, widths, job, EACH: gl.constexpr):
     width, slot = widths[0] + job // EACH, program * EACH + job % EACH
     split = width * (UNIT // BLOCK)
     begin = slot * split
-    return width, slot, begin, gl.maximum(gl.minimum(split, length // BLOCK - begin), 0)
+    return width, slot, begin, gl.maximum(gl.minimum(split, whole_blocks(length, BLOCK) - begin), 0)
 
 
 @gluon.jit
@@ -108,24 +109,15 @@ def _load_q(q_ptr, stride_h, stride_t, first_row, live_rows, G: gl.constexpr, D:
 
 
 @gluon.jit
-def _weigh(scores, factor, DTYPE: gl.constexpr, A: gl.constexpr):
-    """`tree_attention_order._weigh`, where every score counts: (weights for the second product, peak, their sum)."""
-    peak = gl.max(scores, 1) * factor
-    shift = peak[:, None] + gl.zeros_like(scores)
+def _weigh(scores, peak, factor, DTYPE: gl.constexpr, A: gl.constexpr):
+    """As `tree_attention_order.add_block` weighs, where every score counts: (weights for the second product, their sum,
+    the new peak, what the sums so far are multiplied by)."""
+    risen = gl.maximum(peak, gl.max(scores, 1) * factor)
+    shift = risen[:, None] + gl.zeros_like(scores)
     weights = gl.exp2(gl.fma(scores, gl.zeros_like(scores) + factor, -shift))
     # How many 2^-17 a weight is: what it adds to the bits of 64.0, 0x42800000, and 64 of these are -0x60000000.
     steps = gl.sum((weights + 64.0).to(gl.int32, bitcast=True), 1) + 0x60000000
-    return gl.convert_layout(weights.to(DTYPE), A), peak, steps.to(gl.float32) * 2.0**-17
-
-
-@gluon.jit
-def _add(acc, peak, total, acc_b, peak_b, total_b, ROWS_O: gl.constexpr):
-    """`tree_attention_order.add`, of blocks that are never empty."""
-    both = gl.maximum(peak, peak_b)
-    left, right = gl.exp2(peak - both), gl.exp2(peak_b - both)
-    wide_left, wide_right = gl.convert_layout(left, ROWS_O), gl.convert_layout(right, ROWS_O)
-    acc = gl.fma(acc, wide_left[:, None] + gl.zeros_like(acc), acc_b * wide_right[:, None])
-    return acc, both, gl.fma(total, left, total_b * right)
+    return gl.convert_layout(weights.to(DTYPE), A), steps.to(gl.float32) * 2.0**-17, risen, gl.exp2(peak - risen)
 
 
 @gluon.jit
@@ -138,18 +130,16 @@ def _scores(q, k_bufs, k_full, i, blocks, MMA_S: gl.constexpr):
 
 
 @gluon.jit
-def _values(p, v_bufs, v_full, i, MMA_O: gl.constexpr):
-    """P(i) V(i), under way."""
+def _values(p, acc, v_bufs, v_full, i):
+    """P(i) V(i) onto acc, under way."""
     slot = i % STAGES
     mbarrier.wait(v_full.index(slot), (i // STAGES) & 1)
-    D: gl.constexpr = v_bufs.shape[2]
-    nothing = gl.zeros([64, D], gl.float32, MMA_O)
-    return warpgroup_mma(p, v_bufs.index(slot), nothing, use_acc=False, is_async=True)
+    return warpgroup_mma(p, v_bufs.index(slot), acc, is_async=True)
 
 
 @gluon.jit
 def _attend(q, bufs, bars, at, widths, rows, out, GROUP: gl.constexpr, EACH: gl.constexpr):
-    """One warpgroup. The softmax of S(i) runs under P(i-1) V(i-1), the addition of that under S(i+1)."""
+    """One warpgroup. The softmax of S(i) runs under P(i-1) V(i-1), the rescaling of that under S(i+1)."""
     k_bufs, v_bufs = bufs
     k_full, v_full, free = bars
     tile_row, live_rows, factor, words, stride_t, num_slots, G = rows
@@ -166,34 +156,31 @@ def _attend(q, bufs, bars, at, widths, rows, out, GROUP: gl.constexpr, EACH: gl.
         width, slot, _, blocks = _split(at, widths, job, EACH)
         if blocks > 0:
             peak = gl.full([64], float("-inf"), gl.float32, ROWS_S)
-            total = gl.full([64], 0.0, gl.float32, ROWS_S)
             acc = gl.zeros([64, D], gl.float32, MMA_O)
             end = done + blocks
             s = _scores(q, k_bufs, k_full, done, True, MMA_S)
             s = warpgroup_mma_wait(0, deps=(s,))
             mbarrier.arrive(free.index(done % STAGES))
-            p, peak_b, total_b = _weigh(s, factor, dtype, A)
+            p, total, peak, left = _weigh(s, peak, factor, dtype, A)
             s = _scores(q, k_bufs, k_full, done + 1, done + 1 < end, MMA_S)
             s = warpgroup_mma_wait(0, deps=(s,))
             for i in range(done + 1, end):
-                acc_b = _values(p, v_bufs, v_full, i - 1, MMA_O)
-                next_p, next_peak, next_total = _weigh(s, factor, dtype, A)
+                acc = _values(p, acc, v_bufs, v_full, i - 1)
+                next_p, block_total, peak, left = _weigh(s, peak, factor, dtype, A)
                 # The wait for K(i+1), a loop, also keeps ptxas from moving the softmax behind the one for P V.
                 s = _scores(q, k_bufs, k_full, i + 1, i + 1 < end, MMA_S)
-                acc_b, p = warpgroup_mma_wait(1, deps=(acc_b, p))
+                acc, p = warpgroup_mma_wait(1, deps=(acc, p))
                 mbarrier.arrive(free.index(i % STAGES))
-                acc, peak, total = _add(acc, peak, total, acc_b, peak_b, total_b, ROWS_O)
+                acc, total, p = acc * gl.convert_layout(left, ROWS_O)[:, None], gl.fma(total, left, block_total), next_p
                 s = warpgroup_mma_wait(0, deps=(s,))
-                p, peak_b, total_b = next_p, next_peak, next_total
-            acc_b = _values(p, v_bufs, v_full, end - 1, MMA_O)
-            acc_b, p = warpgroup_mma_wait(0, deps=(acc_b, p))
-            acc, peak, total = _add(acc, peak, total, acc_b, peak_b, total_b, ROWS_O)
+            acc = _values(p, acc, v_bufs, v_full, end - 1)
+            acc, p = warpgroup_mma_wait(0, deps=(acc, p))
 
             out_row = tile_row + GROUP + gl.arange(0, 64, ROWS_O)
             inside = out_row < live_rows
             if widths[1] > widths[0]:
-                position = at[1] + path_length(words + (out_row // G).to(gl.int64) * stride_t, num_slots, inside) - 1
-                inside = inside & (units(position, 0, 0) == width)
+                nodes = path_length(words + (out_row // G).to(gl.int64) * stride_t, num_slots, inside)
+                inside = inside & (units(at[1] + gl.maximum(nodes, 1) - 1, 0, 0) == width)
             d = gl.arange(0, D, gl.SliceLayout(0, MMA_O))
             first = base + slot.to(gl.int64) * live_rows
             gl.store(peak_ptr + first + out_row, gl.convert_layout(peak, ROWS_O), mask=inside)
@@ -218,7 +205,7 @@ def _attend_hopper_kernel(
     sequence, kv_head = group // num_kv_heads, group % num_kv_heads
     length = gl.load(lengths_ptr + sequence).to(gl.int32)
     num_slots, live_rows = first + num_queries, num_queries * G
-    at, widths = (program, length), (units(length - 1, 0, 0), units(length + num_slots - 1, 0, 0))
+    at, widths = (program, length), (units(length, 0, 0), units(length + num_slots - 1, 0, 0))
 
     wide = sequence.to(gl.int64)
     q_ptr += wide * stride_qb + (kv_head * G).to(gl.int64) * stride_qh
@@ -272,10 +259,10 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, ancestors: Tensor, acc: Tensor, peak: Tensor, total: Tensor, *,
     scale: float, first: int, **launch: Any,
 ) -> None:  # fmt: skip
-    """The sum of every split's whole blocks of the prefix into acc [B Hkv, 17, T G, D], peak, total [B Hkv, 17, T G],
-    all fp32.
+    """The sums of every split's blocks of which all rows see all, into acc [B Hkv, 18, T G, D], peak, total [B Hkv, 18,
+    T G], all fp32.
 
-    The rest as for `tree_attention`, with q, k and v in 16 bits and K and V that `can_fetch`. Splits without a whole
+    The rest as for `tree_attention`, with q, k and v in 16 bits and K and V that `can_fetch`. Splits without such a
     block write nothing, nor do those that are not as wide as the row's.
     """
     first, scale = whole("first", first), number("scale", scale)

@@ -2,11 +2,11 @@
 
 B sequences, T queries, Hq/Hkv heads, G = Hq/Hkv, D head size; slots of partial results, fp32, [B Hkv, slots, T G, D].
 
-    prefix_kernel    whole blocks of the prefix, for tiles of the T G rows that share a KV head. A program takes one
-                     split and leaves its sum, or with FOLD all of them: the sum of the finished splits in slot 0,
-                     that of the split that goes on behind the prefix in slot 1.
-    finish_kernel    for the G rows of a node: the blocks from the prefix's ragged end to the node itself, with its
-                     ancestors gathered in order; then everything is added up. It starts while the other still runs.
+    attend_kernel     tiles of the T G rows that share a KV head. With FOLD a program does all that its rows need. Else
+                      it takes one split and leaves its sum in the split's slot, or the last keys, some columns of D,
+                      and leaves theirs in the slot behind those of splits. With RESUME the sums of the splits' whole
+                      blocks are in the slots already, by `tree_attention_hopper`: it goes on from there.
+    combine_kernel    adds up what the rows' programs left. It starts while the other still runs.
 """
 
 from __future__ import annotations
@@ -15,41 +15,27 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .tree_attention_last import last_keys, load, tile
 from .tree_attention_order import (
+    LAST,
     LOG2E,
     UNIT,
     add,
-    block_sums,
-    block_sums_of_few,
+    add_block,
     first_key,
     in_reach,
     path_length,
+    scores_of,
     units,
-    write_path,
+    whole_blocks,
 )
 
-ANY, L2 = tl.constexpr(""), tl.constexpr(".cg")  # caches that loads may go through
-
 
 @triton.jit
-def _load(ptrs, live, d, D: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr, CACHE: tl.constexpr):
-    """Rows of q, k or v; `live` [rows], or None where all of them are."""
-    if live is not None:
-        x = tl.load(ptrs, mask=live[:, None] & (d < D)[None, :], other=0.0, cache_modifier=CACHE)
-    elif D == BLOCK_D:
-        x = tl.load(ptrs)
-    else:
-        x = tl.load(ptrs, mask=(d < D)[None, :], other=0.0)
-    if UPCAST:
-        x = x.to(tl.float32)
-    return x
-
-
-@triton.jit
-def _nothing(ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+def _nothing(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The sums of no keys."""
     empty = tl.full((ROWS,), float("-inf"), tl.float32)
-    return tl.zeros((ROWS, BLOCK_D), tl.float32), empty, tl.zeros((ROWS,), tl.float32)
+    return tl.zeros((ROWS, COLUMNS), tl.float32), empty, tl.zeros((ROWS,), tl.float32)
 
 
 @triton.jit
@@ -69,178 +55,159 @@ def _fetch(partials, at, mask, d, D: tl.constexpr):
     return acc, peak, tl.load(total_ptr + at, mask=mask, other=0.0)
 
 
+@triton.jit
+def _blocks(length, num_slots, WINDOW: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Blocks that splits consist of: the first that a row sees, the first that ends behind some row's last but LAST,
+    the first that no row sees."""
+    end = tl.cdiv(tl.maximum(tl.minimum(length, length + num_slots - LAST), 0), BLOCK_N)
+    return first_key(length, WINDOW, CHUNK) // BLOCK_N, whole_blocks(length, BLOCK_N), end
+
+
+@triton.jit
+def _split(slot, width, begin, end, BLOCK_N: tl.constexpr):
+    """(first block, end) of the split that has this slot, where splits are `width` units wide."""
+    blocks = width * (UNIT // BLOCK_N)
+    first = (begin // blocks + slot) * blocks
+    return tl.maximum(first, begin), tl.minimum(first + blocks, end)
+
+
+@triton.jit
+def _finish(
+    out_ptr, sinks_ptr, sequence, query, head, num_queries, num_heads, acc, peak, total, mask, d, D: tl.constexpr
+):
+    """Store rows of which all keys are added up."""
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head, mask=mask, other=0.0).to(tl.float32) * LOG2E
+        acc, peak, total = add(acc, peak, total, tl.zeros_like(acc), sink, tl.full(sink.shape, 1.0, tl.float32))
+    out = acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+    ptrs = out_ptr + ((sequence * num_queries + query) * num_heads + head)[:, None] * D + d[None, :]
+    tl.store(ptrs, out.to(out_ptr.dtype.element_ty), mask=mask[:, None] & (d < D)[None, :])
+
+
 @triton.jit(do_not_specialize=["num_queries", "first"])
-def prefix_kernel(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, ancestors_ptr, depths_ptr, acc_ptr, peak_ptr, total_ptr,
+def attend_kernel(
+    q_ptr, k_ptr, v_ptr, lengths_ptr, ancestors_ptr, depths_ptr, sinks_ptr, out_ptr, acc_ptr, peak_ptr, total_ptr,
     num_queries, num_kv_heads, first, scale,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_ab, stride_at, stride_db,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
     SOFTCAP: tl.constexpr, SLOTS: tl.constexpr, FOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    FINE: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_T: tl.constexpr, COLUMNS: tl.constexpr, ONE: tl.constexpr, FINE: tl.constexpr, UPCAST: tl.constexpr,
+    NUM_STAGES: tl.constexpr, RESUME: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:  # in this order: `finish_kernel` reads q, k and v before it waits for this one
+    """With FOLD one program for each tile, else SLOTS of them for splits behind BLOCK_D / COLUMNS for the last keys."""
+    if PDL:  # in this order: the kernel that follows counts on what earlier ones wrote
         gdc_wait()
         gdc_launch_dependents()
-    group = tl.program_id(2).to(tl.int64)
+    PARTS: tl.constexpr = 0 if FOLD else BLOCK_D // COLUMNS
+    group, slot = tl.program_id(2).to(tl.int64), tl.program_id(0) - PARTS
     sequence, kv_head = group // num_kv_heads, group % num_kv_heads
     num_slots = first + num_queries
     length = tl.load(lengths_ptr + sequence).to(tl.int32)
-    whole, begin = length // BLOCK_N, first_key(length, WINDOW, CHUNK)
-    # Where the rows' positions have several widths of splits, there is another set of programs for each.
-    narrowest = units(length - 1, WINDOW, CHUNK)
-    widest = units(length + num_slots - 1, WINDOW, CHUNK)
-    slot, programs = tl.program_id(0), 1 if FOLD else SLOTS
-    width, slot = narrowest + slot // programs, slot % programs
-    if width > widest:
-        return
-    split = width * (UNIT // BLOCK_N)  # blocks
-    low, high = begin // BLOCK_N, whole
-    if not FOLD:
-        split_begin = (begin // (split * BLOCK_N) + slot) * split
-        low, high = tl.maximum(low, split_begin), tl.minimum(high, split_begin + split)
-    if low >= high:
-        return
+    begin, whole, end = _blocks(length, num_slots, WINDOW, CHUNK, BLOCK_N)
+    narrowest, widest = units(length, WINDOW, CHUNK), units(length + num_slots - 1, WINDOW, CHUNK)
+    if not FOLD and slot >= 0:
+        low, high = _split(slot, narrowest, begin, end, BLOCK_N)
+        if (high <= (tl.maximum(low, whole) if RESUME else low)) & (narrowest == widest):
+            return
 
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     query, head = row // G, kv_head * G + row % G
     d, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     row_mask = query < num_queries
-    q_ptrs = q_ptr + (sequence * stride_qb + head * stride_qh + query.to(tl.int64) * stride_qt)[:, None] + d
-    q = _load(q_ptrs, row_mask, d, D, BLOCK_D, UPCAST, ANY)
-    k_base = k_ptr + sequence * stride_kb + kv_head * stride_kh + d
-    v_base = v_ptr + sequence * stride_vb + kv_head * stride_vh + d
-    positions = row
+    at_row = sequence * stride_qb + head * stride_qh + query.to(tl.int64) * stride_qt
+    q = load(q_ptr + at_row[:, None] + d[None, :], row_mask, d, D, BLOCK_D, UPCAST)
+    k_base = k_ptr + sequence * stride_kb + kv_head * stride_kh
+    v_base = v_ptr + sequence * stride_vb + kv_head * stride_vh
+    words = ancestors_ptr + sequence * stride_ab + query.to(tl.int64) * stride_at
+    position = length + tl.maximum(path_length(words, num_slots, row_mask), 1) - 1
+    logical = position
+    if depths_ptr is not None:
+        depths_ptr += sequence * stride_db
     if WINDOW > 0 or CHUNK > 0:
-        depths_ptr += sequence * stride_db + first
-        positions = length + tl.load(depths_ptr + query, mask=row_mask, other=0).to(tl.int32)
+        logical = length + tl.load(depths_ptr + first + query, mask=row_mask, other=0).to(tl.int32)
+    rows = (row_mask, position, logical, length)
+    partials, at = (acc_ptr, peak_ptr, total_ptr), group * (SLOTS + 1) * num_queries * G + row
+
+    if FOLD or slot < 0:
+        columns = d
+        if not FOLD:
+            columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        done_acc, done_peak, done_total = last_keys(
+            q, k_base, v_base, stride_kl, stride_vl, words, depths_ptr, rows, num_slots, scale, d, columns,
+            D, BLOCK_D, WINDOW, CHUNK, SOFTCAP, COLUMNS, BLOCK_T, ONE, FINE, UPCAST,
+        )  # fmt: skip
+        if not FOLD:
+            _store(partials, at + SLOTS * num_queries * G, done_acc, done_peak, done_total, row_mask, columns, D)
+            return
+
     acc, peak, total = _nothing(BLOCK_M, BLOCK_D)
-    done_acc, done_peak, done_total = _nothing(BLOCK_M, BLOCK_D)
-    for block in range(low, high):
-        if FOLD and block % split == 0:
-            done_acc, done_peak, done_total = add(done_acc, done_peak, done_total, acc, peak, total)
+    width_of_row, last = units(position, WINDOW, CHUNK), tl.minimum(position - LAST, length - 1)
+    for wider in range(0, 1 if FOLD else widest - narrowest + 1):
+        low, high = begin, end
+        if not FOLD:
+            low, high = _split(slot, narrowest + wider, begin, end, BLOCK_N)
             acc, peak, total = _nothing(BLOCK_M, BLOCK_D)
-        keys = block * BLOCK_N + n
-        k = _load(k_base + keys.to(tl.int64)[:, None] * stride_kl, None, d, D, BLOCK_D, UPCAST, ANY)
-        v = _load(v_base + keys.to(tl.int64)[:, None] * stride_vl, None, d, D, BLOCK_D, UPCAST, ANY)
-        visible = None
-        if WINDOW > 0 or CHUNK > 0:
-            visible = in_reach(row_mask[:, None], positions[:, None], keys[None, :], WINDOW, CHUNK)
-        acc_b, peak_b, total_b = block_sums(q, k, v, visible, scale, SOFTCAP, FINE)
-        acc, peak, total = add(acc, peak, total, acc_b, peak_b, total_b)
-
-    if widest > narrowest:
-        words = ancestors_ptr + sequence * stride_ab + query.to(tl.int64) * stride_at
-        mine = units(length + path_length(words, num_slots, row_mask) - 1, WINDOW, CHUNK)
-        row_mask = row_mask & (mine == width)
-    partials, at = (acc_ptr, peak_ptr, total_ptr), group * SLOTS * num_queries * G + row
+        mask = row_mask & (width_of_row == narrowest + wider)
+        if RESUME:
+            acc, peak, total = _fetch(partials, at + slot * num_queries * G, mask & (low < whole), d, D)
+            low = tl.maximum(low, whole)
+        for ragged in tl.static_range(2):  # blocks of which rows see all, and of which they do not
+            begins, ends = tl.maximum(low, whole) if ragged else low, high if ragged else tl.minimum(whole, high)
+            for block in tl.range(begins, ends, num_stages=1 if ragged else NUM_STAGES):
+                if FOLD and (block > low) & ((widest > narrowest) | (block % (narrowest * (UNIT // BLOCK_N)) == 0)):
+                    ended = block % (width_of_row * (UNIT // BLOCK_N)) == 0
+                    ended_peak = tl.where(ended, peak, float("-inf"))
+                    done_acc, done_peak, done_total = add(done_acc, done_peak, done_total, acc, ended_peak, total)
+                    peak = tl.where(ended, float("-inf"), peak)
+                keys, live = block * BLOCK_N + n, None
+                if ragged:
+                    live = keys < length
+                k = load(tile(k_base, block * BLOCK_N, n, stride_kl, d), live, d, D, BLOCK_D, UPCAST)
+                v = load(tile(v_base, block * BLOCK_N, n, stride_vl, d), live, d, D, BLOCK_D, UPCAST)
+                scores, factor = scores_of(q, k, scale, SOFTCAP, FINE)
+                if ragged or WINDOW > 0 or CHUNK > 0:
+                    visible = keys[None, :] <= last[:, None]
+                    visible = in_reach(visible, logical[:, None], keys[None, :], WINDOW, CHUNK)
+                    scores = tl.where(visible, scores, float("-inf"))
+                acc, peak, total = add_block(acc, peak, total, scores, factor, v, FINE)
+        if not FOLD and low < high:
+            _store(partials, at + slot * num_queries * G, acc, peak, total, mask, d, D)
     if FOLD:
-        if high % split == 0:
-            done_acc, done_peak, done_total = add(done_acc, done_peak, done_total, acc, peak, total)
-        _store(partials, at, done_acc, done_peak, done_total, row_mask, d, D)
-        _store(partials, at + num_queries * G, acc, peak, total, row_mask, d, D)
-    else:
-        _store(partials, at + slot * num_queries * G, acc, peak, total, row_mask, d, D)
+        acc, peak, total = add(done_acc, done_peak, done_total, acc, peak, total)
+        _finish(
+            out_ptr, sinks_ptr, sequence, query, head, num_queries, num_kv_heads * G, acc, peak, total, row_mask, d, D
+        )
 
 
-@triton.jit(do_not_specialize=["num_queries", "first", "num_tails"])
-def finish_kernel(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, ancestors_ptr, depths_ptr, sinks_ptr, out_ptr, acc_ptr, peak_ptr, total_ptr,
-    tail_acc_ptr, tail_peak_ptr, tail_total_ptr, paths_ptr, num_queries, num_kv_heads, first, num_tails, path_size,
-    scale, stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
-    stride_ab, stride_at, stride_db,
+@triton.jit(do_not_specialize=["num_queries", "first"])
+def combine_kernel(
+    lengths_ptr, ancestors_ptr, sinks_ptr, out_ptr, acc_ptr, peak_ptr, total_ptr,
+    num_queries, num_kv_heads, first, stride_ab, stride_at,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
-    SOFTCAP: tl.constexpr, SLOTS: tl.constexpr, FOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HEADS: tl.constexpr, LEAST: tl.constexpr, FINE: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+    SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """HEADS: the G rows of a node, or as many of them as a tile of BLOCK_M takes, rounded up to a power of two. LEAST:
-    rows of a product.
-
-    Before the wait, what earlier kernels wrote is read from L2: this one starts when they are done, but caches of
-    multiprocessors may still hold what was there before.
-    """
+    """Before the wait, what earlier kernels wrote is read from L2: this one starts when they are done, but caches of
+    multiprocessors may still hold what was there before."""
     if PDL:
         gdc_launch_dependents()
-    tiles: tl.constexpr = (G + HEADS - 1) // HEADS
-    node, group = tl.program_id(0) // tiles, tl.program_id(1).to(tl.int64)
+    group = tl.program_id(1).to(tl.int64)
     sequence, kv_head = group // num_kv_heads, group % num_kv_heads
     num_slots = first + num_queries
-    length = tl.load(lengths_ptr + sequence, cache_modifier=L2).to(tl.int32)
-    words = ancestors_ptr + sequence * stride_ab + node.to(tl.int64) * stride_at
-    path_ptr = paths_ptr + (group * tl.num_programs(0) + tl.program_id(0)) * path_size
-    write_path(path_ptr, words, num_slots)
-    position = length + path_length(words, num_slots, None) - 1
-    d, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
-    whole = length // BLOCK_N
-
-    first_head = tl.program_id(0) % tiles * HEADS
-    here = tl.minimum(HEADS, G - first_head)  # heads of this tile
-    g, g_acc = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_M if BLOCK_M > LEAST else LEAST)
-    row_mask, acc_mask = g < here, g_acc < here
-    g, g_acc = first_head + g, first_head + g_acc
-    q_base = q_ptr + sequence * stride_qb + node.to(tl.int64) * stride_qt + d
-    q = _load(q_base + (kv_head * G + g)[:, None] * stride_qh, row_mask, d, D, BLOCK_D, UPCAST, L2)
-    k_base = k_ptr + sequence * stride_kb + kv_head * stride_kh + d
-    v_base = v_ptr + sequence * stride_vb + kv_head * stride_vh + d
-    of_tails = (group * num_queries + node) * num_tails * G
-    depths_base, at_depth = depths_ptr, position
-    if WINDOW > 0 or CHUNK > 0:
-        depths_base += sequence * stride_db
-        at_depth = length + tl.load(depths_base + first + node, cache_modifier=L2).to(tl.int32)
-    tl.debug_barrier()  # the path is read by other threads
-    for block in range(whole, position // BLOCK_N + 1):
-        keys = block * BLOCK_N + n
-        live = keys <= position
-        slots = tl.load(path_ptr + keys - length, mask=live & (keys >= length), other=0, cache_modifier=L2)
-        cache_rows = tl.where(keys < length, keys, length + slots).to(tl.int64)
-        k = _load(k_base + cache_rows[:, None] * stride_kl, live, d, D, BLOCK_D, UPCAST, L2)
-        v = _load(v_base + cache_rows[:, None] * stride_vl, live, d, D, BLOCK_D, UPCAST, L2)
-        visible = live[:, None] & (g >= 0)[None, :]
-        if WINDOW > 0 or CHUNK > 0:
-            of_path = tl.load(depths_base + slots, mask=live & (keys >= length), other=0, cache_modifier=L2)
-            key_positions = tl.where(keys < length, keys, length + of_path.to(tl.int32))
-            visible = in_reach(visible, at_depth, key_positions[:, None], WINDOW, CHUNK)
-        acc, peak, total = block_sums_of_few(q, k, v, visible, scale, LEAST, SOFTCAP, FINE)
-        tail = of_tails + (block - whole) * G
-        tl.store(tail_peak_ptr + tail + g, peak, mask=row_mask)
-        tl.store(tail_total_ptr + tail + g, total, mask=row_mask)
-        tl.store(
-            tail_acc_ptr + (tail + g_acc)[:, None] * D + d[None, :], acc, mask=acc_mask[:, None] & (d < D)[None, :]
-        )
-    tl.debug_barrier()  # they are read in another order of threads
+    length = tl.load(lengths_ptr + sequence, cache_modifier=".cg").to(tl.int32)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    query, head, d = row // G, kv_head * G + row % G, tl.arange(0, BLOCK_D)
+    row_mask = query < num_queries
+    words = ancestors_ptr + sequence * stride_ab + query.to(tl.int64) * stride_at
+    position = length + tl.maximum(path_length(words, num_slots, row_mask), 1) - 1
+    begin, _, end = _blocks(length, num_slots, WINDOW, CHUNK, BLOCK_N)
+    width = units(position, WINDOW, CHUNK)
     if PDL:
         gdc_wait()
-
-    h = first_head + tl.arange(0, HEADS)
-    heads = h < G
-    begin = first_key(length, WINDOW, CHUNK)
-    split = units(position, WINDOW, CHUNK) * (UNIT // BLOCK_N)
-    earlier = begin // (split * BLOCK_N)
-    going_on = whole // split  # the split that the first block behind the prefix belongs to
-    partials = (acc_ptr, peak_ptr, total_ptr)
-    at = group * SLOTS * num_queries * G + node * G + h
-    by_slot = num_queries * G
-    acc, peak, total = _fetch(partials, at, heads & (going_on > earlier), d, D)
-    if FOLD:
-        last = at + by_slot
-    else:
-        for slot in tl.static_range(1, SLOTS):
-            there = heads & (slot < going_on - earlier)
-            acc, peak, total = add(acc, peak, total, *_fetch(partials, at + slot * by_slot, there, d, D))
-        last = at + (going_on - earlier) * by_slot
-    there = heads & (tl.maximum(going_on * split, begin // BLOCK_N) < whole)
-    acc_s, peak_s, total_s = _fetch(partials, last, there, d, D)
-    for block in range(whole, position // BLOCK_N + 1):
-        if block % split == 0:
-            acc, peak, total = add(acc, peak, total, acc_s, peak_s, total_s)
-            acc_s, peak_s, total_s = _nothing(HEADS, BLOCK_D)
-        tail = _fetch((tail_acc_ptr, tail_peak_ptr, tail_total_ptr), of_tails + (block - whole) * G + h, heads, d, D)
-        acc_s, peak_s, total_s = add(acc_s, peak_s, total_s, *tail)
-    acc, peak, total = add(acc, peak, total, acc_s, peak_s, total_s)
-    if sinks_ptr is not None:
-        sink = tl.load(sinks_ptr + kv_head * G + h, mask=heads, other=0.0).to(tl.float32) * LOG2E
-        acc, peak, total = add(acc, peak, total, tl.zeros_like(acc), sink, tl.full(sink.shape, 1.0, tl.float32))
-    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    out_row = (sequence * num_queries + node) * num_kv_heads * G + kv_head * G + h
-    ptrs = out_ptr + out_row[:, None] * D + d[None, :]
-    tl.store(ptrs, out.to(out_ptr.dtype.element_ty), mask=heads[:, None] & (d < D)[None, :])
+    partials, at = (acc_ptr, peak_ptr, total_ptr), group * (SLOTS + 1) * num_queries * G + row
+    acc, peak, total = _fetch(partials, at + SLOTS * num_queries * G, row_mask, d, D)
+    for slot in tl.static_range(SLOTS):
+        low, high = _split(slot, width, begin, end, BLOCK_N)
+        sums = _fetch(partials, at + slot * num_queries * G, row_mask & (low < high), d, D)
+        acc, peak, total = add(acc, peak, total, sums[0], sums[1], sums[2])
+    _finish(out_ptr, sinks_ptr, sequence, query, head, num_queries, num_kv_heads * G, acc, peak, total, row_mask, d, D)

@@ -1,23 +1,30 @@
 """The order in which a row of `tree_attention` adds up its keys, and the pieces of its kernels that keep to it.
 
 A row at position p sees keys at positions 0 to p: the prefix, then its own path through the tree, whose nodes stand at
-the positions behind it. It takes them from left to right:
+the positions behind it. From left to right these are
 
-    block   BLOCK_N keys from a multiple of BLOCK_N on. Its scores and the sum of its weighted values come from one
-            matrix product each, for itself alone, which takes D and the keys in steps of the instruction. Weights are
-            relative to the largest of them; their sum is one of fixed-point numbers, exact.
-    split   `units(p)` times UNIT keys, from a multiple of that on: its blocks are added one by one. A row has at most
-            SPLITS of them (one more in a window or chunk, which begins anywhere).
-    row     its splits are added one by one, the sink of its head last.
+    splits  keys up to p - LAST, cut at multiples of `units(p)` times UNIT: at most SPLITS of them (one more in a window
+            or chunk, which begins anywhere). Each is one chain of matrix instructions, in blocks of BLOCK_N keys from a
+            multiple of that on. Weights are relative to the largest so far; where a block has a larger one, what is
+            summed up before it is rescaled. The sum of a block's weights is one of fixed-point numbers, exact.
+    last    the LAST keys behind them, one by one, each by a matrix instruction of its own. Weights are relative to the
+            largest of these keys, and added up in fixed point as well.
+
+and the row's sums are those of its last keys, to which its splits are added one by one, then the sink of its head.
 
 All of this follows from p, the window and the chunk, which belong to the layer. How many other rows there are, where
-the prefix ends and the tree begins, how large the cache is, who computes which piece: nothing of it matters, so the row
-gets the bits that it gets in plain decoding. A block that a row does not see adds nothing, and multiplications and
-additions are told to the compiler one by one (no launch may contract them).
+the prefix ends and the tree begins, how large the cache is, who computes which piece, who goes on with a chain that
+another began: nothing of it matters, so the row gets the bits that it gets in plain decoding. A key that a row does not
+see adds nothing, sums are rescaled by exactly 1 where a block has nothing for a row, and multiplications and additions
+are told to the compiler one by one (no launch may contract them). So the last keys of all rows can be taken together,
+from the cache as they lie: first those of the prefix, one column at a time, then the tree, one depth at a time, of
+which a row sees one node. A path of more than LAST nodes, which decoding does not make, has all of them among the last
+keys: right, but only up to rounding.
 
 BLOCK_N depends on the dtype and the head size. What a matrix instruction makes of a row and a column does not depend on
-the others in its tile, nor on which of both is called a row; that holds for one kind of instruction, so in 16 bits on
-Hopper every product has 64 rows or more, which is wgmma's.
+the others in its tile; that holds for one kind of instruction, so in 16 bits on Hopper every product has 64 rows or
+more, which is wgmma's. Nor does it matter which of an instruction's keys it is that alone has a weight. In fp32 there
+are no such instructions: a product is a chain of multiply-adds, key by key.
 """
 
 from __future__ import annotations
@@ -28,6 +35,8 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 UNIT = tl.constexpr(128)  # keys, a multiple of every BLOCK_N
 SPLITS = tl.constexpr(16)
+LAST = tl.constexpr(17)  # keys, the nodes of the longest path
+NEAR = tl.constexpr(16)  # of them may lie in the prefix
 
 
 @triton.jit
@@ -53,6 +62,12 @@ def units(position, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def whole_blocks(length, BLOCK_N: tl.constexpr):
+    """How many blocks from the first key on are of the splits of all rows of a tree behind a prefix of this length."""
+    return tl.maximum(length + 1 - LAST, 0) // BLOCK_N
+
+
+@triton.jit
 def _count(word):
     """Bits that are set in int64."""
     word = word - ((word >> 1) & 0x5555555555555555)
@@ -72,33 +87,18 @@ def _lowest(count):
 
 @triton.jit
 def _word(words_ptr, index, num_slots, inside):
-    """A word of a mask, without bits of slots from num_slots on; of rows that are not inside, 0."""
-    word = (
-        tl.load(words_ptr + index, cache_modifier=".cg")
-        if inside is None
-        else tl.load(words_ptr + index, mask=inside, other=0)
-    )
+    """A word of masks, without bits of slots from num_slots on; of rows that are not inside, 0."""
+    word = tl.load(words_ptr + index, mask=inside, other=0, cache_modifier=".cg")
     return word & _lowest(tl.minimum(num_slots - 64 * index, 64))
 
 
 @triton.jit
 def path_length(words_ptr, num_slots, inside):
-    """How many tree slots a row sees; words_ptr: of its mask, or of those of many rows, with `inside`."""
+    """How many tree slots each row sees; words_ptr: of their masks."""
     count = _count(_word(words_ptr, 0, num_slots, inside))
     for index in range(1, tl.cdiv(num_slots, 64)):
         count += _count(_word(words_ptr, index, num_slots, inside))
     return count
-
-
-@triton.jit
-def write_path(path_ptr, words_ptr, num_slots):
-    """The slots of one row's path in their order, from the root on."""
-    j, before = tl.arange(0, 64), 0
-    for index in range(0, tl.cdiv(num_slots, 64)):
-        word = _word(words_ptr, index, num_slots, None)
-        on_path = ((word >> j.to(tl.int64)) & 1) == 1
-        tl.store(path_ptr + before + _count(word & _lowest(j)), 64 * index + j, mask=on_path)
-        before += _count(word)
 
 
 @triton.jit
@@ -119,58 +119,61 @@ def _tanh(x):
 
 
 @triton.jit
-def _sum(weights, axis: tl.constexpr, FINE: tl.constexpr):
-    """The sum of at most 64 weights up to 1, in whatever order: of multiples of 2^-17 it is exact. FINE: and of what
-    these leave in multiples of 2^-36."""
+def _sums(weights, FINE: tl.constexpr):
+    """The sum of at most 64 weights up to 1 in two parts, each exact in whatever order: that of multiples of 2^-17, and
+    with FINE that of what these leave in multiples of 2^-36."""
     coarse = (weights + 64.0) - 64.0
-    total = tl.sum(coarse, axis)
+    total = tl.sum(coarse, 1)
     if FINE:
-        total += tl.sum((weights - coarse + 0.000244140625) - 0.000244140625, axis)
-    return total
+        return total, tl.sum((weights - coarse + 0.000244140625) - 0.000244140625, 1)
+    return total, tl.zeros_like(total)
 
 
 @triton.jit
-def _weigh(scores, visible, scale, axis: tl.constexpr, SOFTCAP: tl.constexpr, FINE: tl.constexpr):
-    """(weights, peak, their sum) of a block's scores: keys lie along the axis."""
-    factor = scale * LOG2E
+def scores_of(q, k, scale, SOFTCAP: tl.constexpr, FINE: tl.constexpr):
+    """Scores [M, N] of rows q [M, D] and keys k [N, D], and what makes them logits to base 2."""
+    scores, factor = tl.dot(q, tl.trans(k), input_precision="ieee"), scale * LOG2E
     if SOFTCAP > 0:
         scores = _tanh(scores * (scale / SOFTCAP))
         factor = SOFTCAP * LOG2E
-    if visible is not None:
-        scores = tl.where(visible, scores, float("-inf"))
     if FINE:  # so that the largest weight is 1 to the last bit; in 16 bits rounding makes it so
         scores, factor = scores * factor, 1.0
-    peak = tl.max(scores, axis) * factor
+    return scores, factor
+
+
+@triton.jit
+def weigh(scores, factor, peak, FINE: tl.constexpr):
+    """Weights [M, N] of scores, relative to that of a logit of `peak` [M], and their sum [M] in two parts."""
     shift = tl.where(peak == float("-inf"), 0.0, peak)
-    shift = tl.broadcast_to(tl.expand_dims(shift, axis), scores.shape)
+    shift = tl.broadcast_to(shift[:, None], scores.shape)
     weights = tl.exp2(tl.fma(scores, tl.full(scores.shape, factor, tl.float32), -shift))
-    return weights, peak, _sum(weights, axis, FINE)
+    coarse, fine = _sums(weights, FINE)
+    return weights, coarse, fine
 
 
 @triton.jit
-def block_sums(q, k, v, visible, scale, SOFTCAP: tl.constexpr, FINE: tl.constexpr):
-    """A block for itself: (weighted values [M, D], peak [M], weights' sum [M]) of rows q [M, D].
-
-    visible [M, N], or None where all of it is; a row that sees nothing of it has a peak of -inf and zeros.
-    """
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-    weights, peak, total = _weigh(scores, visible, scale, 1, SOFTCAP, FINE)
-    return tl.dot(weights.to(v.dtype), v, input_precision="ieee"), peak, total
+def add_block(acc, peak, total, scores, factor, v, FINE: tl.constexpr):
+    """The sums of a split (weighted values [M, D], peak [M], weights [M]) with one more block: scores [M, N], -inf
+    where a row does not see a key, v [N, D]. What a peak of -inf comes with does not count."""
+    risen = tl.maximum(peak, tl.max(scores, 1) * factor)
+    left = tl.exp2(peak - tl.where(risen == float("-inf"), 0.0, risen))
+    weights, coarse, fine = weigh(scores, factor, risen, FINE)
+    acc = tl.dot(weights.to(v.dtype), v, acc * left[:, None], input_precision="ieee")
+    return acc, risen, tl.fma(total, left, coarse + fine)
 
 
 @triton.jit
-def block_sums_of_few(q, k, v, visible, scale, LEAST: tl.constexpr, SOFTCAP: tl.constexpr, FINE: tl.constexpr):
-    """The same of few rows: they are the columns of the first product, and repeated up to LEAST rows in the second.
-
-    (weighted values [max(M, LEAST), D], peak [M], weights' sum [M]); visible [N, M].
-    """
-    scores = tl.dot(k, tl.trans(q), input_precision="ieee")
-    weights, peak, total = _weigh(scores, visible, scale, 0, SOFTCAP, FINE)
-    rows = tl.trans(weights.to(v.dtype))
-    if q.shape[0] < LEAST:
-        rows = tl.broadcast_to(rows[None], (LEAST // q.shape[0], q.shape[0], v.shape[0]))
-        rows = tl.reshape(rows, (LEAST, v.shape[0]))
-    return tl.dot(rows, v, input_precision="ieee"), peak, total
+def add_one_by_one(acc, weights, v, turns, begin, end):
+    """Weighted values [M, D] with the keys whose turns [N] are begin to end, in that order, of each turn at most one
+    that a row sees; weights [M, N], v [N, D]."""
+    if v.dtype == tl.float32:  # a product takes them so
+        return tl.dot(weights, v, acc, input_precision="ieee")
+    for turn in range(begin, end):
+        acc = tl.dot(tl.where((turns == turn)[None, :], weights, 0.0).to(v.dtype), v, acc)
+        # Always acc, and so waited for: a product under way reads its weights from registers, which the next turn's
+        # would overwrite (Triton 3.6 lets it run on into the next step of a loop that does nothing else with acc).
+        acc = tl.where(turn < end, acc, 0.0)
+    return acc
 
 
 @triton.jit

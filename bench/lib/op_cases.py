@@ -92,7 +92,8 @@ def tree_attention_case(queries: int, first: int, length: int, capacity: int, ba
     parents = some_tree(first + queries)
     seen = [lineage(parents, node) for node in range(first, first + queries)]
     ancestors = bit_masks(seen, first + queries, slab.device).repeat(batch, 1, 1)
-    lengths = constant(length, batch)
+    lengths, num_slots = constant(length, batch), first + queries
+    depths = torch.tensor([[len(lineage(parents, node)) - 1 for node in range(num_slots)]] * batch, device=DEVICE)
     mask = torch.zeros(queries, live, dtype=torch.bool, device=DEVICE)
     mask[:, :length] = True
     for row, slots in zip(mask, seen, strict=True):
@@ -100,7 +101,8 @@ def tree_attention_case(queries: int, first: int, length: int, capacity: int, ba
     scale = HEAD_DIM**-0.5
 
     def kernel(i):
-        return tree_attention(q, slab[2 * i], slab[2 * i + 1], lengths, ancestors, scale=scale, first=first)
+        keys, values = slab[2 * i], slab[2 * i + 1]
+        return tree_attention(q, keys, values, lengths, ancestors, scale=scale, depths=depths, first=first)
 
     def pytorch(i):
         k, v = slab[2 * i, :, :, :live], slab[2 * i + 1, :, :, :live]

@@ -237,7 +237,7 @@ class Soak:
         """Bytes, threads and files of this process, once idle states are let go of."""
         states = self.model.states
         self.most_idle, self.most_bytes = max(self.most_idle, len(states.idle)), max(self.most_bytes, states.num_bytes)
-        self.graphs_dropped += sum(lease.step.graph is not None for lease in states.idle)
+        self.graphs_dropped += sum(len(lease.step.graphs) for lease in states.idle)
         states.clear()
         gc.collect()
         point = {"requests": sum(self.kinds.values())}

@@ -10,8 +10,11 @@ sampling     the next token as a deterministic function of logits, seed and posi
 processors   logits processors on a tree, on the host: each node sees its own prefix
 request, validate, memory   what a call asks for, checked
 hooks        what processors and criteria give back, checked
-generation, reports the host launches a round before it has read the last; stop conditions, statistics
+generation, reports the host launches a round before it has read the last; stop conditions
+statistics   what a call did, with which trees
 records      logits, scores and log-probabilities of the emitted tokens, for calls that ask for them
-graph, states, held   one CUDA graph per round; what is kept between calls: buffers, graphs, rows of the caches
-tune         the number of tree nodes that pays best here
+choice, worth, cost   which tree pays: candidates, the tokens that each would bring, the time that each takes
+adapt        the same while a call decodes: what was learned, when to rest from drafting
+graph, steps one CUDA graph per round and tree
+states, held what is kept between calls: buffers, graphs, rows of the caches
 """

@@ -10,6 +10,7 @@ Li et al. 2024; EAGLE-2 for the beam and the reranking, section 4).
 from __future__ import annotations
 
 import copy
+from typing import NamedTuple
 
 import torch
 from eagle_fast_kernels.draft_head import rope_append
@@ -23,6 +24,8 @@ from eagle_fast.decoding.tree import Tree, chain_masks, root_only
 from eagle_fast.head import Attend, DraftHead
 from eagle_fast.layers.attention import PrefillStep, Step, TreeStep
 from eagle_fast.layers.slab import KVSlab, LayerShape
+
+MOST_WAITING = 64  # rows that wait for the head: as many as a word of an ancestor mask has bits
 
 
 class NoHead:
@@ -46,6 +49,10 @@ class NoHead:
     def start_without_prefix(self, roots: Tensor) -> None:
         """Before a prompt is absorbed, which may have no token but its root."""
 
+    def under(self, tree: TreeConfig) -> NoHead:
+        """The same drafter, in the same memory, growing other trees."""
+        return self
+
     def row(self, index: int) -> NoHead:
         """One sequence of this drafter, in the same memory: a drafter of batch 1."""
         return self
@@ -58,12 +65,26 @@ class NoHead:
         """Copy the first sequences of `other` to sequences `rows` [R] of this one."""
 
 
+class PathRows(NamedTuple):
+    """Rows of paths of up to A nodes, of B sequences."""
+
+    numbers: Tensor  # [A]
+    last: Tensor  # [A + 1], the last row of a path by its length, 0 of none
+    masks: Tensor  # [B, A, W], of a chain
+
+    @classmethod
+    def up_to(cls, most: int, batch: int, device: torch.device) -> PathRows:
+        numbers = torch.arange(most, device=device)
+        last = (torch.arange(most + 1, device=device) - 1).clamp(min=0)
+        return cls(numbers, last, chain_masks(most, device).repeat(batch, 1, 1))
+
+
 class Drafter(NoHead):
     """One head drafting for B sequences, with its own keys and values and the state that the next tree grows from."""
 
     def __init__(self, head: DraftHead, tree: TreeConfig, batch: int, capacity: int):
         super().__init__(head.device)
-        self.head, self.tree = head, tree
+        self.head, self.batch = head, batch
         device, config = head.device, head.config
         shape = LayerShape(config.num_kv_heads, config.head_dim, head.dtype, device)
         self.slab = KVSlab([shape] * config.num_layers, batch, capacity)
@@ -71,10 +92,18 @@ class Drafter(NoHead):
         self.cos, self.sin = head.rope_table(capacity)
         self.hidden = torch.zeros(batch, config.hidden_size, dtype=head.dtype, device=device)
         self.states = torch.zeros_like(self.hidden)
-        path, k = tree.max_path, tree.top_k
-        self.path_rows = torch.arange(path, device=device)
-        self.last_rows = (torch.arange(path + 1, device=device) - 1).clamp(min=0)  # of a path, by its length
-        self.path_masks = chain_masks(path, device).repeat(batch, 1, 1)
+        self._set_tree(tree)
+
+    def under(self, tree: TreeConfig) -> Drafter:
+        view = copy.copy(self)
+        view._set_tree(tree)
+        return view
+
+    def _set_tree(self, tree: TreeConfig) -> None:
+        """What depends on the tree, and never changes while rounds run."""
+        self.tree = tree
+        device, batch, k = self.device, self.batch, tree.top_k
+        self.path = PathRows.up_to(tree.max_path, batch, device)
         rows = torch.arange(max(tree.depth, 1) * k, device=device)
         self.level_depths = rows.div(k, rounding_mode="floor")
         levels = torch.arange(tree.depth + 1, device=device)[:, None]
@@ -146,16 +175,27 @@ class Drafter(NoHead):
     def absorb(self, features: Tensor, path: Tensor, tokens: Tensor, counts: Tensor, lengths: Tensor) -> None:
         """Rows r >= counts[b] are computed too; what they write lies past the new length and is written over later."""
         features = features.gather(1, path[..., None].expand(-1, -1, features.shape[-1]))
-        self._absorb_path(features, tokens, counts, lengths)
-
-    def _absorb_path(self, features: Tensor, tokens: Tensor, counts: Tensor, lengths: Tensor) -> None:
-        positions = lengths[:, None] + self.path_rows
-        step = TreeStep(lengths, self.path_masks, self.path_rows.expand(lengths.numel(), -1))
-        attend = self._attend(step, lengths)
-        hidden, states = self.head(tokens, self.head.embed_features(features), positions, attend, parts=True)
-        last = self.last_rows[counts][:, None, None].expand(-1, 1, hidden.shape[-1])
+        hidden, states, last = self._run_path(features, tokens, counts, lengths, self.path)
         torch.gather(hidden, 1, last, out=self.hidden[:, None])
         torch.gather(states, 1, last, out=self.states[:, None])
+
+    def absorb_waiting(self, features: Tensor, tokens: Tensor, counts: Tensor, lengths: Tensor, rows: PathRows) -> None:
+        """Take in features [B, N, F] of counts [B] tokens, those from position lengths [B] on, and the tokens [B, N]
+        after each. A sequence of which none waits goes on from what it has."""
+        hidden, states, last = self._run_path(features, tokens, counts, lengths, rows)
+        some = counts[:, None] > 0
+        for mine, new in ((self.hidden, hidden), (self.states, states)):
+            torch.where(some, new.gather(1, last)[:, 0], mine, out=mine)
+
+    def _run_path(
+        self, features: Tensor, tokens: Tensor, counts: Tensor, lengths: Tensor, rows: PathRows
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(hidden, states) [B, A, H] of the rows of paths, and where in them [B, 1, H] the last of each path stands."""
+        positions = lengths[:, None] + rows.numbers
+        step = TreeStep(lengths, rows.masks, rows.numbers.expand(lengths.numel(), -1))
+        attend = self._attend(step, lengths)
+        hidden, states = self.head(tokens, self.head.embed_features(features), positions, attend, parts=True)
+        return hidden, states, rows.last[counts][:, None, None].expand(-1, 1, hidden.shape[-1])
 
     def absorb_prompt(self, features: Tensor, tokens: Tensor, start: int) -> None:
         batch, count = tokens.shape
@@ -170,13 +210,15 @@ class Drafter(NoHead):
         batch, path = roots.numel(), self.tree.max_path
         features = torch.zeros(batch, path, self.head.feature_size, dtype=self.hidden.dtype, device=self.device)
         nothing = torch.zeros_like(roots)
-        self._absorb_path(features, roots[:, None].repeat(1, path), nothing + 1, nothing)
+        first = torch.zeros(batch, path, dtype=torch.long, device=self.device)
+        self.absorb(features, first, roots[:, None].repeat(1, path), nothing + 1, nothing)
 
     def row(self, index: int) -> Drafter:
         one, view = slice(index, index + 1), copy.copy(self)
         view.slab = self.slab.row(index)
-        view.slabs = view.slab.slabs
-        view.hidden, view.states, view.path_masks = self.hidden[one], self.states[one], self.path_masks[one]
+        view.slabs, view.batch = view.slab.slabs, 1
+        view.hidden, view.states = self.hidden[one], self.states[one]
+        view.path = PathRows(self.path.numbers, self.path.last, self.path.masks[one])
         scores, candidates, masks = self.root
         view.root = scores[one], candidates[one], masks[one]
         return view
@@ -191,3 +233,36 @@ class Drafter(NoHead):
         assert isinstance(other, Drafter)
         self.slab.adopt(rows, other.slab)
         self.hidden[rows], self.states[rows] = other.hidden[: len(rows)], other.states[: len(rows)]
+
+
+class Postponed(NoHead):
+    """The drafter of rounds without a draft, where the head will draft again: the root alone is the tree, and what
+    such rounds accept waits here until the head absorbs it in one pass.
+
+    features [B, N, F], tokens [B, N] of the rows that wait; absorbed [B]: how many rows the head has.
+    rounds: how many such rounds were launched since it took in the last, as the host knows it: no sequence has more
+    rows waiting.
+    """
+
+    def __init__(self, drafter: Drafter):
+        super().__init__(drafter.device)
+        self.drafter = drafter
+        batch, size = drafter.batch, (drafter.batch, MOST_WAITING, drafter.head.feature_size)
+        self.features = torch.zeros(size, dtype=drafter.hidden.dtype, device=self.device)
+        self.tokens = torch.zeros(batch, MOST_WAITING, dtype=torch.long, device=self.device)
+        self.absorbed = torch.zeros(batch, dtype=torch.long, device=self.device)
+        self.rows = PathRows.up_to(MOST_WAITING, batch, self.device)
+        self.rounds = 0
+
+    def absorb(self, features: Tensor, path: Tensor, tokens: Tensor, counts: Tensor, lengths: Tensor) -> None:
+        """Keep the row of the root, which a sequence that has ended writes to a place that means nothing."""
+        place = (lengths - self.absorbed).clamp(0, MOST_WAITING - 1)[:, None]
+        features = features.to(self.features.dtype)
+        self.features.scatter_(1, place[..., None].expand(-1, -1, features.shape[-1]), features)
+        self.tokens.scatter_(1, place, tokens)
+
+    def release(self, lengths: Tensor) -> None:
+        """Let the head absorb what waits; then it has lengths [B] rows, as many as the target."""
+        counts = (lengths - self.absorbed).clamp(0, MOST_WAITING)
+        self.drafter.absorb_waiting(self.features, self.tokens, counts, self.absorbed, self.rows)
+        self.absorbed.copy_(lengths)

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import zip_longest
+from collections import deque
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from transformers.utils import ModelOutput
 
+from eagle_fast.decoding.adapt import TreeChooser
+from eagle_fast.decoding.cost import Timer
 from eagle_fast.decoding.held import Held, are_long
 from eagle_fast.decoding.hooks import processed, verdict
 from eagle_fast.decoding.processors import copies_for_rows, walk_processed
@@ -26,46 +28,11 @@ from eagle_fast.decoding.records import Records
 from eagle_fast.decoding.reports import ReportRing
 from eagle_fast.decoding.request import Request
 from eagle_fast.decoding.round import Round
-from eagle_fast.decoding.tree import Tree
+from eagle_fast.decoding.statistics import Statistics
+from eagle_fast.decoding.steps import RoundSteps
+from eagle_fast.decoding.tree import Tree, Walked
 
 ROUNDS_UNDER_WAY = 2  # one that the host waits for, and one to keep the device busy meanwhile
-
-
-@dataclass
-class Statistics:
-    """What one call did. `accepted[n]` counts the rounds, over all sequences, that gave a sequence n + 1 tokens: n
-    drafted ones that were accepted and one of the target's own. Tokens dropped behind a stop are not counted, nor are
-    rounds that brought none. Seconds are those that the call itself took, without its consumer's between rounds.
-    reused_tokens: of each sequence, the prompt's tokens that were not prefilled, see reuse_cache."""
-
-    rounds: int = 0
-    accepted: list[int] = field(default_factory=list)
-    new_tokens: list[int] = field(default_factory=list)
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    reused_tokens: list[int] = field(default_factory=list)
-
-    def __add__(self, other: Statistics) -> Statistics:
-        """Of both calls together, with all of their sequences."""
-        pairs = zip_longest(self.accepted, other.accepted, fillvalue=0)
-        return Statistics(
-            self.rounds + other.rounds,
-            [mine + theirs for mine, theirs in pairs],
-            self.new_tokens + other.new_tokens,
-            self.prefill_seconds + other.prefill_seconds,
-            self.decode_seconds + other.decode_seconds,
-            self.reused_tokens + other.reused_tokens,
-        )
-
-    @property
-    def tau(self) -> float:
-        """Mean tokens that a sequence got from a round: drafted tokens accepted, plus the one of the target."""
-        sequence_rounds = sum(self.accepted)
-        return sum(self.new_tokens) / sequence_rounds if sequence_rounds else 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        return sum(self.new_tokens) / self.decode_seconds if self.decode_seconds else 0.0
 
 
 @dataclass
@@ -90,6 +57,14 @@ class Generation(ModelOutput):
     logprobs: torch.Tensor | None = None
 
 
+class Launched(NamedTuple):
+    """A round under way: the state under its tree, the tokens that it promised, and whether its time tells."""
+
+    view: Round
+    promised: float
+    tells: bool
+
+
 class NaNLogitsError(RuntimeError):
     """The target's logits were NaN or infinite, or a logits processor left no token."""
 
@@ -103,11 +78,13 @@ def rounds_under_way(request: Request, device: torch.device) -> int:
 class Decoding:
     """Decodes one request with a `Round`: `begin`, then `advance` until `finished`.
 
+    chooser: of the tree of each round; without one they all have the state's first.
     texts: prompt and new tokens of each sequence. done: which sequences have ended.
     """
 
-    def __init__(self, state: Round, step: Callable[[], None], request: Request):
+    def __init__(self, state: Round, step: RoundSteps, request: Request, chooser: TreeChooser | None = None):
         self.state, self.step, self.request, self.turn = state, step, request, state.target.turn
+        self.chooser = chooser
         batch = len(request.prompts)
         self.texts = [list(prompt) for prompt in request.prompts]
         self.starts = [len(prompt) for prompt in request.prompts]
@@ -116,12 +93,16 @@ class Decoding:
         self.done = [budget == 0 for budget in request.budgets]
         self.stopped: list[int] = []  # sequences that ended earlier, and that the device does not know of
         self.ahead = rounds_under_way(request, state.report.device)
-        self.reports = ReportRing(state.report, self.ahead)
+        self.reports = ReportRing(state.largest_report, self.ahead)
+        on_device = state.report.is_cuda and not request.processors
+        self.timer = Timer(state.report.device if on_device else None, self.ahead)
+        self.under_way: deque[Launched] = deque()
         self.records = Records(request.record, state.kept, state.sampling, batch, self.ahead)
         self.padding = request.padding or [[] for _ in range(batch)]
         self.processors = copies_for_rows(request.processors, batch)
         self.criteria = copies_for_rows(request.criteria, batch)
-        self.statistics = Statistics(accepted=[0] * state.max_path, new_tokens=[0] * batch)
+        longest = max(tree.max_path for tree in state.trees)
+        self.statistics = Statistics(accepted=[0] * longest, new_tokens=[0] * batch)
         self.statistics.reused_tokens = [0] * batch
 
     @property
@@ -155,24 +136,15 @@ class Decoding:
         with self.turn.lock, self.turn():
             self._settle()
             if self.processors:
-                self.state.step(self._accept_processed)
+                self._launch_round()
             else:
                 self._launch()
-        if not self.processors:
-            self._read()
+        launched = self._take_in() if self.processors else self._read()
         self._note_rows()
         counts = [len(text) - length for text, length in zip(self.texts, lengths, strict=True)]
-        self._count(counts)
+        self.statistics.count(launched.view.tree, counts, launched.promised)
         self.statistics.decode_seconds += time.perf_counter() - started
         return any(counts)
-
-    def _count(self, counts: list[int]) -> None:
-        """Add a round that brought each sequence so many tokens to the statistics."""
-        self.statistics.rounds += any(counts)
-        for row, count in enumerate(counts):
-            self.statistics.new_tokens[row] += count
-            if count:
-                self.statistics.accepted[count - 1] += 1
 
     # -- prompts ---------------------------------------------------------------------------------------------------
 
@@ -227,30 +199,71 @@ class Decoding:
         launched where those under way end all of them for certain, nor where longrope's switch is due."""
         rooms = self._rooms().values()
         while len(self.reports) < self.ahead and min(rooms) > 0 and max(rooms) > len(self.reports):
-            self.step()
-            self.reports.send()
-            self.records.send()
+            view = self._launch_round()
+            self.reports.send(view.sent)
+            self.records.send(view.kept)
+
+    def _launch_round(self) -> Round:
+        """Launch one, under the tree that pays; with processors it is over then."""
+        chooser, tree, promised = self.chooser, self.state.tree, 0.0
+        if chooser is not None:
+            tree = chooser.next(sum(map(len, self.texts)) / len(self.texts))
+            promised = chooser.promise(tree)
+        accept = self._accept_processed if self.processors else None
+        self.view = self.state.under(tree)
+        tells = self.step.is_ready(tree) or accept is not None
+        self.step(tree, self.timer, accept)
+        self.under_way.append(Launched(self.view, promised, tells))
+        return self.view
 
     def _rooms(self) -> dict[int, int]:
         """Of every live sequence, how many tokens its text lacks to the length at which the device stops it."""
         return {row: self.limits[row] - len(text) for row, text in enumerate(self.texts) if not self.done[row]}
 
-    def _read(self) -> None:
+    def _read(self) -> Launched:
         """Take in the oldest round under way. What it emitted for a sequence that had ended is dropped."""
-        reports = self.reports.read()
+        launched = self.under_way[0]
+        view, numbers = launched.view, self.reports.read()
+        width, split = 1 + view.max_path, view.report.numel()
+        reports = [numbers[start : start + width] for start in range(0, split, width)]
         if self.request.record:
             with self.turn.lock, self.turn():
-                self.records.fetch([count for count, *_ in reports], self.state.emitted)
+                self.records.fetch([count for count, *_ in reports], view.emitted, view.kept)
+        self._learn(launched, self._walked(reports, numbers[split:]))
         for row, (count, *emitted) in enumerate(reports):
             if not self.done[row]:
                 for place, token in enumerate(emitted[:count]):
                     self.records.take(row, place)
                     if not self._take(row, token):
                         break
+        return self.under_way.popleft()
+
+    def _walked(self, reports: list[list[int]], ranks: list[int]) -> Walked:
+        """What a round reported, before its tokens are taken."""
+        counts, longest = [count for count, *_ in reports], len(reports[0]) - 1
+        full = [
+            self.done[row] or len(text) + count >= self.limits[row]
+            for row, (text, count) in enumerate(zip(self.texts, counts, strict=True))
+        ]
+        return Walked(counts, [ranks[start : start + longest] for start in range(0, len(ranks), longest)], full)
+
+    def _take_in(self) -> Launched:
+        """What is left to do after a round whose tokens the host has chosen."""
+        self._learn(self.under_way[0], self.walked)
+        return self.under_way.popleft()
+
+    def _learn(self, launched: Launched, walked: Walked) -> None:
+        """From a round that is over."""
+        seconds = self.timer.read()
+        for path, count in zip(walked.ranks, walked.counts, strict=True):
+            self.statistics.drafts.take(path[:count])
+        if self.chooser is not None:
+            self.chooser.take(launched.view.tree, walked, seconds if launched.tells else None)
 
     def _accept_processed(self, tree: Tree, logits: torch.Tensor) -> torch.Tensor:
         """`Round.accept` with logits processors, which choose every token on the host."""
-        return walk_processed(self.state, tree, logits, self._process, self._take_processed)
+        path, self.walked = walk_processed(self.view, tree, logits, self._process, self._take_processed)
+        return path
 
     # -- tokens ----------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 import torch
 
@@ -39,17 +40,49 @@ class SideStreams:
         return [self._streams[device] for device in devices]
 
 
+class GraphPools:
+    """Memory that graphs are captured into, a pool of each device: for steps of which one runs at a time, and which
+    leave nothing in it."""
+
+    def __init__(self) -> None:
+        self._home: Any = None
+        self._others: dict[torch.device, torch.cuda.MemPool] = {}
+
+    def home(self) -> Any:
+        """The pool of the device that a graph is launched on."""
+        self._home = self._home or torch.cuda.graph_pool_handle()
+        return self._home
+
+    def renew_home(self) -> None:
+        """After a capture that failed: the next one gets a pool of its own."""
+        self._home = None
+
+    def of(self, device: torch.device) -> torch.cuda.MemPool:
+        """The pool of another device."""
+        if device not in self._others:
+            with torch.cuda.device(device):  # a pool is one device's
+                self._others[device] = torch.cuda.MemPool()
+        return self._others[device]
+
+
 class GraphedStep:
     """Calls `step`, from the third call on by replaying a graph of it. With a CPU among the devices it just calls it.
 
     devices: all that the step works on; the first is the one whose current stream the caller's other work is on.
     streams: for steps that are never launched at the same time; by default it has its own.
+    pools: for steps that share them; by default it has its own.
     """
 
-    def __init__(self, step: Callable[[], None], devices: Sequence[torch.device], streams: SideStreams | None = None):
+    def __init__(
+        self,
+        step: Callable[[], None],
+        devices: Sequence[torch.device],
+        streams: SideStreams | None = None,
+        pools: GraphPools | None = None,
+    ):
         self.step, self.devices = step, list(devices)
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.pools: list[torch.cuda.MemPool] = []
+        self.pools: GraphPools | None = pools or GraphPools()
         self.num_bytes = 0  # what the capture reserved, on all devices
         self.calls = 0
         self.eager = any(device.type != "cuda" for device in devices)
@@ -68,14 +101,14 @@ class GraphedStep:
 
     def close(self) -> None:
         """Let go of the graph and its pools, whose memory is free at once: a round under way has to end first."""
-        if self.pools:
+        if self.graph is not None:
             for device in self.devices:
                 torch.cuda.synchronize(device)
-        self.graph, self.pools, self.num_bytes = None, [], 0
+        self.graph, self.pools, self.num_bytes = None, None, 0
 
     def __del__(self) -> None:
         """Of a step that nobody closed."""
-        if getattr(self, "pools", None):
+        if getattr(self, "graph", None) is not None:
             self.close()
 
     def _replay(self, graph: torch.cuda.CUDAGraph) -> None:
@@ -109,17 +142,15 @@ class GraphedStep:
             yield
 
     def _capture(self) -> None:
-        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        pools = self.pools = self.pools or GraphPools()
+        graph, pool = torch.cuda.CUDAGraph(), pools.home()
         home, *others = self.streams
-        pools = []
         for device in self.devices:
             torch.cuda.synchronize(device)
         try:
             with ExitStack() as stack:
                 for other in others:
-                    with torch.cuda.device(other.device):  # a pool is one device's
-                        pools.append(torch.cuda.MemPool())
-                    stack.enter_context(torch.cuda.use_mem_pool(pools[-1], device=other.device))
+                    stack.enter_context(torch.cuda.use_mem_pool(pools.of(other.device), device=other.device))
                 stack.enter_context(self._side_streams())
                 # thread_local: other threads may copy and synchronize meanwhile
                 stack.enter_context(torch.cuda.graph(graph, pool, home, capture_error_mode="thread_local"))
@@ -132,6 +163,7 @@ class GraphedStep:
                     home.wait_stream(other)
         except RuntimeError as error:
             _abandon(pool, home.device)
+            pools.renew_home()
             for device in self.devices:
                 torch.cuda.synchronize(device)
             if isinstance(error.__context__, KeyboardInterrupt):  # all that is wrong with the capture
@@ -145,7 +177,7 @@ class GraphedStep:
                     graph.capture_end()
             raise
         else:
-            self.graph, self.pools, self.num_bytes = graph, pools, max(reserved, 0)
+            self.graph, self.num_bytes = graph, max(reserved, 0)
 
     def _reserved(self) -> int:
         """Bytes that torch's allocator has taken from the devices."""

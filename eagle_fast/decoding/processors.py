@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from eagle_fast.decoding.round import Round
-from eagle_fast.decoding.tree import Tree
+from eagle_fast.decoding.tree import Tree, Walked
 from eagle_fast.decoding.validate import check_takes_two
 from eagle_fast.messages import shown
 
@@ -164,7 +164,7 @@ def walk_processed(
     logits: torch.Tensor,
     process: Callable[[int, torch.Tensor], torch.Tensor],
     take: Callable[[int, int], bool],
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, Walked]:
     """`Round.accept` under processors.
 
     process(row, logits [1, V]) gives the scores to choose from; take(row, token) appends the token to the sequence and
@@ -174,11 +174,16 @@ def walk_processed(
     depths, lengths, ends = tree.depths.tolist(), state.lengths.tolist(), state.ends.tolist()
     path = torch.zeros_like(state.emitted)
     state.report.zero_()
+    walked = Walked([], [], [])
     for row in range(state.batch):
-        limit = min(state.max_path, max(ends[row] - lengths[row], 0))
-        children = {(parents[row][n], tokens[row][n]): n for n in reversed(range(len(tokens[row])))}  # first child wins
+        room = max(ends[row] - lengths[row], 0)
+        limit, goes_on = min(state.max_path, room), True
+        children: dict[int, list[int]] = {}
+        for child, parent in enumerate(parents[row]):
+            children.setdefault(parent, []).append(child)
         nodes: list[int] = []
         chosen: list[int] = []
+        ranks: list[int] = []
         node: int | None = 0
         while node is not None and len(nodes) < limit:
             # a copy: kernels add up a row in another order where it starts at an odd address
@@ -186,10 +191,17 @@ def walk_processed(
             token = state.sampling.choose_row(scores, row, lengths[row] + depths[row][node])
             nodes.append(node)
             chosen.append(token)
-            node = children.get((node, token)) if take(row, token) else None
+            goes_on = take(row, token)
+            siblings = children.get(node, []) if goes_on and len(nodes) < room else []
+            rank = next((n for n, child in enumerate(siblings) if tokens[row][child] == token), None)
+            ranks.append(-1 - len(siblings) if rank is None else rank)
+            node = None if rank is None else siblings[rank]
         state.counts[row] = len(nodes)
         path[row, : len(nodes)] = torch.tensor(nodes, dtype=torch.long, device=path.device)
         state.emitted[row, : len(nodes)] = torch.tensor(chosen, dtype=torch.long, device=path.device)
         if chosen:
             state.roots[row] = chosen[-1]
-    return path
+        walked.counts.append(len(nodes))
+        walked.ranks.append(ranks)
+        walked.full.append(not goes_on or len(nodes) == room)
+    return path, walked

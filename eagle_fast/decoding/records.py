@@ -14,6 +14,8 @@ walks the tree and has every row in its hands: the state keeps nothing then.
 
 from __future__ import annotations
 
+import copy
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -86,6 +88,14 @@ class Kept:
         self.logprobs = torch.zeros(batch, max_path, device=device)
         self.logits = torch.zeros(batch, max_path, vocab_size, device=device) if keeps is Keeps.ROWS else None
         self.sequences = torch.arange(batch, device=device)[:, None]
+        self.largest = self
+
+    def of_paths(self, max_path: int) -> Kept:
+        """The same memory for rounds that emit fewer tokens: A is then `max_path`."""
+        view, whole = copy.copy(self), self.largest
+        view.logprobs = _first(whole.logprobs, max_path)
+        view.logits = None if whole.logits is None else _first(whole.logits, max_path)
+        return view
 
     def take(self, logits: Tensor, path: Tensor, emitted: Tensor) -> None:
         """Within a round: logits [B, T, V] of the tree's nodes, the accepted ones [B, A], the tokens after each."""
@@ -103,30 +113,31 @@ class Records:
     """
 
     def __init__(self, wanted: Wanted, kept: Kept | None, sampling: SamplingTensors, batch: int, slots: int):
-        self.wanted, self.kept, self.sampling = wanted, kept, sampling
+        self.wanted, self.sampling = wanted, sampling
         self.names = [name for name in ("scores", "logits", "logprobs") if getattr(wanted, name)]
-        self.ring = ReportRing(kept.logprobs, slots) if kept and wanted.logprobs else None
+        self.ring = ReportRing(kept.largest.logprobs, slots) if kept and wanted.logprobs else None
         # of each sequence: rows [V] of scores and logits, numbers of logprobs
         self.figures: dict[str, list[list]] = {name: [[] for _ in range(batch)] for name in self.names}
         self.fetched: dict[str, list] = {}  # the same of the last round
         self.settled: dict[str, list[Tensor]] = {name: [] for name in self.names}  # steps [B, V] that stay as they are
 
-    def send(self) -> None:
-        """Behind the report of the round that was launched last."""
-        if self.ring is not None:
-            self.ring.send()
+    def send(self, kept: Kept | None) -> None:
+        """Behind the report of the round that was launched last, what it kept."""
+        if self.ring is not None and kept is not None:
+            self.ring.send(kept.logprobs)
 
-    def fetch(self, counts: list[int], emitted: Tensor) -> None:
+    def fetch(self, counts: list[int], emitted: Tensor, kept: Kept | None) -> None:
         """Take out what the oldest round kept of the first counts [B] tokens of each sequence.
 
-        emitted [B, A] of that round, on the device. Where whole rows are wanted, no later round is under way.
+        emitted [B, A] of that round, on the device, and what it kept. Where whole rows are wanted, no later round is
+        under way.
         """
         if self.ring is not None:
             self.fetched["logprobs"] = self.ring.read()
-        if self.kept is not None and self.kept.logits is not None:
-            rows = {"logits": self.kept.logits} if self.wanted.logits else {}
+        if kept is not None and kept.logits is not None:
+            rows = {"logits": kept.logits} if self.wanted.logits else {}
             if self.wanted.scores:
-                rows["scores"] = self.sampling.warp(self.kept.logits, emitted.clamp(min=0))
+                rows["scores"] = self.sampling.warp(kept.logits, emitted.clamp(min=0))
             for name, figures in rows.items():
                 parts = zip(figures, counts, strict=True)
                 self.fetched[name] = [part[:count].to(self.wanted.device, copy=True) for part, count in parts]
@@ -178,6 +189,12 @@ class Records:
                 if step < len(rows):
                     rows[step] = settled[step][row]  # the memory is held once
         return (*settled, *(_step(figures, step, pad) for step in range(len(settled), longest)))
+
+
+def _first(values: Tensor, most: int) -> Tensor:
+    """[B, most, ...] without gaps, in the memory of values [B, A, ...]."""
+    shape = values.shape[0], most, *values.shape[2:]
+    return values.flatten()[: math.prod(shape)].view(shape)
 
 
 def _aligned(rows: Tensor) -> Tensor:

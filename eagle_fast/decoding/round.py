@@ -16,20 +16,20 @@ The state lies on the device of the logits. A head elsewhere gets the roots and 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
 
 import torch
 from eagle_fast_kernels.accept import accept
 from torch import Tensor
 
 from eagle_fast.config import ROOT_ALONE, TreeConfig
-from eagle_fast.decoding.draft import Drafter, NoHead
+from eagle_fast.decoding.draft import MOST_WAITING, Drafter, NoHead, Postponed
 from eagle_fast.decoding.held import Held
 from eagle_fast.decoding.records import HOST, Keeps, Kept
 from eagle_fast.decoding.sampling import SamplingTensors
-from eagle_fast.decoding.tree import Tree
+from eagle_fast.decoding.tree import Tree, root_only
 from eagle_fast.head import DraftHead
 from eagle_fast.layers.attention import TreeStep
 from eagle_fast.layers.transfers import distinct
@@ -43,6 +43,7 @@ class Round:
     """Decoding state of B sequences of up to `max_length` tokens, and the step that advances it by one round.
 
     Without a head it decodes plainly, one token per round, whatever `tree` says. `kept` is what it keeps of the logits.
+    Its rounds may run under one tree and then under another of `trees`, see `under`; the root alone is one.
     """
 
     def __init__(
@@ -53,13 +54,18 @@ class Round:
         batch: int,
         max_length: int,
         keeps: Keeps = Keeps.NOTHING,
+        others: Sequence[TreeConfig] = (),
     ):
         self.target, self.batch, self.max_length, self.keeps = target, batch, max_length, keeps
         self.tree = tree if head else ROOT_ALONE
-        capacity = -(-(max_length + self.tree.num_slots) // 64) * 64
+        self.trees = tuple(dict.fromkeys([self.tree, *(others if head else ())]))
+        postpones = ROOT_ALONE in self.trees[1:]
+        slots = max(MOST_WAITING * postpones, *(each.num_slots for each in self.trees))
+        capacity = -(-(max_length + slots) // 64) * 64
         self.cache = target.new_cache(batch, capacity)
         device = target.device
-        self.drafter = Drafter(head, self.tree, batch, capacity) if head else NoHead(device)
+        self.drafter = drafter = Drafter(head, self.tree, batch, capacity) if head else NoHead(device)
+        self.waiting = Postponed(drafter) if postpones and isinstance(drafter, Drafter) else None
         self.devices = distinct([*target.devices, self.drafter.device])
         self.sampling = self.draft_sampling = SamplingTensors(batch, device)
         if self.drafter.device != device:
@@ -67,10 +73,12 @@ class Round:
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)  # tokens in the cache
         self.roots = torch.zeros_like(self.lengths)  # the newest token, not in the cache
         self.ends = torch.zeros_like(self.lengths)  # length at which a sequence is done
-        self.report = torch.zeros(batch, 1 + self.max_path, dtype=torch.long, device=device)  # what the host reads
-        self.counts, self.emitted = self.report[:, 0], self.report[:, 1:]
+        longest = max(each.max_path for each in self.trees)
+        self.largest_report = torch.zeros(batch * (1 + 2 * longest), dtype=torch.long, device=device)
         nothing = keeps is Keeps.NOTHING
-        self.kept = None if nothing else Kept(keeps, batch, self.max_path, target.vocab_size, device)
+        self.kept = None if nothing else Kept(keeps, batch, longest, target.vocab_size, device)
+        self._set_report()
+        self.views: dict[TreeConfig, Round] = {self.tree: self}  # by tree
         self.held: Held | None = None  # what a call that prefills may count on, kept by whoever runs rounds
 
     @property
@@ -83,15 +91,66 @@ class Round:
         """Most tokens that a round emits for a sequence."""
         return self.tree.max_path
 
-    @cached_property
+    @property
     def num_bytes(self) -> int:
         """Memory of the caches and of all other tensors here, over all devices."""
-        owners = [self, self.sampling, self.draft_sampling, self.drafter, self.kept]
+        owners: list[object] = [self, self.sampling, self.draft_sampling, self.kept and self.kept.largest]
+        owners += [view.drafter for view in self.views.values()]
         named = [vars(owner) for owner in owners if owner is not None]
         tensors = [each for names in named for each in names.values() if isinstance(each, Tensor)]
         tensors += [*self.cache.slab.slabs, *self.cache.long_rows.values(), *self.drafter.slabs]
         sizes = {id(each): each.nbytes for each in tensors}
-        return sum(sizes.values()) - self.counts.nbytes - self.emitted.nbytes  # those two are the report
+        parts = self.sent, self.report, self.ranks, self.counts, self.emitted  # of the largest report
+        return sum(sizes.values()) - sum(each.nbytes for each in parts)
+
+    # -- trees -----------------------------------------------------------------------------------------------------
+
+    def under(self, tree: TreeConfig) -> Round:
+        """This state, in the same memory, with rounds under another of its trees. To be made between rounds.
+
+        Under the root alone the head absorbs nothing for now, see `Postponed`; before a round under a tree with drafts
+        it has to `catch_up`.
+        """
+        if tree not in self.views:
+            assert tree in self.trees, "a state is made for the trees that it will have"
+            view = copy.copy(self)
+            view.tree = tree
+            view.drafter = self.waiting if tree == ROOT_ALONE and self.waiting else self.drafter.under(tree)
+            view._set_report()
+            self.views[tree] = view
+        return self.views[tree]
+
+    def _set_report(self) -> None:
+        """What the host reads of a round: counts [B] and emitted tokens [B, A], one tensor, and their ranks [B, A]."""
+        counts = self.batch * (1 + self.max_path)
+        self.sent = self.largest_report[: counts + self.batch * self.max_path]
+        self.report, self.ranks = self.sent[:counts].view(self.batch, -1), self.sent[counts:].view(self.batch, -1)
+        self.counts, self.emitted = self.report[:, 0], self.report[:, 1:]
+        self.kept = self.kept and self.kept.of_paths(self.max_path)
+
+    @torch.no_grad()
+    def postpone(self) -> None:
+        """Before a round under the root alone: make room for what the head will have to absorb."""
+        assert self.waiting is not None
+        if self.waiting.rounds >= MOST_WAITING:
+            self.catch_up()
+        if self.waiting.rounds == 0:
+            self.waiting.absorbed.copy_(self.lengths)
+        self.waiting.rounds += 1
+
+    @torch.no_grad()
+    def catch_up(self) -> None:
+        """Let the head absorb what rounds under the root alone have accepted since it drafted last."""
+        if self.waiting is not None and self.waiting.rounds:
+            self.release()
+            self.waiting.rounds = 0
+
+    @torch.no_grad()
+    def release(self) -> None:
+        """`catch_up` without the host's part."""
+        assert self.waiting is not None
+        (lengths,) = self.target.transfers.packed(self.waiting.device, self.lengths)
+        self.waiting.release(lengths)
 
     # -- one round -------------------------------------------------------------------------------------------------
 
@@ -112,6 +171,8 @@ class Round:
     def draft(self) -> Tree:
         """The tree under the newest token of each sequence."""
         transfers = self.target.transfers
+        if self.tree == ROOT_ALONE:
+            return root_only(self.roots)
         roots, lengths = transfers.packed(self.drafter.device, self.roots, self.lengths)
         tree = self.drafter.grow(roots, lengths, self.draft_sampling)
         return Tree(*transfers.packed(self.target.device, *tree))
@@ -126,7 +187,7 @@ class Round:
         Of NaN logits -1 is emitted, which the host reports.
         """
         chosen = self.sampling.choose(logits, self.lengths[:, None] + tree.depths)
-        return accept(tree.tokens, tree.parents, chosen, self.lengths, self.ends, self.roots, self.report)
+        return accept(tree.tokens, tree.parents, chosen, self.lengths, self.ends, self.roots, self.report, self.ranks)
 
     def compact(self, path: Tensor) -> None:
         """Move keys and values of the accepted nodes [B, A] to the end of the prefix."""
@@ -152,6 +213,10 @@ class Round:
         starts [B]: the first token to prefill, where the caches hold those before it; <= its length - 2 unless 0.
         """
         self.held = None
+        if starts and any(starts):
+            self.catch_up()
+        if self.waiting is not None:
+            self.waiting.rounds = 0
         if self.draft_sampling is not self.sampling:
             self.draft_sampling.copy_(self.sampling)
         prefilled: dict[tuple[int, ...], int] = {}
@@ -185,6 +250,8 @@ class Round:
         """Set all that a sequence has but its cache rows; returns the caches of target and head, narrowed to it."""
         for values, value in ((self.lengths, len(text) - 1), (self.roots, text[-1]), (self.ends, end)):
             values[row].fill_(value)  # an assignment would wait for the device
+        if self.waiting is not None:
+            self.waiting.absorbed[row].fill_(len(text) - 1)
         cache = self.cache.row(row)
         self.target.choose_frequencies(cache, torch.tensor([len(text)], device=HOST))
         return cache, self.drafter.row(row)
@@ -195,8 +262,9 @@ class Round:
 
     @torch.no_grad()
     def copy_prefix(self, other: Round, count: int) -> None:
-        """Take over the first `count` cache rows of every sequence of `other`, which has the same target, head, tree
+        """Take over the first `count` cache rows of every sequence of `other`, which has the same target, head, trees
         and batch: `begin` can go on from there."""
+        other.catch_up()
         self.cache.slab.copy_prefix(other.cache.slab, count)
         self.drafter.copy_prefix(other.drafter, count)
         self.held = other.held and replace(other.held, rows=[min(rows, count) for rows in other.held.rows])
@@ -205,9 +273,11 @@ class Round:
     def adopt(self, rows: Tensor, other: Round) -> None:
         """Let the first sequences of `other` go on here as sequences `rows` [R], whatever those held; the rest go on.
 
-        `other` has the same target, head and tree, and any batch; its texts have to fit into `max_length`.
+        `other` has the same target, head and trees, and any batch; its texts have to fit into `max_length`.
         """
         self.held = None
+        self.catch_up()
+        other.catch_up()
         self.cache.adopt(rows, other.cache)
         self.sampling.adopt(rows, other.sampling)
         there = rows.to(self.drafter.device)

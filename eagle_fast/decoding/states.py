@@ -11,17 +11,18 @@ between, it is let go of by whoever lets go of it last, so nothing has to be cou
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 
-from eagle_fast.config import TreeConfig
-from eagle_fast.decoding.graph import GraphedStep, SideStreams, is_capturing
+from eagle_fast.config import ROOT_ALONE, TreeConfig
+from eagle_fast.decoding.graph import SideStreams, is_capturing
 from eagle_fast.decoding.held import Texts
 from eagle_fast.decoding.records import Keeps
 from eagle_fast.decoding.round import Round
+from eagle_fast.decoding.steps import RoundSteps
 from eagle_fast.head import DraftHead
 from eagle_fast.target import Target
 
@@ -34,7 +35,7 @@ class Lease(NamedTuple):
     """What a call has for itself."""
 
     state: Round
-    step: GraphedStep
+    step: RoundSteps
     speculative: bool
 
     @property
@@ -44,7 +45,7 @@ class Lease(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Memory of caches, buffers and graph, over all devices."""
+        """Memory of caches, buffers and graphs, over all devices."""
         return self.state.num_bytes + self.step.num_bytes
 
     @property
@@ -92,14 +93,17 @@ class IdleStates:
         max_length: int,
         keeps: Keeps = Keeps.NOTHING,
         texts: Texts | None = None,
+        trees: Sequence[TreeConfig] = (),
     ) -> Iterator[Lease]:
         """A state for `batch` sequences of up to `max_length` tokens: an idle one, or a new one in place of one too
         small. It is idle again after the block, even with a round under way: the next one comes behind it.
 
         texts: what is going to be prefilled, where rows of an earlier call are wanted: a state that holds as many as
         possible of them, see `Held`.
+        trees: those that its rounds with the head may use; by default the model's own.
         """
-        wanted = _Wanted(speculative, batch, max_length, keeps)
+        trees = tuple(trees or [self.tree]) if speculative else (ROOT_ALONE,)
+        wanted = _Wanted(speculative, batch, max_length, keeps, trees)
         turn = self.target.turn
         with turn.lock, turn():
             leased = (texts and self._go_on(wanted, texts)) or self._take(wanted) or self._new(wanted)
@@ -120,8 +124,8 @@ class IdleStates:
         return [
             each
             for each in reversed(self.idle.copy())
-            if (each.speculative, each.state.batch, each.state.keeps)
-            == (wanted.speculative, wanted.batch, wanted.keeps)
+            if (each.speculative, each.state.batch, each.state.keeps, each.state.trees)
+            == (wanted.speculative, wanted.batch, wanted.keeps, wanted.trees)
             and each.state.target is self.target
         ]
 
@@ -168,7 +172,7 @@ class IdleStates:
         try:
             if goes_on:  # with room for the next turns: a new state means a new graph
                 longer = max(wanted.max_length, best.state.max_length * 3 // 2)
-                other = self._new(_Wanted(wanted.speculative, wanted.batch, longer, wanted.keeps))
+                other = self._new(_Wanted(wanted.speculative, wanted.batch, longer, wanted.keeps, wanted.trees))
             else:
                 other = self._take(wanted) or self._new(wanted)
         except torch.OutOfMemoryError:
@@ -181,14 +185,9 @@ class IdleStates:
 
     def _new(self, wanted: _Wanted) -> Lease:
         rounded = -(-wanted.max_length // LENGTH_STEP) * LENGTH_STEP
-        arguments = (
-            self.target,
-            self.head if wanted.speculative else None,
-            self.tree,
-            wanted.batch,
-            rounded,
-            wanted.keeps,
-        )
+        tree, *others = wanted.trees
+        head = self.head if wanted.speculative else None
+        arguments = (self.target, head, tree, wanted.batch, rounded, wanted.keeps, others)
         state = None
         try:
             state = Round(*arguments)
@@ -199,7 +198,7 @@ class IdleStates:
             self._drop(self.idle.copy())
             torch.cuda.empty_cache()
             state = Round(*arguments)
-        return Lease(state, GraphedStep(state.step, state.devices, self.streams), wanted.speculative)
+        return Lease(state, RoundSteps(state, self.streams), wanted.speculative)
 
     # -- giving back -----------------------------------------------------------------------------------------------
 
@@ -229,6 +228,7 @@ class _Wanted(NamedTuple):
     batch: int
     max_length: int
     keeps: Keeps
+    trees: tuple[TreeConfig, ...]
 
 
 def _memory(device: torch.device) -> int:

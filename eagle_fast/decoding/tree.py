@@ -17,6 +17,14 @@ class Tree(NamedTuple):
     ancestors: torch.Tensor  # [B, T, W]: bit j of node i is set where i is j or descends from it
 
 
+class Walked(NamedTuple):
+    """What the host knows of the paths that a round accepted, of B sequences."""
+
+    counts: list[int]  # nodes
+    ranks: list[list[int]]  # as `accept` gives them, of so many nodes or more
+    full: list[bool]  # the sequence was done, or had no room for more
+
+
 def root_only(roots: torch.Tensor) -> Tree:
     """The tree of plain decoding: just the newest token of each sequence [B]."""
     tokens = roots[:, None]
@@ -24,8 +32,11 @@ def root_only(roots: torch.Tensor) -> Tree:
 
 
 def chain_masks(num_rows: int, device: torch.device) -> torch.Tensor:
-    """Ancestor masks [num_rows, W] of a chain: row r sees rows 0..r. Row 63's mask is the word with every bit set."""
-    return bit_masks([range(row + 1) for row in range(num_rows)], num_rows, device)
+    """Ancestor masks [num_rows, W] of a chain: row r sees rows 0..r. Made on the device: rounds may be under way."""
+    words = torch.arange(-(-num_rows // 64), device=device)
+    seen = torch.arange(1, num_rows + 1, device=device)[:, None] - 64 * words  # bits of each word, as far as it goes
+    one = torch.ones((), dtype=torch.long, device=device)
+    return torch.where(seen >= 64, -1, (one << seen.clamp(0, 63)) - 1)
 
 
 def bit_masks(visible, num_slots: int, device: torch.device) -> torch.Tensor:

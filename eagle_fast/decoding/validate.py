@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import Cache
 
-from eagle_fast.config import whole_number
+from eagle_fast.config import TreeConfig, whole_number
 from eagle_fast.messages import shown
 from eagle_fast.target import Target
 
@@ -170,6 +170,16 @@ def check_flags(**flags) -> list[bool]:
             raise ValueError(f"{name}={shown(value)}: use True or False")
         found.append(bool(value))
     return found
+
+
+def check_adaptive(adaptive: Any, tree: TreeConfig | None) -> bool | None:
+    """The argument `adaptive`: None leaves it to the model's exactness. Raises ValueError."""
+    asked = None if adaptive is None else check_flags(adaptive=adaptive)[0]
+    if tree is None or tree.total_token != -1:
+        return asked
+    if asked is False:
+        raise ValueError("total_token=-1 leaves the tree to the engine, and adaptive=False holds it fixed: pass one")
+    return True
 
 
 def check_seeds(seed, batch: int):

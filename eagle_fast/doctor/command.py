@@ -22,7 +22,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="NAME", help="hub name or folder (config.json is enough): plan its placement"
     )
-    parser.add_argument("--head", metavar="NAME", help="its draft head, to be counted in")
+    parser.add_argument(
+        "--head", metavar="NAME", help="its draft head, to be counted in; also says what trees of its drafts are worth"
+    )
+    parser.add_argument(
+        "--batch",
+        nargs="+",
+        type=int,
+        default=[],
+        metavar="B",
+        help="load model and head, and time rounds of so many sequences: tokens a second of each tree, the best marked",
+    )
     parser.add_argument("--dtype", help="of the weights; default: the config's, else bfloat16")
     parser.add_argument(
         "--context", type=int, default=2048, metavar="N", help="tokens in the cache (default %(default)s)"
@@ -51,13 +61,16 @@ def run(args: argparse.Namespace) -> int:
 
 def _setting(args: argparse.Namespace) -> Setting | None:
     if args.model is None:
-        if args.head or args.max_memory:
-            raise ValueError("--head and --max-memory are about a model: name it with --model")
+        if args.head or args.max_memory or args.batch:
+            raise ValueError("--head, --max-memory and --batch are about a model: name it with --model")
         return None
+    if args.batch and not args.head:
+        raise ValueError("--batch is about rounds with a draft head: name it with --head")
     check_positive(context=args.context)
-    return Setting(
-        args.model, _dtype(args.dtype), args.context, TreeConfig(*args.tree), args.head, _memory(args.max_memory)
-    )
+    for number in args.batch:
+        check_positive(batch=number)
+    tree, memory = TreeConfig(*args.tree), _memory(args.max_memory)
+    return Setting(args.model, _dtype(args.dtype), args.context, tree, args.head, memory, tuple(args.batch))
 
 
 def _memory(listed: str | None) -> dict[int | str, int | str] | None:

@@ -9,7 +9,8 @@ import torch
 
 from eagle_fast.doctor.environment import Gpu, gpus, link_types, versions, why_no_gpu
 from eagle_fast.doctor.measure import SMALL_BYTES, GpuFigures, KernelCheck, Link, gpu_figures, kernel_check, link
-from eagle_fast.doctor.plan import HeadBytes, Plan, Setting, Sizes, head_bytes, plan, read_model, sizes
+from eagle_fast.doctor.plan import HeadBytes, Plan, Setting, Sizes, found_head, head_bytes, plan, read_model, sizes
+from eagle_fast.doctor.trees import Trees, examine_trees
 from eagle_fast.target.anatomy import Anatomy
 from eagle_fast.target.placement import STRATEGIES
 
@@ -43,6 +44,7 @@ class Placements:
     quantized: bool  # the checkpoint is
     plans: list[Plan]
     unpacked: str = ""  # why the sizes of a quantized one are not its packed ones
+    trees: Trees | None = None  # of a head that was named
 
 
 def examine(setting: Setting | None) -> tuple[Machine, Placements | None]:
@@ -50,14 +52,16 @@ def examine(setting: Setting | None) -> tuple[Machine, Placements | None]:
     if setting is None:
         return examine_machine(SMALL_BYTES), None
     model, unpacked = read_model(setting)
-    size, head = sizes(model, setting.context), head_bytes(setting, model)
+    found = found_head(setting, model)
+    size, head = sizes(model, setting.context), head_bytes(setting, model, found)
     machine = examine_machine(setting.tree.total_token * size.row_bytes)
     links = {(each.source, each.target): each for each in machine.links}
     plans = [
         plan(strategy, model, setting.max_memory, size, machine.figures, links, head)
         for strategy in (STRATEGIES if machine.gpus else ())
     ]
-    return machine, Placements(setting, size, head, Anatomy(model).is_quantized, plans, unpacked)
+    trees = None if found is None else examine_trees(setting, found.config)
+    return machine, Placements(setting, size, head, Anatomy(model).is_quantized, plans, unpacked, trees)
 
 
 def examine_machine(small_bytes: int) -> Machine:
@@ -99,5 +103,6 @@ def as_json(machine: Machine, placements: Placements | None) -> dict[str, Any]:
             asdict(each) | {"crossings": each.crossings, "round_seconds": each.round_seconds}
             for each in placements.plans
         ],
+        "trees": placements.trees and placements.trees.as_json(),
     }
     return plain

@@ -21,9 +21,10 @@ from transformers import AutoConfig, PreTrainedModel
 
 from eagle_fast.config import TreeConfig
 from eagle_fast.doctor.measure import GpuFigures, Link
-from eagle_fast.head import read_head
+from eagle_fast.head import HeadCheckpoint, read_head
 from eagle_fast.loading import known_path
 from eagle_fast.target.anatomy import Anatomy, decoder_layers
+from eagle_fast.target.ends import are_tied, ends
 from eagle_fast.target.formats.arriving import num_parameters
 from eagle_fast.target.formats.scheme import Unreadable
 from eagle_fast.target.packing import packing_of_file
@@ -32,7 +33,8 @@ from eagle_fast.target.placement import place_of, plan_placement, skeleton
 
 @dataclass(frozen=True)
 class Setting:
-    """What is to be placed. context: tokens in the cache; head: a head's folder or hub name, if there is one."""
+    """What is to be placed. context: tokens in the cache; head: a head's folder or hub name, if there is one;
+    batches: numbers of sequences whose rounds are to be timed."""
 
     model: str
     dtype: torch.dtype | None = None
@@ -40,6 +42,7 @@ class Setting:
     tree: TreeConfig = field(default_factory=TreeConfig)
     head: str | None = None
     max_memory: Mapping[int | str, int | str] | None = None
+    batches: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ def sizes(model: PreTrainedModel, context: int) -> Sizes:
     if found is None:
         raise ValueError(f"{type(model).__name__} has no list of decoder layers: eagle_fast does not support it")
     layers = [f"{found[0]}.{index}" for index in range(anatomy.num_layers)]
-    embedding, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, lm_head = ends(model)
     name_of = {module: name for name, module in model.named_modules()}
     return Sizes(
         parameters=num_parameters(model),
@@ -123,7 +126,7 @@ def sizes(model: PreTrainedModel, context: int) -> Sizes:
         path=(name_of[embedding], *layers, name_of[lm_head]),
         weights={name: weight.numel() * weight.element_size() for name, weight in model.named_parameters()},
         cache=dict.fromkeys(layers, anatomy.kv_bytes(model.dtype) * context),
-        unread=None if embedding.weight is lm_head.weight else f"{name_of[embedding]}.weight",
+        unread=None if are_tied(embedding, lm_head) else f"{name_of[embedding]}.weight",
     )
 
 
@@ -134,22 +137,28 @@ class HeadBytes(NamedTuple):
     read: int = 0
 
 
-def head_bytes(setting: Setting, model: PreTrainedModel) -> HeadBytes:
-    """A round reads an absorb and one pass a level, each with its lm_head; fc in the absorb alone."""
+def found_head(setting: Setting, model: PreTrainedModel) -> HeadCheckpoint | None:
+    """The head that was named. Raises ValueError for one that cannot be read, or is for another model."""
     if setting.head is None:
-        return HeadBytes()
+        return None
     anatomy = Anatomy(model)
-    found = read_head(
+    return read_head(
         setting.head,
         target_hidden_size=anatomy.hidden_size,
         target_vocab_size=anatomy.vocab_size,
         num_target_layers=anatomy.num_layers,
     )
+
+
+def head_bytes(setting: Setting, model: PreTrainedModel, found: HeadCheckpoint | None) -> HeadBytes:
+    """A round reads an absorb and one pass a level, each with its lm_head; fc in the absorb alone."""
+    if found is None:
+        return HeadBytes()
     numbers = {name: tensor.numel() for name, tensor in found.tensors.items()}
     once = sum(count for name, count in numbers.items() if name.startswith("fc."))
     each = sum(numbers.values()) - once - numbers.get("embed_tokens.weight", 0)
     if not found.config.own_lm_head:
-        each += anatomy.hidden_size * found.config.draft_vocab_size
+        each += Anatomy(model).hidden_size * found.config.draft_vocab_size
     item = model.dtype.itemsize
     return HeadBytes(sum(numbers.values()) * item, (each * (setting.tree.depth + 1) + once) * item)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from eagle_fast.doctor.findings import Machine, Placements
 from eagle_fast.doctor.measure import KernelCheck, Link
 from eagle_fast.doctor.plan import Plan
+from eagle_fast.doctor.trees import Trees
 
 IN_USE = 2 * 2**30  # more than a context of this process takes: somebody else's
 
@@ -25,6 +26,9 @@ def lines(machine: Machine, placements: Placements | None) -> Iterator[str]:
     if placements is not None:
         yield ""
         yield from _plans(placements, {f"cuda:{gpu.index}": gpu.free_bytes for gpu in machine.gpus})
+        if placements.trees is not None:
+            yield ""
+            yield from _trees(placements.trees)
 
 
 def gib(count: float) -> str:
@@ -52,8 +56,8 @@ def _cpu(reason: str, check: KernelCheck) -> Iterator[str]:
     yield f"No GPU: {reason}."
     if check.runs:
         yield "On the CPU everything works, in plain PyTorch: decoding, training, `eagle-fast demo`. One kernel's twin"
-        yield "was run and is right. Use device_map=None, 'cpu' or 'auto', dtype=torch.float32 and a small tree, as"
-        yield "total_token=8, depth=3, top_k=3. Bandwidths, copies and compiled kernels cannot be measured here."
+        yield "was run and is right. Use device_map=None, 'cpu' or 'auto' and dtype=torch.float32: rounds then have the"
+        yield "trees that pay here. Bandwidths, copies and compiled kernels cannot be measured."
     else:
         yield f"The CPU path fails as well: {check.problem}"
 
@@ -128,6 +132,19 @@ def _plans(placements: Placements, free: dict[str, int]) -> Iterator[str]:
     )
     yield "measured bandwidth, and copies the hidden rows at each crossing; launches and attention come on top."
     yield from _problems(plans, free)
+
+
+def _trees(trees: Trees) -> Iterator[str]:
+    yield "Tokens that a round is worth, by " + (
+        "what the head's config.json says of its drafts (acceptance)."
+        if trees.measured
+        else "what is usual: the head's config.json says nothing of its drafts (acceptance)."
+    )
+    yield from table(trees.rows())
+    if trees.seconds:
+        yield "Rounds were timed at a short context; tokens/s are those of the first temperature. * is what pays best."
+    else:
+        yield "What pays depends on the time that a round takes here: --batch 1 8 loads the pair and times it."
 
 
 def _problems(plans: Sequence[Plan], free: dict[str, int]) -> Iterator[str]:

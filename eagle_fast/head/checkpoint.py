@@ -9,7 +9,7 @@ the text stays right and only the speed is gone.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from eagle_fast.head.config import HeadConfig, tensor_shapes
 from eagle_fast.head.files import find_folder, read_config, read_tensors
 from eagle_fast.head.inference import Overrides, TargetSizes, infer_config, infer_kind
 from eagle_fast.head.names import canonical_tensors, flatten_settings, refuse_settings
-from eagle_fast.head.shared import usable
+from eagle_fast.head.shared import Matrix, rows_of, usable
 from eagle_fast.head.vocabulary import fit_vocabulary
 from eagle_fast.messages import listed, warn_user
 
@@ -52,7 +52,7 @@ def read_head(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
-    target_embedding: Tensor | None = None,
+    target_embedding: Matrix | None = None,
 ) -> HeadCheckpoint:
     """Read a draft head for a target, from a local folder (no network) or the Hugging Face hub.
 
@@ -60,7 +60,7 @@ def read_head(
         EAGLE-3 head a warning where False was.
     feature_layers: boundaries that the head reads, lowest first (boundary k = input of the target's layer k).
     norm_before_residual, norm_output, rope_theta, rope_interleaved: go before config.json.
-    target_embedding [V, Ht]: its rows stand in for tokens that an embedding of the head's own lacks.
+    target_embedding [V, Ht], packed or not: its rows stand in for tokens that an embedding of the head's own lacks.
 
     A head for a shorter vocabulary than the target's, or one with more rows of padding, is fitted to it with a warning.
     Raises ValueError if the checkpoint is incomplete, of a kind that is not supported, or for another target.
@@ -121,7 +121,7 @@ def _fit_embedding(tensors: dict[str, Tensor], target: TargetSizes) -> None:
     rows, theirs = own[: target.vocab_size], target.embedding
     if lacking := target.vocab_size - len(rows):
         if usable(theirs, target.vocab_size, own.shape[1]):
-            more = theirs[len(rows) : target.vocab_size].detach().to("cpu", own.dtype)
+            more = rows_of(theirs, range(len(rows), target.vocab_size), own.dtype)
         else:
             more = own.new_zeros(lacking, own.shape[1])  # a mean row would be scaled up by the norm, and draw attention
         rows = torch.cat((rows, more))
@@ -175,6 +175,17 @@ def write_head(folder: str | Path, checkpoint: HeadCheckpoint) -> None:
     (folder / "config.json").write_text(json.dumps(_settings(config, dtype), indent=2) + "\n", encoding="utf-8")
 
 
+def note_acceptance(folder: str | Path, tables: Mapping[float, Sequence[Sequence[float]]]) -> None:
+    """Say in a head's config.json how its drafts did: by temperature, chances by depth and rank."""
+    file = Path(folder) / "config.json"
+    settings = read_config(Path(folder)) | _acceptance(tables)
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _acceptance(tables: Mapping[float, Sequence[Sequence[float]]]) -> dict[str, Any]:
+    return {"acceptance": {f"{temperature:g}": table for temperature, table in tables.items()}}
+
+
 def _settings(config: HeadConfig, dtype: str) -> dict[str, Any]:
     eagle3 = config.kind == "eagle3"
     rope = dict(config.rope)
@@ -201,6 +212,8 @@ def _settings(config: HeadConfig, dtype: str) -> dict[str, Any]:
     }
     if config.rope_interleaved:
         settings["rope_interleaved"] = True
+    if config.acceptance:
+        settings |= _acceptance(config.acceptance)
     if any(config.sliding_windows):
         kinds = ["sliding_attention" if window else "full_attention" for window in config.sliding_windows]
         settings |= {"layer_types": kinds, "sliding_window": max(config.sliding_windows), "use_sliding_window": True}

@@ -52,6 +52,20 @@ def _is_list(value: Any, holds: Callable[[Any], bool]) -> bool:
     return isinstance(value, (list, tuple)) and all(map(holds, value))
 
 
+def _is_chance(value: Any) -> bool:
+    return is_number(value) and 0 <= value <= 1
+
+
+def _is_acceptance(item: tuple[Any, Any]) -> bool:
+    """A temperature, which JSON has as a text, and its table."""
+    try:
+        temperature = float(item[0])
+    except (TypeError, ValueError):
+        return False
+    rows = item[1]
+    return temperature >= 0 and _is_list(rows, lambda row: _is_list(row, _is_chance) and len(row) > 0) and len(rows) > 0
+
+
 COUNT = Rule(is_count, "a whole number from 1 on")
 FLAG = Rule(lambda value: isinstance(value, int) and value in (0, 1), "true or false")
 NUMBER = Rule(is_number, "a number")
@@ -63,6 +77,11 @@ TEXT = Rule(lambda value: isinstance(value, str), "a text")
 TEXTS = Rule(lambda value: _is_list(value, TEXT.holds), "a list of texts, one for each layer")
 INDICES = Rule(lambda value: _is_list(value, lambda each: is_count(each, 0)), "a list of whole numbers from 0 on")
 POSITIVES = Rule(lambda value: _is_list(value, POSITIVE.holds), "a list of positive numbers")
+
+ACCEPTANCE = Rule(
+    lambda value: isinstance(value, dict) and all(map(_is_acceptance, value.items())),
+    "tables of chances by temperature, as {'0': [[0.7, 0.3], [0.6]]}: a row for each depth, a number for each rank",
+)
 
 _FLAGS = (
     "norm_before_residual", "norm_before_fc", "norm_output", "return_hidden_post_norm", "fc_norm", "rope_interleaved",
@@ -76,6 +95,7 @@ _COUNTS = (
 _FIELDS = {
     **dict.fromkeys(_FLAGS, FLAG),
     **dict.fromkeys(_COUNTS, COUNT),
+    "acceptance": ACCEPTANCE,
     "rms_norm_eps": EPSILON,
     "eagle_aux_hidden_state_layer_ids": INDICES,
     "feature_layers": INDICES,

@@ -9,16 +9,17 @@ Tensor names are those of the speculators layout: `layers.{i}.*`, with `fc`, `no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from eagle_fast.head.activation import activation_name
-from eagle_fast.head.checks import COUNT, EPSILON, FLAG, INDICES, TEXT, Rule
+from eagle_fast.head.checks import ACCEPTANCE, COUNT, EPSILON, FLAG, INDICES, TEXT, Rule
 from eagle_fast.head.rope import DEFAULT_THETA, check_rope
 
 _TYPE_RULES = {"int": COUNT, "bool": FLAG, "tuple[int, ...]": INDICES}
 _FIELD_RULES = {
+    "acceptance": ACCEPTANCE,
     "kind": TEXT,
     "rms_norm_eps": EPSILON,
     "rope": Rule(lambda value: isinstance(value, Mapping), "a mapping as rope_parameters gives it"),
@@ -67,6 +68,9 @@ class HeadConfig:
     lm_head_bias: bool = False
     own_embedding: bool = False  # else shared with the target
     own_lm_head: bool = True
+
+    # by temperature, the chances of drafts by depth and rank, as its trainer measured them: where estimates begin
+    acceptance: Mapping[float, Sequence[Sequence[float]]] = field(default_factory=dict)
 
     def __post_init__(self):
         self._check_fields()

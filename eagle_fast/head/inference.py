@@ -17,6 +17,7 @@ from eagle_fast.head.activation import activation_name
 from eagle_fast.head.checks import COUNT, FLAG, FROM_ONE, Rule, index_list, plain
 from eagle_fast.head.config import HeadConfig, default_feature_layers
 from eagle_fast.head.rope import rope_parameters
+from eagle_fast.head.shared import Matrix
 from eagle_fast.messages import listed, warn_user
 
 _LAYER = "layers.0."
@@ -29,7 +30,7 @@ class TargetSizes(NamedTuple):
     hidden_size: int
     vocab_size: int
     num_layers: int
-    embedding: Tensor | None = None  # [V, Ht]
+    embedding: Matrix | None = None  # [V, Ht]
 
 
 @dataclass
@@ -138,6 +139,7 @@ def infer_config(
         lm_head_bias=has("lm_head.bias"),
         own_embedding=has("embed_tokens.weight"),
         own_lm_head=has("lm_head.weight"),
+        acceptance={float(temperature): table for temperature, table in settings.get("acceptance", {}).items()},
     )
     _compare(settings, config, conflicts)
     return config

@@ -24,6 +24,7 @@ from typing import cast
 
 import torch
 from eagle_fast_kernels.draft_head import head_input
+from eagle_fast_kernels.packed import Packed
 from eagle_fast_kernels.rms_norm import add_parts, add_rms_norm, given_norm_ref
 from torch import Tensor, nn
 
@@ -31,8 +32,9 @@ from eagle_fast.head.checkpoint import HeadCheckpoint, check_shapes, write_head
 from eagle_fast.head.config import HeadConfig, tensor_shapes
 from eagle_fast.head.layer import DraftLayer, frozen, merged_linear, optional, split_linear, weight_and_bias
 from eagle_fast.head.rope import rope_table
-from eagle_fast.head.shared import targets_if_same, targets_rows
+from eagle_fast.head.shared import Matrix, as_lm_head, embedding_over, targets_if_same, targets_rows
 from eagle_fast.head.tree_words import TreeWords
+from eagle_fast.layers.embedding import PackedEmbedding
 from eagle_fast.layers.linear import FewRowsLinear, QuantizedLinear, quantize
 
 Attend = Callable[[int, DraftLayer, Tensor, Tensor], Tensor]
@@ -42,11 +44,11 @@ class DraftHead(TreeWords, nn.Module):
     """A draft head beside its target.
 
     embedding [V, Ht], lm_head_weight [V, Ht], lm_head_bias [V], or longer: the target's, used (and shared, where device
-    and dtype allow) for what the checkpoint does not have. dtype and device: the embedding's by default. Parameters
-    start frozen.
+    and dtype allow) for what the checkpoint does not have; the first two may be packed, the embedding in int8 with a
+    scale a row. dtype and device: the embedding's by default. Parameters start frozen.
     """
 
-    embedding: Tensor  # [V, E]
+    embedding: Tensor | PackedEmbedding  # [V, E]
     lm_head_weight: Tensor  # [Vd, H]
     lm_head_bias: Tensor | None  # [Vd]
     lm_head_scale: Tensor | None  # [Vd] of a quantized lm_head
@@ -56,8 +58,8 @@ class DraftHead(TreeWords, nn.Module):
         self,
         checkpoint: HeadCheckpoint,
         *,
-        embedding: Tensor | None = None,
-        lm_head_weight: Tensor | None = None,
+        embedding: Matrix | None = None,
+        lm_head_weight: Matrix | None = None,
         lm_head_bias: Tensor | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -65,7 +67,11 @@ class DraftHead(TreeWords, nn.Module):
         super().__init__()
         config = self.config = checkpoint.config
         check_shapes(checkpoint.tensors, config)
-        like = checkpoint.tensors["layers.0.self_attn.q_proj.weight"] if embedding is None else embedding
+        like = checkpoint.tensors["layers.0.self_attn.q_proj.weight"]
+        if isinstance(embedding, Packed):
+            device = device or embedding.words.device
+        elif embedding is not None:
+            like = embedding
         dtype, device = dtype or like.dtype, torch.device(device or like.device)
         tensors = {name: tensor.to(device, dtype) for name, tensor in checkpoint.tensors.items()}
 
@@ -84,25 +90,33 @@ class DraftHead(TreeWords, nn.Module):
         self.register_buffer("token_ids", None if ids is None else ids.to(device))
         own = tensors.get("embed_tokens.weight")
         if own is None:
-            rows = targets_rows("embedding", embedding, config.vocab_size, config.embedding_size).to(device, dtype)
+            rows = targets_rows("embedding", embedding, config.vocab_size, config.embedding_size)
         else:
             rows = targets_if_same(own, embedding, dtype, device)
-        self.register_buffer("embedding", rows, persistent=False)
+        if isinstance(rows, Packed):
+            self.embedding = embedding_over(rows, dtype, device)
+        else:
+            self.register_buffer("embedding", rows.to(device, dtype), persistent=False)
+        self.register_buffer("lm_head_scale", None)
         if config.own_lm_head:
             own = tensors["lm_head.weight"]
-            own = targets_if_same(own, lm_head_weight, dtype, device) if config.kind == "eagle" else own
+            if config.kind == "eagle" and not isinstance(lm_head_weight, Packed):
+                own = cast(Tensor, targets_if_same(own, lm_head_weight, dtype, device))
             self.lm_head_weight = frozen(own)
             self.lm_head_bias = optional(tensors, "lm_head.bias")
         else:
             self._share_lm_head(lm_head_weight, lm_head_bias, dtype, device)
-        self.register_buffer("lm_head_scale", None)
 
-    def _share_lm_head(self, weight: Tensor | None, bias: Tensor | None, dtype, device) -> None:
-        size = self.config.vocab_size
-        weight = targets_rows("lm_head", weight, size, self.config.hidden_size)
-        for name, tensor in (("lm_head_weight", weight), ("lm_head_bias", bias)):
+    def _share_lm_head(self, matrix: Matrix | None, bias: Tensor | None, dtype, device) -> None:
+        size, scale = self.config.vocab_size, None
+        weight = targets_rows("lm_head", matrix, size, self.config.hidden_size)
+        if isinstance(weight, Packed):
+            weight, scale = as_lm_head(weight, dtype)
+        weight = weight if scale is not None else weight.to(dtype)
+        bias = None if bias is None else bias.detach()[:size].to(dtype)
+        for name, tensor in (("lm_head_weight", weight), ("lm_head_bias", bias), ("lm_head_scale", scale)):
             if tensor is not None:
-                tensor = tensor.detach()[:size].to(device, dtype)
+                tensor = tensor.to(device)
                 tensor = tensor if self.token_ids is None else tensor[self.token_ids]
             self.register_buffer(name, tensor, persistent=False)
 
@@ -111,8 +125,8 @@ class DraftHead(TreeWords, nn.Module):
         cls,
         config: HeadConfig,
         *,
-        embedding: Tensor | None = None,
-        lm_head_weight: Tensor | None = None,
+        embedding: Matrix | None = None,
+        lm_head_weight: Matrix | None = None,
         lm_head_bias: Tensor | None = None,
         token_ids: Tensor | None = None,
         seed: int = 0,
@@ -227,7 +241,8 @@ class DraftHead(TreeWords, nn.Module):
         norms = (first.input_norm, first.hidden_norm) if eagle3 else (self.fc_embed_norm, self.fc_hidden_norm)
         rows = None if rows is None else rows.reshape(-1)
         flat = tokens.reshape(-1).contiguous(), hidden.reshape(-1, width)
-        x, hidden = (each.view(*tokens.shape, -1) for each in head_input(*flat, self.embedding, *norms, eps, rows=rows))
+        table = self.embedding.packed if isinstance(self.embedding, PackedEmbedding) else self.embedding
+        x, hidden = (each.view(*tokens.shape, -1) for each in head_input(*flat, table, *norms, eps, rows=rows))
         if eagle3:
             return x, x[..., -width:] if self.config.norm_before_residual else hidden
         assert self.fc is not None
@@ -253,6 +268,8 @@ class DraftHead(TreeWords, nn.Module):
             for name, child in module._modules.items():
                 if isinstance(child, FewRowsLinear):
                     module._modules[name] = QuantizedLinear(child)
+        if self.lm_head_scale is not None:  # the target's, which is so already
+            return
         weight, scale = quantize(self.lm_head_weight)
         del self.lm_head_weight  # a parameter or a buffer
         self.lm_head_weight, self.lm_head_scale = frozen(weight), scale
@@ -275,7 +292,8 @@ class DraftHead(TreeWords, nn.Module):
         if self.config.own_lm_head:
             named |= {"lm_head.weight": self.lm_head_weight, "lm_head.bias": self.lm_head_bias}
         if self.config.own_embedding:
-            named["embed_tokens.weight"] = self.embedding
+            own = self.embedding
+            named["embed_tokens.weight"] = own.rows.dense() if isinstance(own, PackedEmbedding) else own
         tensors = {name: tensor.detach() for name, tensor in named.items() if tensor is not None}
         return HeadCheckpoint(self.config, tensors, self.token_ids)
 

@@ -113,9 +113,8 @@ class TreeStep:
         softcap: float = 0.0, sinks: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """See `PrefillStep`."""
-        depths = self.depths if window or chunk else None
         return tree_attention(
-            q, keys, values, self.lengths, self.ancestors, scale=scale, first=self.first, depths=depths,
+            q, keys, values, self.lengths, self.ancestors, scale=scale, first=self.first, depths=self.depths,
             window=window, chunk=chunk, softcap=softcap, sinks=sinks,
         )  # fmt: skip
 

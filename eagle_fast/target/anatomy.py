@@ -57,6 +57,11 @@ class Anatomy:
         return self.text.hidden_size
 
     @property
+    def stated_width(self) -> Any:
+        """The same of a config as it was read, whatever it says; None if it says nothing."""
+        return getattr(self.text, "hidden_size", None)
+
+    @property
     def intermediate_size(self) -> int:
         return self._get("intermediate_size", 4 * self.hidden_size)
 

@@ -17,6 +17,7 @@ from eagle_fast.target.formats.scheme import Format, Unreadable
 from eagle_fast.target.merged import can_be_read
 from eagle_fast.target.placement import GIB, model_bytes, skeleton
 
+LM_HEAD_BITS = (8,)
 PACKED_TENSORS = (
     "qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_scale_inv", "weight_zero_point",
     "weight_g_idx",
@@ -27,14 +28,51 @@ class Packing(NamedTuple):
     """A target whose linear layers are packed as they are loaded. model: on the meta device, of the size to come."""
 
     asked: PackedConfig
-    format: Format
+    format: Format | None
     model: PreTrainedModel
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        names = [self.format.name] if self.format else []
+        if self.asked.lm_head_bits is not None:
+            names.append(f"lm_head and embedding rounded to {self.asked.lm_head_bits} bits at load")
+        return ", ".join(names)
+
+    @property
+    def notes(self) -> list[str]:
+        return self.format.notes if self.format else []
 
     def options(self, config: PreTrainedConfig) -> dict[str, Any]:
         """What from_pretrained is told of it. config: the checkpoint's."""
         if self.asked.stored is None:
             return {"quantization_config": self.asked}
-        return {"config": packed_config(config, self.asked.stored)}
+        return {"config": packed_config(config, self.asked)}
+
+
+class Bits(NamedTuple):
+    """What is asked for at load, as the arguments are called."""
+
+    target_bits: Any = None
+    lm_head_bits: Any = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """By the arguments' names."""
+        return {name: each for name, each in self._asdict().items() if each is not None}
+
+    def __bool__(self) -> bool:
+        return bool(self.given)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={short(each)}" for name, each in self.given.items())
+
+    def check(self) -> None:
+        """Raises ValueError."""
+        for name, value, allowed in zip(self._fields, self, (BITS, LM_HEAD_BITS), strict=True):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value not in allowed):
+                said = " or ".join(str(each) for each in sorted(allowed, reverse=True))
+                raise ValueError(f"{name}={short(value)}: use {said}, or leave it out")
 
 
 def packing_of_file(config: PreTrainedConfig, dtype: torch.dtype | None = None, **options) -> Packing:
@@ -43,32 +81,37 @@ def packing_of_file(config: PreTrainedConfig, dtype: torch.dtype | None = None, 
 
 
 def packing_at_load(
-    bits: Any, config: PreTrainedConfig | None, given: dict[str, Any], what: str, dtype: torch.dtype | None, **options
+    bits: Bits, config: PreTrainedConfig | None, given: dict[str, Any], what: str, dtype: torch.dtype | None, **options
 ) -> Packing:
-    """Weights rounded to `bits` bits. given: options of from_pretrained. Raises ValueError."""
-    name = f"target_bits={short(bits)}"
-    if isinstance(bits, bool) or not isinstance(bits, int) or bits not in BITS:
-        raise ValueError(f"{name}: use 8 or 4, or leave it out")
+    """Weights rounded to so many bits. given: options of from_pretrained. Raises ValueError."""
+    bits.check()
     if "quantization_config" in given:
-        raise ValueError(f"{name} beside quantization_config: pass one of them")
-    if config is None or Anatomy(config).is_quantized:
-        raise ValueError(f"{name}, but {what} is quantized already: leave target_bits out")
+        raise ValueError(f"{bits} beside quantization_config: pass one of them")
+    stored = None if config is None else Anatomy(config).quantization or None
+    if config is None or (stored and bits.target_bits is not None):
+        raise ValueError(f"{bits}, but {what} is quantized already: leave {' and '.join(bits.given)} out")
     try:
-        return _packing(PackedConfig(bits=bits), config, dtype, **options)
+        return _packing(PackedConfig(stored, *bits), config, dtype, **options)
     except Unreadable as reason:
-        raise ValueError(f"{name} is not possible for {what}: {reason}") from reason
+        raise ValueError(f"{bits} is not possible for {what}: {reason}") from reason
 
 
 def _packing(asked: PackedConfig, config: PreTrainedConfig, dtype: torch.dtype | None, **options) -> Packing:
     found = asked.format
     model = skeleton(config, dtype, **options)
-    make_room(model, found)
+    make_room(model, found, asked.lm_head_bits)
     shrink(model)
     return Packing(asked, found, model)
 
 
-def check_all_read(unexpected: Iterable[str], what: str) -> None:
-    """ValueError for packed tensors that nobody read: what they belong to would be random, or wrong."""
+def check_all_read(unexpected: Iterable[str], packing: Packing, what: str) -> None:
+    """ValueError for tensors that nobody read: what they belong to would be random, or wrong."""
+    unexpected = list(unexpected)
+    if packing.asked.lm_head_bits is not None and "lm_head.weight" in unexpected:
+        raise ValueError(
+            f"lm_head_bits={packing.asked.lm_head_bits}, but {what} has an lm_head beside the embedding that its "
+            "config.json says is one with it (tie_word_embeddings): leave lm_head_bits out"
+        )
     left = sorted(name for name in unexpected if name.rpartition(".")[2] in PACKED_TENSORS)
     if left:
         raise ValueError(
@@ -83,8 +126,8 @@ def say_how_it_runs(model: PreTrainedModel, what: str, packing: Packing | None, 
     if packing is not None:
         dtype = str(model.dtype).removeprefix("torch.")
         wide = f"which in {dtype} would be {_said(num_parameters(model) * model.dtype.itemsize)}"
-        notes = "".join(f"; {each}" for each in packing.format.notes)
-        warn_user(f"{what} ({packing.format.name}) runs from its packed weights: {size}, {wide}{notes}")
+        notes = "".join(f"; {each}" for each in packing.notes)
+        warn_user(f"{what} ({packing.name}) runs from its packed weights: {size}, {wide}{notes}")
     elif _has_foreign_linears(model):
         method = Anatomy(model).quantization.get("quant_method", "a library")
         warn_user(

@@ -20,6 +20,7 @@ from eagle_fast.layers.packed import PackedLinear
 from eagle_fast.messages import listed, warn_user
 from eagle_fast.target.anatomy import Anatomy, placed_modules
 from eagle_fast.target.devices import STRATEGIES, check_device_map, check_max_memory, present_device, resolve_device
+from eagle_fast.target.ends import are_tied, device_of, dtype_of, ends
 from eagle_fast.target.formats.arriving import num_parameters
 from eagle_fast.target.kind import model_of_config
 
@@ -138,8 +139,8 @@ def _by_names(model: PreTrainedModel, device_map: dict[str, Any]) -> Placement:
 
 def _keep_tied_together(model: PreTrainedModel, placement: Placement) -> None:
     """An embedding that is the lm_head goes where the lm_head does."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is None or embedding.weight is not head.weight:
+    embedding, head = ends(model)
+    if head is None or not are_tied(embedding, head):
         return
     names = {id(module): name for name, module in model.named_modules()}
     first, last = (entry_for(placement, names[id(module)]) for module in (embedding, head))
@@ -233,10 +234,10 @@ def free_bytes(device: torch.device) -> int:
 
 def warn_if_slow(model: PreTrainedModel) -> None:
     """Half precision has no fast path on most CPUs: say so once, for models large enough to notice."""
-    weight = model.get_input_embeddings().weight
-    size = num_parameters(model)
-    if weight.device.type == "cpu" and weight.dtype in (torch.float16, torch.bfloat16) and size > SLOW_CPU_PARAMETERS:
+    embedding = model.get_input_embeddings()
+    device, dtype, size = device_of(embedding), dtype_of(embedding), num_parameters(model)
+    if device.type == "cpu" and dtype in (torch.float16, torch.bfloat16) and size > SLOW_CPU_PARAMETERS:
         warn_user(
-            f"a {size / 1e6:.0f}M parameter model in {weight.dtype} on the CPU is slow: pass dtype=torch.float32, or a "
+            f"a {size / 1e6:.0f}M parameter model in {dtype} on the CPU is slow: pass dtype=torch.float32, or a "
             "device_map with a GPU"
         )

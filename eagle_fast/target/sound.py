@@ -17,6 +17,7 @@ from eagle_fast.layers.linear import is_plain
 from eagle_fast.layers.slab import LayerShape
 from eagle_fast.messages import short
 from eagle_fast.target.anatomy import Anatomy, UnsupportedModel, generating_model
+from eagle_fast.target.ends import device_of, dtype_of, is_packed
 from eagle_fast.target.kind import check_kind
 from eagle_fast.target.twin import evaluating, hooks_of
 
@@ -77,6 +78,8 @@ def _check_strays(kind: str, anatomy: Anatomy) -> None:
 
 def _check_readable(kind: str, part: str, module: nn.Module) -> None:
     """The head reads these weights as they are."""
+    if is_packed(module):
+        return
     weight: Any = getattr(module, "weight", None)
     plain = isinstance(weight, torch.Tensor) and type(weight.data).dequantize is torch.Tensor.dequantize
     if plain and weight.dim() == 2 and weight.is_floating_point() and weight.element_size() >= 2:
@@ -100,7 +103,7 @@ def settle(model: PreTrainedModel) -> None:
     if not any(hooks_of(module) for module in model.modules()):
         return
     inner: Any = generating_model(model)
-    device = inner.get_input_embeddings().weight.device
+    device = device_of(inner.get_input_embeddings())
     if device.type == "meta":  # offloaded: brought by accelerate
         device = torch.device("cpu")
     token = torch.ones(1, 1, dtype=torch.long, device=device)
@@ -162,8 +165,7 @@ def _kinds_of_linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _arithmetic(model: Any) -> torch.dtype:
     """What activations are held in."""
-    weight = generating_model(model).get_input_embeddings().weight
-    return weight.dtype
+    return dtype_of(generating_model(model).get_input_embeddings())
 
 
 def check_shapes(shapes: Iterable[LayerShape]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ from eagle_fast.target.anatomy import (
     learned_positions,
     take_temperature,
 )
+from eagle_fast.target.ends import device_of, dtype_of, num_rows
 from eagle_fast.target.exactness import UNMEASURED, UNMEASURED_OFFLOADED
 from eagle_fast.target.experts import ExpertChoice
 from eagle_fast.target.features import Features
@@ -143,7 +144,7 @@ class Target:
                 if isinstance(module, PackedLinear):
                     module.order = self.row_order
         lm_head = model.get_output_embeddings()
-        self.vocab_size, self.dtype = lm_head.weight.shape[0], lm_head.weight.dtype
+        self.vocab_size, self.dtype = num_rows(lm_head), dtype_of(lm_head)
         self.draft_device = draft_device or self.device
         self.features = Features(self.decoder, self.decoder_layers, feature_layers, self.transfers, self.draft_device)
         self.max_positions = learned_positions(self.decoder)
@@ -174,7 +175,7 @@ class Target:
             return [self.input_device, torch.device("cpu")]
         drop_accelerate_hooks(self.model)
         self.touched: set[nn.Module] = {module for module in self.model.modules() if is_touched(module)}
-        self.input_device = cast(torch.device, self.model.get_input_embeddings().weight.device)
+        self.input_device = device_of(self.model.get_input_embeddings())
         self.shards = shards_of(self.decoder_layers)
         local = distinct([self.input_device, *(shard.device for shard in self.shards)])
         return connect(self.model, self.transfers, local)

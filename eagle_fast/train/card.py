@@ -37,7 +37,8 @@ On texts held out, given the right tokens so far, the head's most likely token i
 {decoding}
 """
 DECODING = """Decoding held-out prompts with a tree of 60 nodes, depth 7 and top-k 10, tokens per round (tau, with the
-one of the target): {taus}.
+one of the target): {taus}. By depth, the share of its tokens that are accepted where all before them
+were: {acceptance}. `acceptance` in config.json has it by depth and rank; eagle_fast chooses the first trees by it.
 """
 
 
@@ -55,6 +56,7 @@ class Training(NamedTuple):
     seconds: float
     agreement: list[float]
     taus: dict[float, float]
+    acceptance: dict[float, list[float]]  # by temperature and depth
 
 
 def write_card(folder: Path, training: Training) -> None:
@@ -65,6 +67,10 @@ def write_card(folder: Path, training: Training) -> None:
     if training.num_prompts and options.prompt_share < 1:
         given += f" ({100 * options.prompt_share:.0f} %) and {own}"
     taus = ", ".join(f"{tau:.2f} at temperature {temperature:g}" for temperature, tau in training.taus.items())
+    acceptance = "; ".join(
+        f"{', '.join(f'{share:.2f}' for share in shares)} at temperature {temperature:g}"
+        for temperature, shares in training.acceptance.items()
+    )
     text = TEMPLATE.format(
         target=training.target,
         folder=folder.name,
@@ -88,6 +94,6 @@ def write_card(folder: Path, training: Training) -> None:
         columns=" | ".join(str(step + 1) for step in range(len(training.agreement))),
         rule=" --- |" * len(training.agreement),
         agreement=" | ".join(f"{share:.3f}" for share in training.agreement),
-        decoding=DECODING.format(taus=taus) if taus else "",
+        decoding=DECODING.format(taus=taus, acceptance=acceptance) if taus else "",
     )
     (folder / "README.md").write_text(text.rstrip() + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from eagle_fast.decoding.validate import id_list
 from eagle_fast.target.anatomy import token_settings
+from eagle_fast.target.ends import num_rows
 
 PLACEHOLDER = "user-text-goes-here"
 
@@ -38,7 +39,7 @@ def stop_ids(model, chat: ChatFormat) -> list[int]:
     found: set[int] = set() if chat.suffix is None else {chat.suffix[0]}
     for setting in token_settings(model, "eos_token_id"):
         found |= set(id_list(setting))
-    size = model.get_output_embeddings().weight.shape[0]
+    size = num_rows(model.get_output_embeddings())
     return sorted(token for token in found if 0 <= token < size)
 
 

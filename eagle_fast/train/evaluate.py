@@ -7,23 +7,26 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from eagle_fast.decoding.generation import Statistics
+from eagle_fast.config import TreeConfig
 from eagle_fast.decoding.request import pad_left
+from eagle_fast.decoding.statistics import Statistics
+from eagle_fast.decoding.worth import USUAL, DraftCounts, chances
 from eagle_fast.model import EaModel
 
 MAX_BATCH = 32
+LEANS = 8.0  # tries that what is usual counts for
 
 
-def measure_tau(
+def measure_decoding(
     model: PreTrainedModel,
     folder: str | Path,
     prompts: Sequence[Sequence[int]],
     *,
     temperatures: Sequence[float] = (0.0, 1.0),
     max_new_tokens: int = 128,
-) -> dict[float, float]:
-    """Tokens a round of the head in `folder`, over all rounds of all prompts (token ids), for each temperature."""
-    decoder = EaModel.from_pretrained(base_model_path=model, ea_model_path=str(folder))
+) -> dict[float, Statistics]:
+    """What rounds of the head in `folder` brought over all prompts (token ids), for each temperature."""
+    decoder = EaModel.from_pretrained(base_model_path=model, ea_model_path=str(folder), adaptive=False)
     found = {}
     for temperature in temperatures:
         total = Statistics()
@@ -35,5 +38,14 @@ def measure_tau(
                 return_dict_in_generate=True,
             )  # fmt: skip
             total += out.statistics
-        found[temperature] = total.tau
+        found[temperature] = total
     return found
+
+
+def acceptance_table(drafts: DraftCounts) -> list[list[float]]:
+    """Chances of drafts by depth and rank, for as many as the default tree has: what a head's config.json says of them.
+
+    Where little was counted, they lean on what is usual.
+    """
+    tree = TreeConfig()
+    return chances(drafts, USUAL, LEANS)[: tree.depth + 1, : tree.top_k].round(3).tolist()

@@ -9,7 +9,7 @@ F feature width, H hidden size, Vd draft vocabulary.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,10 @@ from transformers import PreTrainedModel
 from eagle_fast.head import DraftHead
 from eagle_fast.head.config import HeadConfig, default_feature_layers
 from eagle_fast.head.rope import DEFAULT_THETA
+from eagle_fast.head.shared import shape_of
 from eagle_fast.target import Target
 from eagle_fast.target.anatomy import Anatomy
+from eagle_fast.target.ends import dense_matrix, device_of, dtype_of, ends, matrix, num_rows
 
 
 class Measured(NamedTuple):
@@ -59,17 +61,17 @@ def head_config(
     """One layer as wide as the target's, with its attention; 0 takes the target's intermediate size and key heads."""
     anatomy = Anatomy(model)
     hidden = anatomy.hidden_size
-    embedding, weight = _weight(model.get_input_embeddings()), _weight(model.get_output_embeddings())
+    embedding, lm_head = ends(model)
     return HeadConfig(
         kind="eagle3",
         hidden_size=hidden,
         target_hidden_size=hidden,
-        embedding_size=embedding.shape[1],
+        embedding_size=shape_of(matrix(embedding))[1],
         intermediate_size=intermediate_size or anatomy.intermediate_size,
         num_heads=anatomy.num_heads,
         num_kv_heads=num_kv_heads or anatomy.num_kv_heads,
         head_dim=anatomy.head_dim,
-        vocab_size=weight.shape[0],
+        vocab_size=num_rows(lm_head),
         draft_vocab_size=vocab_size,
         num_target_layers=anatomy.num_layers,
         feature_layers=default_feature_layers(anatomy.num_layers),
@@ -82,15 +84,15 @@ def head_config(
 
 def empty_head(model: PreTrainedModel, config: HeadConfig, token_ids: Tensor | None, seed: int = 0) -> DraftHead:
     """Random weights around the target's embedding, in its dtype and on its device, all of them trainable."""
-    embedding, lm_head = _weight(model.get_input_embeddings()), _weight(model.get_output_embeddings())
+    embedding, lm_head = ends(model)
     head = DraftHead.random(
         config,
-        embedding=embedding,
-        lm_head_weight=None if config.own_lm_head else lm_head,
+        embedding=matrix(embedding),
+        lm_head_weight=None if config.own_lm_head else dense_matrix(lm_head),
         token_ids=token_ids,
         seed=seed,
-        dtype=embedding.dtype,
-        device=embedding.device,
+        dtype=dtype_of(embedding),
+        device=device_of(embedding),
     )
     return head.requires_grad_(True)
 
@@ -107,7 +109,7 @@ def start_from_target(head: DraftHead, model: PreTrainedModel, measured: Measure
     head.fc.weight[:, highest] = passed_on.to(head.fc.weight.dtype)
     head.norm.copy_(measured.gain)
     if head.config.own_lm_head:
-        weight = _weight(model.get_output_embeddings())
+        weight = dense_matrix(model.get_output_embeddings())
         head.lm_head_weight.copy_(weight if head.token_ids is None else weight[head.token_ids])
 
 
@@ -116,7 +118,3 @@ def scaled_fc(head: DraftHead, factors: Tensor) -> None:
     assert isinstance(head.fc, nn.Linear)
     with torch.no_grad():
         head.fc.weight.mul_(factors.to(head.fc.weight.dtype))
-
-
-def _weight(module: Any) -> Tensor:
-    return module.weight.detach()

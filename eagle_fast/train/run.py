@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 
 from eagle_fast.head import DraftHead
+from eagle_fast.head.checkpoint import note_acceptance
 from eagle_fast.loading import load_head
 from eagle_fast.train.card import Training, write_card
-from eagle_fast.train.evaluate import measure_tau
+from eagle_fast.train.evaluate import acceptance_table, measure_decoding
 from eagle_fast.train.options import TrainOptions
 from eagle_fast.train.setting import Setting
 from eagle_fast.train.trainer import Trainer
@@ -79,7 +80,9 @@ def finish(trainer: Trainer) -> Result:
     _, agreement = trainer.measure_held_out()
     number, length = TAU_PROMPTS[setting.device.type]
     asked = [text.tokens[: text.start].tolist() for text in trainer.held_out[:number]]
-    taus = measure_tau(setting.model, trainer.folder, asked, max_new_tokens=length)
+    measured = measure_decoding(setting.model, trainer.folder, asked, max_new_tokens=length)
+    taus = {temperature: done.tau for temperature, done in measured.items()}
+    note_acceptance(trainer.folder, {t: acceptance_table(done.drafts) for t, done in measured.items()})
     trainer.log.record("finished" if finished else "paused", agreement=agreement, taus=list(taus.values()))
     trainer.log.say(
         f"wrote {trainer.folder}: " + ", ".join(f"{tau:.2f} tokens per round at T={t:g}" for t, tau in taus.items())
@@ -99,6 +102,7 @@ def finish(trainer: Trainer) -> Result:
             seconds=seconds,
             agreement=agreement,
             taus=taus,
+            acceptance={temperature: done.acceptance for temperature, done in measured.items()},
         ),
     )
     return Result(trainer.folder, agreement, taus, finished)

@@ -89,7 +89,7 @@ def test_states_can_be_let_go(device, ids):
     assert len(steps) == 2
     model.states.clear()
     assert model.states.idle == []
-    assert all(step.graph is None and not step.pools for step in steps)
+    assert not any(step.graphs or step.of_trees for step in steps)
     assert torch.equal(model.eagenerate(ids, max_new_tokens=4), expected)
 
 

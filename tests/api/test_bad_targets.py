@@ -17,7 +17,7 @@ from decoders import TREE
 from huggingface_hub import errors
 from often_right import write_random_head
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 from zoo import make
 
 from eagle_fast import EaModel, TreeConfig
@@ -66,6 +66,10 @@ OPTIONS = [
     (dict(dtype=torch.complex64), r"dtype=torch.complex64"),
     (dict(dtype={"": "bogus"}), r"dtype='bogus'"),
     (dict(config="x"), r"config='x': pass a config"),
+    (
+        dict(config=LlamaConfig()),
+        r"config= is of a model of width 4096 .* is \d+: pass the checkpoint's own",
+    ),
     (dict(quantization_config="x"), r"cannot be loaded"),
     (dict(subfolder=3), r"base_model_path='.*' "),
     (dict(subfolder="nope"), r"base_model_path='.*' cannot be loaded|no config.json"),

@@ -104,7 +104,8 @@ def test_a_loaded_model_is_taken_as_it_is(folders, device):
 
 @pytest.mark.parametrize(("depth", "top_k"), [(2, 3), (1, 1)])
 def test_total_token_from_measured_times(depth, top_k, folders, device):
-    model = load(folders, device, total_token=-1, depth=depth, top_k=top_k)
+    model = load(folders, device, total_token=-1, depth=depth, top_k=top_k, adaptive=None)
+    assert model.adaptive
     assert 2 <= model.tree.total_token <= 1 + top_k + depth * top_k**2
     ids = prompt(11, device)
     assert torch.equal(model.eagenerate(ids, max_new_tokens=NEW), stock(model, ids, max_new_tokens=NEW))

@@ -5,6 +5,7 @@ Where there are fewer GPUs than a placement names, the last one stands for those
 
 import contextlib
 import copy
+import itertools
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from zoo import make
 
 import eagle_fast.target.placement
 from eagle_fast import EaModel
+from eagle_fast.decoding.adapt import TreeChooser
 from eagle_fast.decoding.graph import GraphedStep
 
 NEW = 60
@@ -61,9 +63,9 @@ def saved(model, writer=write_often_right_head):
         yield {"base_model_path": f"{folder}/target", "ea_model_path": f"{folder}/head", **TREE}
 
 
-def spread(folders, placement="halves"):
+def spread(folders, placement="halves", adaptive=False):
     placed, draft = device_map(placement)
-    return EaModel.from_pretrained(**folders, device_map=placed, draft_device=draft)
+    return EaModel.from_pretrained(**{**folders, "adaptive": adaptive}, device_map=placed, draft_device=draft)
 
 
 def check_lossless(model, placement, writer=write_often_right_head):
@@ -87,8 +89,23 @@ def check_lossless(model, placement, writer=write_often_right_head):
     for options in ({}, {"temperature": 1.0, "top_p": 0.95, "seed": 7}):
         options = {"attention_mask": mask, "max_new_tokens": NEW, **options}
         assert torch.equal(decoder.eagenerate(ids, **options), single.naivegenerate(ids, **options))
-    assert all(step.graph is not None for _, step, _ in decoder.states.idle)
+    assert all(step.graphs for _, step, _ in decoder.states.idle)
     return out.statistics.tau
+
+
+@pytest.mark.parametrize("placement", ["halves", "gaps", "rest elsewhere"])
+def test_trees_may_change_over_several_gpus(placement, monkeypatch):
+    """The head on another device than the logits too; every tree of a state in turn, the root alone among them."""
+    with saved(make("llama")) as folders:
+        single, decoder = EaModel.from_pretrained(**folders, device_map=0), spread(folders, placement, adaptive=True)
+    turns = itertools.count()
+    monkeypatch.setattr(TreeChooser, "next", lambda self, context: self.trees[next(turns) // 5 % len(self.trees)])
+    ids, mask = batch_of([5, 19, 1], HOME)
+    for options in ({}, {"temperature": 1.0, "seed": 7}):
+        options = {"attention_mask": mask, "max_new_tokens": 150, **options}
+        out = decoder.eagenerate(ids, return_dict_in_generate=True, **options)
+        assert torch.equal(out.sequences, single.naivegenerate(ids, **options))
+        assert len(out.statistics.trees) > 2
 
 
 @pytest.mark.parametrize("placement", ["halves", "rest elsewhere"])
@@ -103,7 +120,7 @@ def test_records_are_those_of_one_gpu(placement):
     for mine, other in zip((*out.scores, *out.logits), (*expected.scores, *expected.logits), strict=True):
         assert mine.device == HOME
         assert torch.equal(mine, other)
-    assert all(step.graph is not None for _, step, _ in decoder.states.idle)
+    assert all(step.graphs for _, step, _ in decoder.states.idle)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -206,7 +223,8 @@ def test_no_host_read_inside_a_round():
         decoder = spread(folders)
     ids = prompt(19, HOME)
     expected = decoder.eagenerate(ids, max_new_tokens=NEW)
-    ((_, step, _),) = decoder.states.idle
+    ((state, steps, _),) = decoder.states.idle
+    step = steps.of(state.tree)
     eager = step.step
 
     def forbidding():

@@ -1,18 +1,17 @@
 """Packed targets: the text with the head, without it and of base_model is one, in every layout and family."""
 
 import json
-import warnings
 
 import pytest
 import torch
-from decoders import TREE, prompt
+from decoders import prompt
 from often_right import write_often_right_head
-from quantized_files import LAYOUTS, compressed, fp8, gptq, write_quantized
+from one_text import CPU, NEW, check_one_text, kinds_of_layers, load
+from quantized_files import LAYOUTS, fp8, gptq, write_quantized
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 from zoo import make
 
-from eagle_fast import EaModel
 from eagle_fast.layers.linear import FewRowsLinear
 from eagle_fast.layers.packed import PackedLinear
 from eagle_fast.loading import load_target
@@ -20,8 +19,6 @@ from eagle_fast.target import Target
 from eagle_fast.target.merged import SideBySide
 from eagle_fast.target.placement import model_bytes
 
-NEW = 20
-CPU = torch.device("cpu")
 FAMILIES = ("llama", "qwen2", "qwen3")  # plain, with biases, with norms of heads
 
 
@@ -33,33 +30,6 @@ def targets(tmp_path_factory):
         model = make(name, num_hidden_layers=2)
         found[name] = model, write_often_right_head(model, tmp_path_factory.mktemp(name))
     return found
-
-
-def load(folder, head, **options):
-    """(decoder, what was said of quantized weights)."""
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        decoder = EaModel.from_pretrained(base_model_path=folder, ea_model_path=head, **TREE, **options)
-    return decoder, [str(each.message) for each in seen if "weights" in str(each.message)]
-
-
-def check_one_text(decoder):
-    ids = prompt(11, CPU)
-    expected = decoder.base_model.generate(ids, max_new_tokens=NEW, do_sample=False)
-    assert torch.equal(decoder.eagenerate(ids, max_new_tokens=NEW), expected)
-    assert torch.equal(decoder.naivegenerate(ids, max_new_tokens=NEW), expected)
-    assert torch.equal(decoder.base_model.generate(ids, max_new_tokens=NEW, do_sample=False), expected)
-    sampled = [
-        way(ids, max_new_tokens=NEW, temperature=1.0, seed=seed)
-        for seed in (1, 2)
-        for way in (decoder.eagenerate, decoder.naivegenerate)
-    ]
-    assert torch.equal(sampled[0], sampled[1])
-    assert torch.equal(sampled[2], sampled[3])
-
-
-def kinds_of_layers(decoder):
-    return [type(layer).__name__ for layer in decoder.target.decoder_layers]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -272,14 +242,6 @@ def test_other_shapes_are_refused(targets, tmp_path):
     model, head = targets["llama"]
     write_quantized(model, tmp_path, LAYOUTS["awq"], group_size=64)
     with pytest.raises(ValueError, match=r"other shapes than its config.json|config.json says"):
-        load(tmp_path, head)
-
-
-def test_a_quantized_lm_head_goes_to_its_library(targets, tmp_path, monkeypatch):
-    model, head = targets["llama"]
-    write_quantized(model, tmp_path, compressed(), ignore=[])
-    monkeypatch.setattr("eagle_fast.target.quantized.is_compressed_tensors_available", lambda: False)
-    with pytest.raises(ValueError, match=r"not read without it \(its lm_head is quantized, which the draft head reads"):
         load(tmp_path, head)
 
 

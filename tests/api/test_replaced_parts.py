@@ -17,14 +17,14 @@ NEW = 24
 @pytest.fixture
 def model(device):
     shared = decoder("llama", device)
-    return EaModel(copy.deepcopy(shared.base_model), copy.deepcopy(shared.ea_layer), tree=shared.tree)
+    return EaModel(copy.deepcopy(shared.base_model), copy.deepcopy(shared.ea_layer), tree=shared.tree, adaptive=False)
 
 
 def rounds_of(model, tree=None):
     """Rounds that a text takes; with `tree`, in a model that had it from the start. The text is always the target's."""
     ids = prompt(9, model.device)
     if tree is not None:
-        model = EaModel(model.base_model, copy.deepcopy(model.ea_layer), tree=tree)
+        model = EaModel(model.base_model, copy.deepcopy(model.ea_layer), tree=tree, adaptive=False)
     out = model.eagenerate(ids, max_new_tokens=NEW, return_dict_in_generate=True)
     assert torch.equal(out.sequences, stock(model, ids, max_new_tokens=NEW))
     return out.statistics.rounds

@@ -10,6 +10,7 @@ from often_right import write_often_right_head
 from zoo import FAMILIES, make
 
 from eagle_fast import EaModel
+from eagle_fast.decoding.graph import GraphedStep
 from eagle_fast.head import DraftHead
 from eagle_fast.head.config import HeadConfig, default_feature_layers
 
@@ -29,7 +30,7 @@ def test_every_family_is_captured(name, batch, tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="rounds run without a CUDA graph")
         model.eagenerate(torch.randint(3, 130, (batch, 19)).cuda(), max_new_tokens=60)
-    assert [step.graph is not None for _, step, _ in model.states.idle] == [True]
+    assert [bool(step.graphs) for _, step, _ in model.states.idle] == [True]
 
 
 @contextlib.contextmanager
@@ -101,7 +102,7 @@ def test_rounds_that_record_are_captured(name, batch, records, tmp_path):
                 assert torch.equal(logits.argmax(-1), new[..., 0])
                 assert torch.equal(scores, logits)
     assert len(model.states.idle) == 2
-    assert all(step.graph is not None for _, step, _ in model.states.idle)
+    assert all(step.graphs for _, step, _ in model.states.idle)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -119,7 +120,7 @@ def test_logprobs_cost_no_host_sync(batch, tmp_path):
     assert len(seen) == len(expected) < 128
 
 
-def random_pair(**shape):
+def random_pair(adaptive, **shape):
     """A Llama of these shapes with random bf16 weights, built on the GPU, and an EAGLE-3 head for it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -139,27 +140,36 @@ def random_pair(**shape):
         draft_vocab_size=32000, num_target_layers=layers, feature_layers=default_feature_layers(layers),
     )  # fmt: skip
     embedding = target.get_input_embeddings().weight
-    return EaModel(target, DraftHead.random(head_config, embedding=embedding, dtype=torch.bfloat16, device="cuda"))
+    head = DraftHead.random(head_config, embedding=embedding, dtype=torch.bfloat16, device="cuda")
+    return EaModel(target, head, adaptive=adaptive)
 
 
-def test_no_host_sync_inside_a_round_of_an_8b_target():
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_no_host_sync_inside_a_round_of_an_8b_target(adaptive):
     """Random bf16 weights at Llama-3.1-8B's shapes, 256 tokens: the loop runs with host syncs forbidden, and so does
     every step of it, which is not a graph here."""
     model = random_pair(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-        vocab_size=128256, max_position_embeddings=131072,
+        adaptive, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072,
     )  # fmt: skip
     ids = torch.randint(0, 128256, (1, 64))
     model.eagenerate(ids, max_new_tokens=4)
-    _, step, _ = model.states.idle[0]
+    state, step, _ = model.states.idle[0]
     steps = 0
 
-    def counted():
-        nonlocal steps
-        steps += 1
-        eager()
+    def counting(eager):
+        def counted():
+            nonlocal steps
+            steps += 1
+            eager()
 
-    eager, step.step, step.eager, step.graph = step.step, counted, True, None
+        return counted
+
+    for tree in state.trees:
+        of_tree = step.of(tree)
+        of_tree.step, of_tree.eager, of_tree.graph = counting(of_tree.step), True, None
+    step.release = GraphedStep(state.release, state.devices)
+    step.release.eager = True
     stream = model.ea_generate(ids, max_new_tokens=256, eos_token_id=[])
     seen = [next(stream)]
     with host_syncs_forbidden():

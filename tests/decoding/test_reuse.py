@@ -53,7 +53,7 @@ def test_drafts_are_as_good_as_without(kind, device, tmp_path):
     base = make("qwen3")
     write_often_right_head(base, tmp_path, kind)
     model = EaModel.from_pretrained(
-        base_model_path=base.to(device), ea_model_path=tmp_path, total_token=16, depth=3, top_k=4
+        base_model_path=base.to(device), ea_model_path=tmp_path, total_token=16, depth=3, top_k=4, adaptive=False
     )
     out = run(model, prompt(30, device), max_new_tokens=40)
     ids = longer(out.sequences)

@@ -1,6 +1,7 @@
 """`eagle-fast doctor`: sizes and times against numbers counted by hand, what it says, and the measurements on GPUs."""
 
 import json
+import re
 from importlib.metadata import version
 from itertools import pairwise
 
@@ -17,8 +18,9 @@ from eagle_fast.doctor import plan as planning
 from eagle_fast.doctor.environment import Gpu, parse_topology
 from eagle_fast.doctor.findings import Machine, Placements, as_json
 from eagle_fast.doctor.measure import GpuFigures, KernelCheck, Link
-from eagle_fast.doctor.plan import HeadBytes, Setting, head_bytes, plan, read_model, sizes
+from eagle_fast.doctor.plan import HeadBytes, Setting, found_head, head_bytes, plan, read_model, sizes
 from eagle_fast.doctor.report import lines
+from eagle_fast.head.checkpoint import note_acceptance
 from eagle_fast.loading import load_target
 from eagle_fast.target.placement import model_bytes
 
@@ -119,10 +121,10 @@ def test_a_head_is_read_once_a_level(folder, tmp_path):
     write_random_head(model, tmp_path / "eagle", "eagle")
     for kind, (each, once) in numbers.items():
         setting = Setting(str(folder), tree=TreeConfig(16, 3, 4), head=str(tmp_path / kind))
-        found = head_bytes(setting, read_model(setting)[0])
+        found = head_bytes(setting, model, found_head(setting, model))
         assert found.read == 4 * (4 * each + once)
         assert found.resident == 4 * (each + once)  # EAGLE-1: its embedding instead of the lm_head, as many numbers
-    assert head_bytes(Setting(str(folder)), model) == HeadBytes(0, 0)
+    assert head_bytes(Setting(str(folder)), model, None) == HeadBytes(0, 0)
 
 
 # -- plans -----------------------------------------------------------------------------------------------------------
@@ -251,6 +253,46 @@ def test_without_a_gpu(folder, capsys):
     assert found["model"]["head_bytes"] is None
 
 
+def tree_table(out):
+    """Of text: tree -> cells, behind the header."""
+    rows = out.split("nodes/depth/top-k")[1].splitlines()
+    cells = [row.split("  ") for row in rows[1:] if re.match(r"\d+/\d+/\d+", row)]
+    return {row[0]: [cell.strip() for cell in row[1:] if cell.strip()] for row in cells}
+
+
+def test_a_heads_drafts_in_a_table(folder, tmp_path, capsys):
+    model = make("llama", sharp=False)
+    write_random_head(model, tmp_path, draft_vocab_size=50)
+    arguments = ["doctor", "--model", str(folder), "--head", str(tmp_path), "--tree", "24", "6", "6"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "config.json says nothing of its drafts" in out
+    assert "--batch 1 8 loads the pair" in out
+    note_acceptance(tmp_path, {0.0: [[0.5, 0.0]], 1.0: [[0.25, 0.0]]})
+    assert main(arguments) == 0
+    found = tree_table(capsys.readouterr().out)
+    assert next(iter(found)) == "24/6/6", "none is more than what was given"
+    assert float(found["4/3/1"][0]) == pytest.approx(1 + 0.5 + 0.25 + 0.125, abs=0.006)
+    assert float(found["4/3/1"][1]) == pytest.approx(1 + 0.25 + 0.0625 + 0.0156, abs=0.006)
+    assert found["1/0/1, plain decoding"] == ["1.00", "1.00"]
+
+
+def test_rounds_of_a_pair_are_timed(tmp_path, capsys):
+    model = make("llama")
+    model.save_pretrained(tmp_path / "model")
+    write_random_head(model, tmp_path / "head", draft_vocab_size=50)
+    pair = ["doctor", "--model", str(tmp_path / "model"), "--head", str(tmp_path / "head"), "--context", "512"]
+    assert main([*pair, "--batch", "1", "2"]) == 0
+    found = tree_table(capsys.readouterr().out)
+    assert sum(cells[1].endswith("*") for cells in found.values()) == 1, "one tree pays best"
+    assert any(cells[1] == "-" for cells in found.values()), "others would not be chosen from"
+    assert main([*pair, "--batch", "2", "--json"]) == 0
+    trees = json.loads(capsys.readouterr().out)["model"]["trees"]
+    assert len(trees["seconds"]["2"]) == len(trees["trees"]) == len(trees["tokens"]["0"])
+    assert sum(took is not None for took in trees["seconds"]["2"]) >= 3
+    assert not trees["measured"]
+
+
 WRONG = {
     "no folder": (["--model", "/no/such/folder"], "no such folder"),
     "no config": (["--model", "{empty}"], "config.json"),
@@ -258,6 +300,8 @@ WRONG = {
     "memory alone": (["--max-memory", "1GiB"], "--model"),
     "dtype": (["--model", "{config}", "--dtype", "int8"], "--dtype int8: use bfloat16"),
     "context": (["--model", "{config}", "--context", "0"], "context=0"),
+    "batch alone": (["--model", "{config}", "--batch", "4"], "--batch is about rounds with a draft head"),
+    "batch": (["--model", "{config}", "--head", "x", "--batch", "0"], "batch=0"),
     "tree": (["--model", "{config}", "--tree", "1", "7", "10"], "total_token=1"),
 }
 

@@ -17,6 +17,8 @@ from eagle_fast_kernels import draft_head, grow, launch, lm_head_topk, noise, or
 from eagle_fast_kernels import linear as products
 from eagle_fast_kernels.accept import accept, accept_ref
 from eagle_fast_kernels.compact_kv import compact_kv, compact_kv_ref
+from eagle_fast_kernels.embedding import embedding_rows, embedding_rows_ref
+from eagle_fast_kernels.packed import pack, packed_gated, packed_gated_ref, packed_matmul, packed_matmul_ref
 from eagle_fast_kernels.sample import sample
 from eagle_fast_kernels.sample_ref import sample_ref, warp_ref
 from eagle_fast_kernels.sample_threshold import threshold
@@ -47,6 +49,10 @@ def accept_arguments() -> dict[str, Any]:
         chosen=integers([6, 8, 1, 2], [6, 7, -1, 3]), lengths=integers(4, 9), ends=integers(20, 11),
         roots=integers(5, 5), report=torch.zeros(2, 4, dtype=torch.long),
     )  # fmt: skip
+
+
+def accept_ranks_arguments() -> dict[str, Any]:
+    return accept_arguments() | dict(ranks=torch.zeros(2, 3, dtype=torch.long))
 
 
 def compact_arguments() -> dict[str, Any]:
@@ -102,6 +108,14 @@ def product_arguments(int8: bool = False, bias: bool = False, shape: tuple[int, 
         x=floats(*shape), weight=(20 * weight).to(torch.int8) if int8 else weight,
         scale=floats(6) if int8 else None, bias=floats(6) if bias else None,
     )  # fmt: skip
+
+
+def packed_arguments(kind: str, bias: bool = False) -> dict[str, Any]:
+    """Two groups of columns in 4 bits, a scale a row in 8."""
+    columns = 64 if kind == "int4" else 8
+    codes = torch.randint(0, 16 if kind == "int4" else 256, (6, columns), dtype=torch.uint8)
+    packed = pack(codes, floats(6, 2 if kind == "int4" else 1), kind=kind, group_size=32 if kind == "int4" else 8)
+    return dict(x=floats(3, columns), packed=packed, bias=floats(6) if bias else None)
 
 
 def lm_head_arguments(noise: bool, int8: bool = False) -> dict[str, Any]:
@@ -170,7 +184,7 @@ DEPTHS = integers([0, 1, 1, 2], [0, 1, 2, 3])
 
 def hopper_arguments() -> dict[str, Any]:
     q, k = floats(1, 4, 3, 128).half(), floats(1, 2, 12, 128).half()
-    acc, (peak, total) = torch.zeros(2, 17, 6, 128), torch.zeros(2, 2, 17, 6)
+    acc, (peak, total) = torch.zeros(2, 18, 6, 128), torch.zeros(2, 2, 18, 6)
     return dict(
         q=q, k=k, v=k + 1, lengths=integers(3), ancestors=integers([[1], [3], [5]]), acc=acc, peak=peak, total=total,
         scale=0.3, first=0,
@@ -215,6 +229,7 @@ def _copied(arguments: dict[str, Any]) -> Callable[[], dict[str, Any]]:
 def _cases() -> dict[str, Case]:
     cases = {
         "accept": Case(accept, accept_ref, accept_arguments),
+        "accept, with ranks": Case(accept, accept_ref, accept_ranks_arguments),
         "compact_kv": Case(compact_kv, compact_kv_ref, compact_arguments),
         "finish_tree": Case(grow.finish_tree, grow.finish_tree_ref, finish_tree_arguments),
         "silu_mul": Case(silu_mul, silu_mul_ref, lambda: dict(gate_up=floats(3, 10))),
@@ -270,6 +285,13 @@ def _cases() -> dict[str, Case]:
         cases["few_rows_matmul" + name] = Case(products.few_rows_matmul, twin, arguments)
         cases["few_rows_sums" + name] = Case(summed, twin, arguments)
         cases["gated_matmul" + name] = Case(products.gated_matmul, products.gated_matmul_ref, arguments)
+    for name, options in {"": ("int4",), ", int8": ("int8", True)}.items():
+        arguments = _copied(packed_arguments(*options))
+        cases["packed_matmul" + name] = Case(packed_matmul, packed_matmul_ref, arguments)
+        cases["packed_gated" + name] = Case(packed_gated, packed_gated_ref, arguments)
+    table = packed_arguments("int8")["packed"]
+    arguments = _copied(dict(tokens=integers([0, 5], [2, 2]), table=table, dtype=torch.float32))
+    cases["embedding_rows"] = Case(embedding_rows, embedding_rows_ref, arguments)
     for name, options in {"": (False,), ", noise": (True,), ", int8": (False, True)}.items():
         arguments = _copied(lm_head_arguments(*options))
         cases["lm_head_topk" + name] = Case(lm_head_topk.lm_head_topk, lm_head_topk.lm_head_topk_ref, arguments)

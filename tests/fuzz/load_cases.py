@@ -43,17 +43,19 @@ FITTING: dict[str, tuple] = {
     "config": (LlamaConfig(), LlamaConfig(vocab_size=131, hidden_size=64, num_attention_heads=4)),
     "revision": ("main", "no"), "ea_revision": ("main", "no"), "subfolder": ("", ".", "no"),
     "gguf_file": ("model.gguf", "config.json"), "feature_layers": ([0, 1, 2], (0, 1, 1), [1, 2, 9]),
+    "acceptance": ({"0": [[0.7, 0.2], [0.6]]}, {"0": [[]]}, {"x": [[0.5]]}, {"1": [[2.0]]}, {"0": 0.5}),
     "tree": (TreeConfig(**TREE), TreeConfig), "total_token": (-1, 2, 256), "offload_folder": ("/nonexistent/x",),
 }  # fmt: skip
 OF_LOADING = (
-    "use_eagle3", "base_model_path", "ea_model_path", "total_token", "depth", "top_k", "threshold", "device_map",
-    "max_memory", "draft_device", "ea_revision", "draft_int8", "feature_layers", "norm_before_residual", "norm_output",
-    "rope_theta", "rope_interleaved", "dtype", "torch_dtype", "attn_implementation", "experts_implementation",
-    "quantization_config", "config", "revision", "subfolder", "gguf_file", "token", "cache_dir", "local_files_only",
-    "trust_remote_code", "load_in_4bit", "load_in_8bit", "use_safetensors", "variant", "key_mapping", "state_dict",
-    "adapter_kwargs", "generation_config", "weights_only", "offload_folder", "low_cpu_mem_usage", "pad_token_id",
-    "eos_token_id", "max_position_embeddings", "rope_parameters", "num_hidden_layers", "vocab_size", "hidden_act",
-    "ignore_mismatched_sizes", "proxies", "foo", "quantize", "attn_implementaton", "tree", "output_loading_info",
+    "use_eagle3", "base_model_path", "ea_model_path", "total_token", "depth", "top_k", "threshold", "adaptive",
+    "device_map", "max_memory", "draft_device", "ea_revision", "draft_int8", "feature_layers", "norm_before_residual",
+    "norm_output", "rope_theta", "rope_interleaved", "dtype", "torch_dtype", "attn_implementation",
+    "experts_implementation", "quantization_config", "config", "revision", "subfolder", "gguf_file", "token",
+    "cache_dir", "local_files_only", "trust_remote_code", "load_in_4bit", "load_in_8bit", "use_safetensors", "variant",
+    "key_mapping", "state_dict", "adapter_kwargs", "generation_config", "weights_only", "offload_folder",
+    "low_cpu_mem_usage", "pad_token_id", "eos_token_id", "max_position_embeddings", "rope_parameters",
+    "num_hidden_layers", "vocab_size", "hidden_act", "ignore_mismatched_sizes", "proxies", "foo", "quantize",
+    "attn_implementaton", "tree", "output_loading_info",
 )  # fmt: skip
 OF_CONFIGS = {
     "base": ("sliding_window", "layer_types", "head_dim", "is_encoder_decoder", "is_decoder", "auto_map", "torch_dtype",
@@ -63,7 +65,7 @@ OF_CONFIGS = {
              "rope_parameters", "norm_output", "fc_norm", "norm_before_fc", "norm_before_residual", "eagle_config",
              "use_aux_hidden_state", "speculators_model_type", "transformer_layer_config", "target_hidden_size",
              "tie_word_embeddings", "use_last_layernorm", "head_dim", "rope_theta", "hidden_act", "model_type",
-             "draft_vocab_size", "quantization_config"),
+             "draft_vocab_size", "quantization_config", "acceptance"),
 }  # fmt: skip
 METHODS = {
     "from_pretrained": 6, "setup_multi_gpu": 2, "EaModel": 1, "base config": 5, "head config": 4, "base weights": 3,

@@ -9,7 +9,7 @@ from draft_formats import sample
 from draft_weights import TARGET
 
 import eagle_fast.head.files
-from eagle_fast.head.checkpoint import read_head
+from eagle_fast.head.checkpoint import note_acceptance, read_head, write_head
 
 
 def test_missing_files_are_named(tmp_path):
@@ -69,3 +69,29 @@ def test_hub_names_are_downloaded_and_folders_are_not(tmp_path, monkeypatch):
     assert not any("bin" in pattern for pattern in asked[0][1])
     assert any("bin" in pattern for pattern in asked[1][1])
     assert asked[0][2] == dict(revision="r", token="t", cache_dir="c", local_files_only=True)
+
+
+def test_how_drafts_did_is_noted_and_read(tmp_path):
+    made = sample("angelslim")
+    made.write(tmp_path)
+    assert read_head(tmp_path, **TARGET).config.acceptance == {}
+    before = json.loads((tmp_path / "config.json").read_text())
+    tables = {0.0: [[0.7, 0.3], [0.6]], 0.5: [[0.5]]}
+    note_acceptance(tmp_path, tables)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert {name: value for name, value in config.items() if name != "acceptance"} == before
+    found = read_head(tmp_path, **TARGET)
+    assert found.config.acceptance == tables
+    write_head(tmp_path / "again", found)
+    assert read_head(tmp_path / "again", **TARGET).config.acceptance == tables
+
+
+@pytest.mark.parametrize(
+    "tables", [[], 3, {"0": []}, {"0": [[]]}, {"0": [0.5]}, {"0": [[1.5]]}, {"warm": [[0.5]]}, {"nan": [[0.5]]}]
+)
+def test_tables_that_cannot_be_are_refused(tables, tmp_path):
+    sample("angelslim").write(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"acceptance": tables}))
+    with pytest.raises(ValueError, match=r"acceptance is .*: use tables of chances by temperature"):
+        read_head(tmp_path, **TARGET)

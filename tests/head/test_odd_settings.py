@@ -75,7 +75,7 @@ def assert_decodes(checkpoint):
         return
     embedding, lm_head = model.get_input_embeddings().weight, model.lm_head.weight
     head = DraftHead(checkpoint, embedding=embedding, lm_head_weight=lm_head)
-    ea_model = EaModel(model, head, tree=TreeConfig(**TREE))
+    ea_model = EaModel(model, head, tree=TreeConfig(16, 3, 4), adaptive=False)
     assert torch.equal(ea_model.eagenerate(prompt(11, torch.device("cpu")), max_new_tokens=12), text)
     decoded.append(checkpoint.config)
 

@@ -20,12 +20,29 @@ def walk(tokens, parents, chosen, room, max_path):
     return path, [chosen[node] for node in path]
 
 
+def ranks_of(path, tokens, parents, chosen, room):
+    """Of each node on a path: how many of its children come before the right one, or -1 - its children without one."""
+    ranks = []
+    for step, node in enumerate(path):
+        looks = step + 1 < room and chosen[node] >= 0
+        children = [c for c, p in enumerate(parents) if p == node and c > 0 and looks]
+        right = [tokens[c] == chosen[node] for c in children]
+        ranks.append(right.index(True) if any(right) else -1 - len(right))
+    return ranks
+
+
 def check(tokens, parents, chosen, room, max_path, device):
     lengths = torch.arange(len(tokens), device=device) + 30
     ends, roots = lengths + torch.tensor(room, device=device), lengths + 900
     report = torch.full((len(tokens), 1 + max_path), -12345, device=device)
-    tree = (torch.tensor(x, device=device) for x in (tokens, parents, chosen))
-    path = accept(*tree, lengths, ends, roots, report).tolist()
+    tree = [torch.tensor(x, device=device) for x in (tokens, parents, chosen)]
+    alone = [roots.clone(), report.clone()]
+    ranks = torch.full((len(tokens), max_path), -12345, device=device)
+    path = accept(*tree, lengths, ends, roots, report, ranks)
+    assert torch.equal(accept(*tree, lengths, ends, *alone), path), "ranks change nothing else"
+    assert torch.equal(alone[0], roots)
+    assert torch.equal(alone[1], report)
+    path, ranks = path.tolist(), ranks.tolist()
     counts, emitted = report[:, 0].tolist(), report[:, 1:].tolist()
     for b in range(len(tokens)):
         nodes, texts = walk(tokens[b], parents[b], chosen[b], room[b], max_path)
@@ -33,6 +50,7 @@ def check(tokens, parents, chosen, room, max_path, device):
         assert path[b] == nodes + padding
         assert emitted[b] == texts + padding
         assert counts[b] == len(nodes)
+        assert ranks[b] == ranks_of(nodes, tokens[b], parents[b], chosen[b], room[b]) + [-1] * len(padding)
         assert roots[b] == (max(texts[-1], 0) if texts else 930 + b)
     return counts
 

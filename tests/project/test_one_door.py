@@ -19,6 +19,7 @@ BY_NAME = {"getattr", "hasattr", "setattr", "delattr"}
 
 CONFIG_FIELDS = {
     "doctor/plan.py": {"dtype"},  # of the weights to come
+    "doctor/trees.py": {"acceptance"},  # of a head
     "hf_generate.py": {  # of a generation config
         "?", "_pad_token_tensor", "do_sample", "get_generation_mode", "return_dict_in_generate",
         "stop_strings",
@@ -26,7 +27,7 @@ CONFIG_FIELDS = {
     "hf_model.py": {"setter"},  # of a property
     "pairs.py": {"eos_token_id", "pad_token_id", "quantization_config"},  # written, of the demo's model
     "target/experts.py": {"_experts_implementation"},
-    "target/formats/quantizer.py": {"format", "quantization_config"},  # who is to load it
+    "target/formats/quantizer.py": {"format", "lm_head_bits", "quantization_config"},  # who is to load it
     "target/interface.py": {"_attn_implementation"},
     "target/kind.py": {  # what is to be loaded, if anything can be
         "architectures", "auto_map", "is_decoder", "is_encoder_decoder", "model_type",
@@ -63,6 +64,7 @@ PRIVATE_NAMES = {
     "target/watch.py": {"_parameters", "_buffers", "_version"},
     # Python, and our own
     "attached.py": {"_eagle_fast"},
+    "head/shared.py": {"_replace"},
     "messages.py": {"_getframe"},
     "model.py": {"_tokenizer_options"},
     "target/formats/scheme.py": {"_replace"},

@@ -160,6 +160,7 @@ def test_the_suite_runs_every_bench_and_completes_its_record(bench, monkeypatch,
         "decode.py",
         *["lossless.py"] * 3,
         "int8_head.py",
+        "batch.py",
         "placements.py",
     ]
     for name in ("ops", "decode-smollm2-135m", "int8-head-smollm2-135m", "placements-smollm2-135m-2gpus"):

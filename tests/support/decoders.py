@@ -17,7 +17,7 @@ from zoo import make
 
 from eagle_fast import EaModel
 
-TREE = {"total_token": 16, "depth": 3, "top_k": 4}
+TREE = {"total_token": 16, "depth": 3, "top_k": 4, "adaptive": False}  # what rounds bring is the same each time
 
 
 @functools.cache
@@ -38,7 +38,7 @@ def rebuilt(ea_model: EaModel, change=lambda model: None) -> EaModel:
     """The same head on a copy of the target that `change` may alter."""
     model = copy.deepcopy(ea_model.base_model)
     change(model)
-    return EaModel(model, ea_model.ea_layer, tree=ea_model.tree)
+    return EaModel(model, ea_model.ea_layer, tree=ea_model.tree, adaptive=ea_model.adaptive)
 
 
 def prompt(length: int, device: torch.device, seed: int = 1) -> Tensor:

@@ -52,6 +52,9 @@ class DeviceTensor(Tensor):
     def tolist(self):
         return self.on_host.tolist()
 
+    def data_ptr(self):
+        return 0  # no memory of its own; a view would give its offset
+
     def __repr__(self):
         return f"DeviceTensor({self.on_host!r}, {self.device})"
 

@@ -237,16 +237,21 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def write_quantized(
-    model: PreTrainedModel, folder: Path, layout: Layout, dtype: str = "float32", **settings
+    model: PreTrainedModel,
+    folder: Path,
+    layout: Layout,
+    dtype: str = "float32",
+    ends: tuple[str, ...] = ("_proj.weight",),
+    **settings,
 ) -> dict[str, Tensor]:
     """A checkpoint of the model, with the projections of its layers in a layout; returns their weights, by name.
 
-    settings: more of the quantization_config.
+    ends: of the names of what is in the layout. settings: more of the quantization_config.
     """
     model.save_pretrained(folder)
     tensors, dense = {}, {}
     for name, tensor in model.state_dict().items():
-        if name.endswith("_proj.weight"):
+        if name.endswith(ends):
             stem = name.removesuffix("weight")
             found = layout.write(tensor.float())
             tensors |= {f"{stem}{end}": part.contiguous() for end, part in found.tensors.items()}

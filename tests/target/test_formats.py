@@ -11,7 +11,7 @@ from zoo import make
 from eagle_fast.layers.packed import PackedLinear
 from eagle_fast.target.formats.arriving import ArrivingLinear
 from eagle_fast.target.formats.choose import format_of
-from eagle_fast.target.formats.quantizer import packed_config
+from eagle_fast.target.formats.quantizer import PackedConfig, packed_config
 from eagle_fast.target.formats.rounding import rounded_groups
 from eagle_fast.target.formats.scheme import Unreadable
 
@@ -24,7 +24,7 @@ def model():
 def load(folder, **options):
     """(model, what transformers says of its tensors)."""
     config = AutoConfig.from_pretrained(folder)
-    config = packed_config(config, config.quantization_config)
+    config = packed_config(config, PackedConfig(stored=config.quantization_config))
     return AutoModelForCausalLM.from_pretrained(folder, config=config, output_loading_info=True, **options)
 
 
@@ -149,7 +149,19 @@ def test_rules_of_gptq():
     assert [found.scheme(name, torch.nn.Linear(64, 64), True).group for name in (Q, DOWN)] == [64, 64]
     listed = {"modules_in_block_to_quantize": [["self_attn.q_proj"], ["mlp.up_proj"]]}
     assert kinds(settings | listed, Q, UP, DOWN) == [4, 4, 0]
-    assert format_of(settings).scheme("lm_head", torch.nn.Linear(64, 64), False) is None
+
+
+def test_an_lm_head_is_packed_where_its_file_says_so():
+    """It is in none of the decoder's layers."""
+
+    def bits(**changes):
+        found = format_of(gptq().settings | changes).scheme("lm_head", torch.nn.Linear(64, 64), False)
+        return None if found is None else found.bits
+
+    assert bits() is None
+    assert bits(lm_head=True, modules_in_block_to_quantize=[["self_attn.q_proj"]]) == 4
+    assert bits(lm_head=True, dynamic={"lm_head": {"bits": 8}}) == 8
+    assert bits(lm_head=True, dynamic={"-:lm_head": {}}) is None
 
 
 def test_rules_of_awq_and_fp8():
@@ -188,7 +200,6 @@ REFUSED = {
     "bits": (gptq().settings | {"bits": 3}, "bits is 3, and 4 or 8"),
     "no bits": ({"quant_method": "gptq"}, "odd .*bits"),
     "group": (gptq().settings | {"group_size": 1024}, "group_size is 1024"),
-    "lm_head": (gptq().settings | {"lm_head": True}, "lm_head is quantized"),
     "marlin": (gptq().settings | {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
     "a rule": (gptq().settings | {"dynamic": {".*": {"bits": 2}}}, "bits is 2"),
     "gemv": (awq().settings | {"version": "GEMV"}, "version is 'gemv'"),

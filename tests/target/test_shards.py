@@ -18,7 +18,10 @@ import eagle_fast.layers.linear
 import eagle_fast.target.fused
 import eagle_fast.target.merged
 from eagle_fast import EaModel
+from eagle_fast.decoding.adapt import TreeChooser
 from eagle_fast.decoding.round import Round
+from eagle_fast.layers.embedding import PackedEmbedding, int8_rows
+from eagle_fast.layers.packed import PackedLinear
 from eagle_fast.loading import load_head
 from eagle_fast.target import Target
 from eagle_fast.target.anatomy import placed_modules
@@ -220,6 +223,16 @@ def test_a_fault_inside_a_shard_leaves_the_model_usable():
             assert torch.equal(decoder.eagenerate(ids, max_new_tokens=8), expected)
 
 
+@pytest.mark.parametrize("kind", ["eagle3", "eagle"])
+@pytest.mark.parametrize("placement", ["rest elsewhere", "lm_head first", "gaps"])
+def test_packed_ends_on_other_devices(placement, kind):
+    """The head has rows of its own, where it lies elsewhere."""
+    plain, model = make("llama"), make("llama")
+    model.lm_head = PackedLinear.of(int8_rows(plain.lm_head.weight))
+    model.model.embed_tokens = PackedEmbedding(PackedLinear.of(int8_rows(plain.model.embed_tokens.weight)))
+    assert check_lossless(model, placement, writer=lambda _, folder: write_often_right_head(plain, folder, kind)) > 2
+
+
 def test_hooks_of_accelerate_stay_on_the_users_model():
     """As from_pretrained leaves a model over several devices: its own `generate` goes on working, the twin has none."""
     model = make("llama")
@@ -240,6 +253,21 @@ def test_hooks_of_accelerate_stay_on_the_users_model():
         each for each in decoder.target.model.modules() if {"_hf_hook", "_old_forward", "forward"} & set(vars(each))
     ]
     assert not left
+
+
+@pytest.mark.parametrize("placement", ["halves", "gaps", "a device each", "rest elsewhere"])
+def test_trees_may_change_over_several_devices(placement, monkeypatch):
+    """The head on another device than the logits too; every tree of a state in turn, the root alone among them."""
+    with spread(make("llama"), placement) as (decoder, single, _):
+        decoder = EaModel(decoder.base_model, decoder.ea_layer, tree=decoder.tree, adaptive=True)
+        turns, trees = itertools.count(), decoder.trees(3)
+        monkeypatch.setattr(TreeChooser, "next", lambda self, context: trees[next(turns) // 4 % len(trees)])
+        monkeypatch.setattr("eagle_fast.decoding.steps.MOST_WAITING", 3)
+        ids, mask = batch_of([5, 11, 1], torch.device("cpu"))
+        options = {"attention_mask": mask, "temperature": 1.0, "seed": 7, "max_new_tokens": 60}
+        out = decoder.eagenerate(ids, return_dict_in_generate=True, **options)
+        assert torch.equal(out.sequences, single.naivegenerate(ids, **options))
+        assert set(out.statistics.trees) == set(trees)
 
 
 def test_a_layer_on_two_devices_is_refused():

@@ -57,7 +57,7 @@ def test_it_learns(run):
 
 def test_the_written_head_loads_and_leaves_the_text_alone(run):
     model, result = run
-    decoder = EaModel.from_pretrained(base_model_path=model, ea_model_path=str(result.folder))
+    decoder = EaModel.from_pretrained(base_model_path=model, ea_model_path=str(result.folder), adaptive=False)
     ids = torch.tensor([[130, 17, 18, END, 129]], device=model.device)
     out = decoder.eagenerate(ids, max_new_tokens=80, eos_token_id=[], return_dict_in_generate=True)
     assert torch.equal(out.sequences, decoder.naivegenerate(ids, max_new_tokens=80, eos_token_id=[]))
@@ -79,6 +79,15 @@ def test_what_is_written(run):
     assert (config["draft_vocab_size"], config["vocab_size"]) == (120, VOCAB)
     card = (result.folder / "README.md").read_text()
     assert f"{result.taus[0.0]:.2f} at temperature 0" in card
+    tables = config["acceptance"]
+    assert set(tables) == {"0", "1"}
+    for table in tables.values():
+        assert [len(row) for row in table] == [10] * 8
+        assert all(0 < chance < 1 for row in table for chance in row)
+    assert tables["0"][0][0] > tables["0"][0][3]
+    decoder = EaModel.from_pretrained(base_model_path=run[0], ea_model_path=str(result.folder))
+    usual = decoder.experience.worth(0.0, True).usual
+    assert usual[:8, :10].tolist() == [[max(chance, 0.005) for chance in row] for row in tables["0"]]
     assert "40 updates" in card
 
 

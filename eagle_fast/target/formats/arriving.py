@@ -13,32 +13,34 @@ from eagle_fast_kernels.packed import pack
 from torch import nn
 from transformers import PreTrainedModel
 
+from eagle_fast.layers.embedding import PackedEmbedding
 from eagle_fast.layers.packed import PackedLinear
 from eagle_fast.target.anatomy import Anatomy, decoder_layers, expert_weights
+from eagle_fast.target.formats.rounding import RoundingScheme
 from eagle_fast.target.formats.scheme import Format, Scheme, Unreadable
 
 
 class ArrivingLinear(nn.Module):
     """Stands where a packed layer will; its parameters are those of the file, on the meta device until they come."""
 
-    def __init__(self, linear: nn.Linear, scheme: Scheme):
+    def __init__(self, linear: nn.Linear | nn.Embedding, scheme: Scheme):
         super().__init__()
         self.scheme, self.dtype = scheme, linear.weight.dtype
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.out_features, self.in_features = linear.weight.shape
         for name, (shape, dtype) in scheme.stored(self.out_features, self.in_features).items():
             empty = torch.empty(shape, dtype=dtype, device="meta")
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
-        bias = None if linear.bias is None else torch.empty_like(linear.bias, device="meta")
+        bias: Any = getattr(linear, "bias", None)
+        bias = None if bias is None else torch.empty_like(bias, device="meta")
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name in self._parameters and not any(each.is_meta for each in self.parameters()):
-            self._become_packed()
+            self._become(self._packed())
 
     @torch.no_grad()
-    def _become_packed(self) -> None:
-        """This object is a PackedLinear from now on."""
+    def _packed(self) -> PackedLinear:
         tensors = {name: held.data for name, held in self.named_parameters()}
         bias = tensors.pop("bias", None)
         for name, (shape, _) in self.scheme.stored(self.out_features, self.in_features).items():
@@ -51,11 +53,33 @@ class ArrivingLinear(nn.Module):
         packed = pack(
             found.codes, scales, kind=found.kind, zeros=found.zeros, order=found.order, group_size=found.group_size
         )
-        linear, training = PackedLinear.of(packed, bias, self.dtype), self.training
+        return PackedLinear.of(packed, bias, self.dtype)
+
+    def _become(self, module: nn.Module) -> None:
+        """This object is another from now on."""
+        training = self.training
         vars(self).clear()
-        vars(self).update(vars(linear))
-        self.__class__ = PackedLinear  # type: ignore[assignment]
+        vars(self).update(vars(module))
+        self.__class__ = type(module)  # type: ignore[assignment]
         self.training = training
+
+
+class ArrivingEmbedding(ArrivingLinear):
+    """The same for an embedding. tied: (module, name) of the lm_head that reads its rows, which is set then."""
+
+    def __init__(self, embedding: nn.Embedding, scheme: Scheme, tied: tuple[nn.Module, str] | None):
+        super().__init__(embedding, scheme)
+        self.tied = tied
+
+    def _become(self, module: nn.Module) -> None:
+        assert isinstance(module, PackedLinear)
+        if self.tied is not None:
+            setattr(*self.tied, module)
+        super()._become(PackedEmbedding(module))
+
+
+class ArrivingWithEmbedding(nn.Module):
+    """Stands where an lm_head will that is the embedding."""
 
 
 class Unloaded(nn.Module):
@@ -75,22 +99,35 @@ def shrink(model: nn.Module) -> None:
         for name, child in list(module.named_children()):
             if isinstance(child, ArrivingLinear):
                 setattr(module, name, Unloaded(child))
+            if isinstance(child, ArrivingEmbedding) and child.tied is not None:
+                lm_head = Unloaded(child)
+                lm_head.words = getattr(module, name).words
+                setattr(*child.tied, lm_head)
 
 
 def num_parameters(model: nn.Module) -> int:
     """Numbers that a model consists of, packed or not."""
     modules = list(model.modules())
-    packed = sum(each.num_weights for each in modules if isinstance(each, Unloaded))
-    packed += sum(each.in_features * each.out_features for each in modules if isinstance(each, PackedLinear))
-    words = {id(each.words) for each in modules if isinstance(each, Unloaded)}
-    return packed + sum(each.numel() for each in model.parameters() if id(each) not in words)
+    packed = {id(each.words): each.num_weights for each in modules if isinstance(each, Unloaded)}
+    plain = sum(each.numel() for each in model.parameters() if id(each) not in packed)
+    loaded = [each for each in modules if isinstance(each, PackedLinear)]
+    biases = sum(each.bias.numel() for each in loaded if each.bias is not None)
+    return sum(packed.values()) + plain + biases + sum(each.in_features * each.out_features for each in loaded)
 
 
-def make_room(model: PreTrainedModel, found: Format) -> None:
-    """Replace the linear layers, on the meta device, whose weights the file has packed.
+def make_room(model: PreTrainedModel, found: Format | None, lm_head_bits: int | None = None) -> None:
+    """Replace, on the meta device, the linear layers whose weights the format has packed, and with `lm_head_bits` the
+    lm_head and the embedding.
 
-    Raises Unreadable where more is packed than linear layers that nobody but their own forward reads.
+    Raises Unreadable where that is not possible.
     """
+    if found is not None:
+        _make_room_for_linears(model, found)
+    if lm_head_bits is not None:
+        make_room_for_ends(model, lm_head_bits)
+
+
+def _make_room_for_linears(model: PreTrainedModel, found: Format) -> None:
     if any(expert_weights(module) for module in model.modules()):
         raise Unreadable("its experts are stacked, for which there are no kernels with packed weights")
     listed = decoder_layers(model, Anatomy(model).num_layers)
@@ -104,7 +141,33 @@ def make_room(model: PreTrainedModel, found: Format) -> None:
         scheme = found.scheme(name, linear, name.startswith(inside))
         if scheme is None:
             continue
-        if linear is lm_head:
-            raise Unreadable("its lm_head is quantized, which the draft head reads as a plain matrix")
+        if linear is lm_head and f"{name}.weight" in model.all_tied_weights_keys:
+            raise Unreadable("its lm_head is quantized, and by its config.json one with the embedding, which is not")
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, ArrivingLinear(linear, scheme))
+
+
+def make_room_for_ends(model: PreTrainedModel, bits: int) -> None:
+    """lm_head and embedding, which may be one weight."""
+    embedding: Any
+    lm_head: Any
+    embedding, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    for what, end, kind in (("embedding", embedding, nn.Embedding), ("lm_head", lm_head, nn.Linear)):
+        if isinstance(end, ArrivingLinear):
+            raise Unreadable(f"its {what} is quantized in the file")
+        if type(end) is not kind or getattr(end, "max_norm", None) is not None:
+            raise Unreadable(f"its {what} ({type(end).__name__}) is none of PyTorch's own")
+    places = []
+    for end in (embedding, lm_head):
+        parent, _, leaf = names[id(end)].rpartition(".")
+        places.append((model.get_submodule(parent), leaf))
+    tied = model.all_tied_weights_keys
+    is_tied = f"{names[id(lm_head)]}.weight" in tied or f"{names[id(embedding)]}.weight" in tied
+    if is_tied and lm_head.bias is not None:
+        raise Unreadable("its lm_head has a bias, and the weight of the embedding")
+    scheme = RoundingScheme(bits, 0, embedding.weight.dtype)
+    setattr(*places[0], ArrivingEmbedding(embedding, scheme, places[1] if is_tied else None))
+    setattr(*places[1], ArrivingWithEmbedding() if is_tied else ArrivingLinear(lm_head, scheme))
+    ours = {f"{names[id(end)]}.weight" for end in (embedding, lm_head)}
+    model.all_tied_weights_keys = {key: value for key, value in tied.items() if not {key, value} & ours}

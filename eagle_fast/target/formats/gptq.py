@@ -63,8 +63,6 @@ class Gptq:
 
     def __init__(self, settings: dict[str, Any]):
         self.settings, self.notes, self.beside = settings, list[str](), list[str]()
-        if settings.get("lm_head"):
-            raise Unreadable("its lm_head is quantized, which the draft head reads as a plain matrix")
         stated = settings.get("checkpoint_format") or settings.get("format") or VERSIONS[0]
         if stated not in VERSIONS:
             raise Unreadable(f"its checkpoint_format is {stated!r}, and {' or '.join(VERSIONS)} can be read")
@@ -81,7 +79,8 @@ class Gptq:
         self.name = f"GPTQ, {default.bits} bits in {groups}{act_order}"
 
     def scheme(self, name: str, linear: nn.Linear, inside: bool) -> Scheme | None:
-        if not inside or (self.inside and not name.endswith(tuple(self.inside))):
+        of_head = bool(self.settings.get("lm_head")) and name.rpartition(".")[2] == "lm_head"
+        if not of_head and (not inside or (self.inside and not name.endswith(tuple(self.inside)))):
             return None
         for pattern, changes in self.rules.items():
             if re.match(pattern.removeprefix("-:").removeprefix("+:"), name):

@@ -23,15 +23,25 @@ METHOD = "eagle_fast"
 
 @register_quantization_config(METHOD)
 class PackedConfig(QuantizationConfigMixin):
-    """What is to be packed: a checkpoint as its own quantization_config says (`stored`), or weights rounded to bits."""
+    """What is to be packed: a checkpoint as its own quantization_config says (`stored`), or weights rounded to bits;
+    lm_head and embedding rounded to `lm_head_bits`."""
 
-    def __init__(self, stored: dict[str, Any] | None = None, bits: int | None = None, quant_method: str = METHOD):
-        self.quant_method, self.stored, self.bits = quant_method, stored, bits  # type: ignore[assignment]
+    def __init__(
+        self,
+        stored: dict[str, Any] | None = None,
+        bits: int | None = None,
+        lm_head_bits: int | None = None,
+        quant_method: str = METHOD,
+    ):
+        self.quant_method = quant_method  # type: ignore[assignment]
+        self.stored, self.bits, self.lm_head_bits = stored, bits, lm_head_bits
 
     @property
-    def format(self) -> Format:
-        """Raises Unreadable."""
-        return format_of(self.stored or {}) if self.bits is None else Rounding(self.bits)
+    def format(self) -> Format | None:
+        """Of the layers; None where they are plain. Raises Unreadable."""
+        if self.stored is not None:
+            return format_of(self.stored)
+        return None if self.bits is None else Rounding(self.bits)
 
 
 @register_quantizer(METHOD)
@@ -46,10 +56,10 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, **_):
         found = self.quantization_config.format
-        make_room(model, found)
+        make_room(model, found, self.quantization_config.lm_head_bits)
         ignored = model._keys_to_ignore_on_load_unexpected  # a list, or in later releases a set
         ignored = [] if ignored is None else ignored
-        more = [each for each in found.beside if each not in ignored]
+        more = [each for each in (found.beside if found else ()) if each not in ignored]
         model._keys_to_ignore_on_load_unexpected = type(ignored)([*ignored, *more])
 
     def is_serializable(self):
@@ -60,8 +70,10 @@ class PackedQuantizer(HfQuantizer):
         return False
 
 
-def packed_config(config: PreTrainedConfig, settings: dict[str, Any]) -> PreTrainedConfig:
+def packed_config(config: PreTrainedConfig, asked: PackedConfig) -> PreTrainedConfig:
     """The config of a packed checkpoint, with this quantizer to load it."""
     config = copy.deepcopy(config)
-    config.quantization_config = {"quant_method": METHOD, "stored": settings}
+    config.quantization_config = {
+        "quant_method": METHOD, "stored": asked.stored, "lm_head_bits": asked.lm_head_bits,
+    }  # fmt: skip
     return config

@@ -41,7 +41,7 @@ class RoundingScheme:
         weight = tensors["weight"]
         if self.bits == 8:
             numbers, scales = quantize(weight)
-            codes = (numbers.to(torch.int16) + MIDDLE[8]).to(torch.uint8)
+            codes = numbers.view(torch.uint8) ^ MIDDLE[8]
             return Codes("int8", codes, scales[:, None], None, None, columns)
         parts = [rounded_groups(part, self.group) for part in weight.split(BLOCK_ROWS)]
         codes, scales = (torch.cat(each) for each in zip(*parts, strict=True))
