@@ -53,11 +53,15 @@ class PartsMixin:
 
     def _is_followed(self) -> bool:
         """Whether the last call had these parts."""
-        same = self.ea_layer is self.states.head and self.target.stock is uncompiled(self.base_model)
-        return same and self.tree == self.states.tree
+        return self._has_its_modules() and self.tree == self.states.tree
+
+    def _has_its_modules(self) -> bool:
+        return self.ea_layer is self.states.head and self.target.stock is uncompiled(self.base_model)
 
     def _look_at_parts(self) -> None:
         """Before parts that were replaced are used: whether they fit, and what is known of them."""
+        if self._has_its_modules():
+            return
         base_model: Any = self.base_model
         check_pair(base_model, self.ea_layer, self._tree)
         if self._heard[0] != id(self.ea_layer):
