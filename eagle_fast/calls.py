@@ -51,6 +51,8 @@ class CallsMixin:
     tokenizer: Any
     generate: Callable
     _adaptive: bool | None
+    _is_followed: Callable[[], bool]
+    _look_at_parts: Callable[[], None]
 
     @property
     def exactness(self) -> Exactness:
@@ -101,8 +103,9 @@ class CallsMixin:
             warn_user(AUTOCAST)
         turn = self.target.turn
         with turn.lock, turn():
-            if self.target.is_current():
+            if self.target.is_current() and self._is_followed():
                 return
+            self._look_at_parts()
             target = self._new_target()
             if target.vocab_size != self.target.vocab_size:
                 raise ValueError(
@@ -112,6 +115,7 @@ class CallsMixin:
             self.states.follow(target)  # first: an interrupt in between makes the next call follow once more
             self.experience = Experience(self.ea_layer.config.acceptance)
             self.target = target
+            self.states.head, self.states.tree = self.ea_layer, self.tree
 
     def _refuse_unknown(self, method: str, options: dict[str, Any]) -> None:
         if not options:
@@ -136,7 +140,7 @@ class CallsMixin:
         if eos_token_id is None:
             eos_token_id = special_ids(self.base_model, "eos_token_id")
             if is_llama3:
-                eos_token_id = [*eos_token_id, end_of_turn(self.tokenizer)]
+                eos_token_id = [*eos_token_id, *end_of_turn(self.tokenizer)]
         request, ids = make_request(self.target, input_ids, eos_token_id=eos_token_id, **options)
         lengths = {name: options[name] for name in ("max_new_tokens", "max_length")}
         check_memory(self.states, speculative, len(request.prompts), request.longest, lengths)

@@ -15,6 +15,7 @@ MAX_TOP_K = 16
 MAX_DEPTH = 16
 MAX_SEED = 2**63 - 1
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-4, 1e6
+GREEDY_TEMPERATURE = 1e-5  # and what is below
 
 
 def plain_number(value: Any) -> int | float | None:
@@ -99,8 +100,9 @@ ROOT_ALONE = TreeConfig(total_token=1, depth=0, top_k=1)  # plain decoding's
 class SamplingParams:
     """How the next token is chosen. temperature 0 is greedy; the warpers are those of transformers, in its order.
 
-    top_k 0, top_p 0 or 1 and min_p 0 switch a warper off (SafeAILab/EAGLE passes 0.0 for off). seed: an integer, or
-    one per sequence; None draws from torch's default generator, so torch.manual_seed governs.
+    top_k 0, top_p 0 or 1, min_p 0 and None for any of them switch a warper off (SafeAILab/EAGLE passes 0.0 for off),
+    and temperatures up to 1e-5 are greedy as there. seed: an integer, or one per sequence; None draws from torch's
+    default generator, so torch.manual_seed governs.
     """
 
     temperature: float = 0.0
@@ -111,12 +113,15 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "top_k", "min_p"):
-            value = plain_number(getattr(self, name))
+            given = getattr(self, name)
+            value = 0 if given is None and name != "temperature" else plain_number(given)
             if value is None or (isinstance(value, float) and not math.isfinite(value)):
                 raise ValueError(f"{name}={shown(getattr(self, name))}: use a finite number")
             object.__setattr__(self, name, value)
         if self.temperature < 0:
             raise ValueError(f"temperature={shown(self.temperature)}: use 0 for greedy decoding or a positive number")
+        if self.temperature <= GREEDY_TEMPERATURE:
+            object.__setattr__(self, "temperature", 0.0)
         if 0 < self.temperature < MIN_TEMPERATURE:
             raise ValueError(f"temperature={self.temperature}: too small to divide by; use 0 for greedy decoding")
         if self.temperature > MAX_TEMPERATURE:

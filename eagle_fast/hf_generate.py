@@ -105,7 +105,7 @@ class HFGenerateMixin:
             entered = True
             return self.custom_generate(*args, **options)
 
-        stock_generate: Any = self.base_model.generate
+        stock_generate = _stock_generate(self.base_model)
         try:
             there = {
                 key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in kwargs.items()
@@ -215,6 +215,12 @@ class HFGenerateMixin:
             streamer.end()
         sequences = padded(ids, decoding.new_tokens, pad).to(input_ids.device)
         return decoding.result(sequences, pad) if as_dict else sequences
+
+
+def _stock_generate(base_model: Any) -> Callable:
+    """What the model's class has: on the model itself there may be one that calls ours."""
+    generate = getattr(type(base_model), "generate", None)
+    return base_model.generate if generate is None else functools.partial(generate, base_model)
 
 
 def _check_generate(config, streamer, options: dict[str, Any]) -> None:

@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 from eagle_fast.calls import CallsMixin
 from eagle_fast.config import TreeConfig
 from eagle_fast.decoding.adapt import EachInTurn, Experience
-from eagle_fast.decoding.choice import resolved
 from eagle_fast.decoding.memory import check_memory
 from eagle_fast.decoding.request import Request
 from eagle_fast.decoding.states import IdleStates
-from eagle_fast.decoding.validate import check_adaptive, check_flags, check_forward, check_positive
+from eagle_fast.decoding.validate import check_adaptive, check_positive
 from eagle_fast.head import DraftHead
 from eagle_fast.hf_generate import HFGenerateMixin
+from eagle_fast.hf_model import HFModelMixin
 from eagle_fast.loading import (
     HEAD_OPTIONS,
     HUB_OPTIONS,
@@ -40,12 +40,12 @@ from eagle_fast.loading import (
     runs_in_int8,
 )
 from eagle_fast.options import option_names, refuse_unknown
-from eagle_fast.target.interface import cache_argument
+from eagle_fast.parts import PartsMixin
 from eagle_fast.target.placement import device_map_of, resolve_device, warn_if_slow
 from eagle_fast.target.turns import own_precision
 
 
-class EaModel(CallsMixin, HFGenerateMixin, nn.Module):
+class EaModel(CallsMixin, PartsMixin, HFGenerateMixin, HFModelMixin, nn.Module):
     """Speculative decoding of `base_model` with `ea_layer`; `base_model` itself stays usable and unchanged.
 
     base_model: any stock causal LM whose attention goes through transformers' AttentionInterface, on one device or
@@ -55,7 +55,8 @@ class EaModel(CallsMixin, HFGenerateMixin, nn.Module):
     adaptive: see from_pretrained; `adaptive` is what was decided.
     Calls may run interleaved and in several threads; they take turns to launch their rounds.
     Every call decodes base_model as it is then: adapters that were switched, added or removed, hooks, own forwards,
-    replaced modules and tensors, weights edited in place. A call under way goes on with what it began with.
+    replaced modules and tensors, weights edited in place; and so with base_model, ea_layer and tree that are replaced
+    themselves. A call under way goes on with what it began with.
     """
 
     @own_precision()
@@ -75,7 +76,7 @@ class EaModel(CallsMixin, HFGenerateMixin, nn.Module):
         self.base_model, self.ea_layer = base_model, ea_layer
         self.config = base_model.config
         self._adaptive = check_adaptive(adaptive, tree)
-        self.tree = resolved(tree or TreeConfig())
+        self.tree = tree or TreeConfig()
         self.target = self._new_target()
         self.device_map = device_map_of(base_model)
         self._name = os.fspath(name or "") or getattr(base_model, "name_or_path", "")
@@ -111,7 +112,8 @@ class EaModel(CallsMixin, HFGenerateMixin, nn.Module):
     ) -> EaModel:
         """Load a target and a head from the hub or from folders.
 
-        use_eagle3 None detects the kind of head from its tensors; a value that contradicts the file is an error.
+        use_eagle3 None detects the kind of head from its tensors; False beside an EAGLE-3 head is a warning, True
+        beside an older one an error.
         total_token, depth, top_k: see TreeConfig. adaptive: None and True, the most that the tree of a round may have:
         each round has the one that pays best by measured times and acceptance, or none; False: they are held fixed.
         None is False where `exactness` is "rounding" in 16 bits: there True lets timing decide the text, with a
@@ -160,6 +162,10 @@ class EaModel(CallsMixin, HFGenerateMixin, nn.Module):
                 )
             self._tokenizer = load_tokenizer(self._name, self._tokenizer_options)
         return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, value) -> None:
+        self._tokenizer = value
 
     def get_tokenizer(self):
         """The target's tokenizer."""
@@ -270,33 +276,6 @@ class EaModel(CallsMixin, HFGenerateMixin, nn.Module):
             temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, max_length=max_length,
             is_llama3=is_llama3, **options,
         )  # fmt: skip
-
-    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, output_orig=False, position_ids=None):
-        """The target alone, as in SafeAILab/EAGLE: (outputs, hidden), or (outputs, logits, hidden) with output_orig.
-
-        hidden [B, L, H] is the last hidden state after the final norm, logits [B, L, V]. Raises ValueError.
-        """
-        check_forward(input_ids, attention_mask, past_key_values, position_ids, self.target)
-        output_orig = check_flags(output_orig=output_orig)[0]
-        input_ids = input_ids.to(self.target.input_device, torch.long)
-        kept = {}
-
-        def keep(module, args, output):
-            kept["outputs"] = output
-
-        handle = self.base_model.get_decoder().register_forward_hook(keep)
-        try:
-            with torch.inference_mode():
-                logits = self.base_model(
-                    input_ids=input_ids,
-                    attention_mask=attention_mask,
-                    position_ids=position_ids,
-                    **{cache_argument(self.base_model): past_key_values},
-                ).logits
-        finally:
-            handle.remove()
-        outputs = kept["outputs"]
-        return (outputs, logits, outputs[0]) if output_orig else (outputs, outputs[0])
 
     def warmup(self, batch: int = 1, max_length: int = 2048) -> None:
         """Before the clock: compile kernels and capture graphs for `batch` sequences of up to `max_length` tokens, and

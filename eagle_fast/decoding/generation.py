@@ -275,7 +275,7 @@ class Decoding:
         text.append(token)
         stopped = token in self.request.stop_ids
         if self.criteria:
-            stopped |= verdict(self.criteria[row], self._seen(row), self.records.scores_of(row))
+            stopped |= verdict(self.criteria[row], self._seen(row), self.records.scores_of(row), self.state.batch)
         full = len(text) >= self.ends[row]  # which the device knows
         if stopped and not full:
             self.stopped.append(row)

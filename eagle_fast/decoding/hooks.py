@@ -38,9 +38,20 @@ def processed(processors: LogitsProcessorList, ids: torch.Tensor, scores: torch.
     return scores
 
 
-def verdict(criteria: Iterable, ids: torch.Tensor, scores: Any) -> bool:
-    """Whether one of the criteria ends the text ids [1, L]; all of them are asked."""
-    return any([_check_verdict(each, _call(each, each, ids, scores)) for each in criteria])
+def verdict(criteria: Iterable, ids: torch.Tensor, scores: Any, batch: int = 1) -> bool:
+    """Whether one of the criteria ends the text ids [1, L], one of `batch`; all of them are asked."""
+    return any([_check_verdict(each, _ask(each, ids, scores, batch)) for each in criteria])
+
+
+def _ask(criterion, ids: torch.Tensor, scores: Any, batch: int):
+    """What a criterion says of one text. One that was made for so many rows, as lm-eval's, gets that many of it."""
+    try:
+        return _call(criterion, criterion, ids, scores)
+    except IndexError:
+        if batch == 1:
+            raise
+    given = _call(criterion, criterion, ids.expand(batch, -1), scores)
+    return given[:1] if isinstance(given, torch.Tensor) and given.dim() == 1 else given
 
 
 def _call(hook, call: Callable, ids: torch.Tensor, scores: Any):

@@ -19,7 +19,7 @@ from eagle_fast.decoding.validate import (
     id_list,
     token_budgets,
 )
-from eagle_fast.messages import shown
+from eagle_fast.messages import shown, warn_user
 from eagle_fast.target import Target
 from eagle_fast.target.anatomy import token_settings
 
@@ -121,12 +121,12 @@ def pad_id(model: PreTrainedModel) -> int:
     return found
 
 
-def end_of_turn(tokenizer) -> int:
-    """The id of Llama 3's <|eot_id|>."""
+def end_of_turn(tokenizer) -> list[int]:
+    """The id of Llama 3's <|eot_id|>, if the tokenizer has it; says so if not, and goes on as SafeAILab/EAGLE does."""
     token = tokenizer.get_vocab().get("<|eot_id|>")
     if token is None:
-        raise ValueError("is_llama3=True, but the tokenizer has no <|eot_id|>: leave is_llama3 out")
-    return token
+        warn_user("is_llama3=True changes nothing: the tokenizer has no <|eot_id|>")
+    return [] if token is None else [token]
 
 
 def pad_left(prompts: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:

@@ -56,7 +56,8 @@ def read_head(
 ) -> HeadCheckpoint:
     """Read a draft head for a target, from a local folder (no network) or the Hugging Face hub.
 
-    use_eagle3: what the caller expects; a checkpoint of the other kind is an error. None: whatever it is.
+    use_eagle3: what the caller expects, None for whatever it is. An older head is an error where True was said, an
+        EAGLE-3 head a warning where False was.
     feature_layers: boundaries that the head reads, lowest first (boundary k = input of the target's layer k).
     norm_before_residual, norm_output, rope_theta, rope_interleaved: go before config.json.
     target_embedding [V, Ht], packed or not: its rows stand in for tokens that an embedding of the head's own lacks.

@@ -70,9 +70,10 @@ def infer_kind(tensors: dict[str, Tensor], use_eagle3: bool | None) -> Literal["
             f"missing fc.weight: the first layer reads {columns} columns, the hidden state alone, so this is a plain "
             "decoder that never sees the drafted token, not an EAGLE head"
         )
-    if use_eagle3 is not None and use_eagle3 != (kind == "eagle3"):
-        what = "an EAGLE-3 head" if kind == "eagle3" else "an EAGLE-1 or -2 head"
-        raise ValueError(f"the weights are {what}, but use_eagle3={use_eagle3}: leave use_eagle3 out")
+    if use_eagle3 and kind != "eagle3":
+        raise ValueError("the weights are an EAGLE-1 or -2 head, but use_eagle3=True: leave use_eagle3 out")
+    if use_eagle3 is False and kind == "eagle3":  # what scripts say whose flag --use_eagle3 was left out
+        warn_user("use_eagle3=False, but the weights are an EAGLE-3 head: it is loaded as one")
     return kind
 
 

@@ -33,13 +33,14 @@ from eagle_fast.head.config import HeadConfig, tensor_shapes
 from eagle_fast.head.layer import DraftLayer, frozen, merged_linear, optional, split_linear, weight_and_bias
 from eagle_fast.head.rope import rope_table
 from eagle_fast.head.shared import Matrix, as_lm_head, embedding_over, targets_if_same, targets_rows
+from eagle_fast.head.tree_words import TreeWords
 from eagle_fast.layers.embedding import PackedEmbedding
 from eagle_fast.layers.linear import FewRowsLinear, QuantizedLinear, quantize
 
 Attend = Callable[[int, DraftLayer, Tensor, Tensor], Tensor]
 
 
-class DraftHead(nn.Module):
+class DraftHead(TreeWords, nn.Module):
     """A draft head beside its target.
 
     embedding [V, Ht], lm_head_weight [V, Ht], lm_head_bias [V], or longer: the target's, used (and shared, where device

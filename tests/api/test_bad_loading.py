@@ -47,7 +47,6 @@ LOADS = {
     "head of another width": ({"ea_model_path": "narrow"}, ValueError, r"32 wide .* hidden size is 64"),
     "head of another vocabulary": ({"ea_model_path": "vocabulary"}, ValueError, r"of 131 tokens, lacks 29 of the 160"),
     "head of a deeper target": ({"ea_model_path": "deep"}, ValueError, r"\[8\] outside 0..6"),
-    "head of the other kind": ({"use_eagle3": False}, ValueError, r"EAGLE-3 head, but use_eagle3=False: leave"),
     "feature layers": ({"feature_layers": [1, 2]}, ValueError, r"3 times the target's hidden size 64.*\[1, 2\]"),
     "unknown name": ({"quantization": 4}, TypeError, r"'quantization'"),
     "total_token 1": ({"total_token": 1}, ValueError, r"total_token=1: use 2 to 256, or -1"),

@@ -3,6 +3,7 @@
 The calls are those of the scripts, the code around them is ours. Every text is compared with stock `generate`.
 """
 
+import ast
 import importlib
 import sys
 import types
@@ -183,6 +184,35 @@ def test_options_in_the_words_of_older_transformers(folders, monkeypatch):
         pair(folders, dtype="float16", torch_dtype="float32")
 
 
+def test_settings_that_upstream_takes_as_off(folders, stock):
+    model = pair(folders)
+    ids = torch.tensor([[5, 17, 40]])
+    expected = stock(ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for settings in ({"top_p": None, "top_k": None}, {"temperature": 1e-6}, {"temperature": 1e-5}):
+            assert torch.equal(model.eagenerate(ids, max_new_tokens=NEW, **settings), expected)
+    options = {"temperature": 0.8, "seed": 3, "max_new_tokens": NEW}
+    sampled = model.eagenerate(ids, top_p=None, top_k=None, min_p=None, **options)
+    assert torch.equal(sampled, model.eagenerate(ids, **options))
+
+
+def test_a_tokenizer_without_end_of_turn(folders, stock):
+    model = pair(folders)
+    model.tokenizer = make_tokenizer()
+    ids = torch.tensor([[9, 30, 31]])
+    with pytest.warns(UserWarning, match=r"no <\|eot_id\|>"):
+        out = model.eagenerate(ids, max_new_tokens=NEW, is_llama3=True)
+    assert torch.equal(out, stock(ids))
+
+
+def test_use_eagle3_false_beside_an_eagle3_head(folders, stock):
+    with pytest.warns(UserWarning, match="use_eagle3=False, but"):
+        model = pair(folders, use_eagle3=False)
+    assert model.use_eagle3
+    assert torch.equal(model.eagenerate(torch.tensor([[5, 17]]), max_new_tokens=NEW), stock(torch.tensor([[5, 17]])))
+
+
 # -- the two functions -----------------------------------------------------------------------------------------------
 
 
@@ -260,26 +290,40 @@ def test_names_are_the_packages_own():
 
 
 def test_what_is_absent_says_what_is_there():
-    with pytest.raises(ModuleNotFoundError, match=r"eagle\.model\.cnets: .*eagle\.model\.ea_model"):
-        importlib.import_module("eagle.model.cnets")
-    from eagle.model.kv_cache import initialize_past_key_values
-
-    with pytest.raises(NotImplementedError, match="naivegenerate"):
-        initialize_past_key_values(object())
+    for name in ("eagle.model.cnets", "eagle.model.utils_alpha"):
+        with pytest.raises(ModuleNotFoundError, match=rf"{name}: .*eagle\.model\.ea_model"):
+            importlib.import_module(name)
     with pytest.raises(SystemExit, match="usage"):
         compat.run_script([])
 
 
+def test_rounds_cannot_be_driven_or_hooked_from_outside():
+    from eagle.model import ea_model, kv_cache, utils
+
+    for module, name in ((utils, "tree_decoding"), (ea_model, "evaluate_posterior"), (kv_cache, "KVCache")):
+        with pytest.raises(NotImplementedError, match=rf"{name}: .*return_dict_in_generate=True"):
+            getattr(module, name)(1, 2)
+        with pytest.raises(AttributeError, match=rf"{name} is replaced: .* nothing calls it"):
+            setattr(module, name, lambda *args: None)
+    utils.counter = 0  # a script's own
+
+
 @pytest.fixture
 def without(monkeypatch):
-    """As before `import eagle_fast.compat`; what a test installs is taken away again."""
-    for name in compat.MODULES:
+    """As before `import eagle_fast.compat`; what a test imports is taken away again."""
+
+    def ours(name):
+        return name.partition(".")[0] in ("eagle", "model", "evaluation")
+
+    before = {name: module for name, module in sys.modules.items() if ours(name)}
+    for name in before:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "meta_path", [each for each in sys.meta_path if type(each).__name__ != "_Absent"])
+    monkeypatch.setattr(sys, "meta_path", [each for each in sys.meta_path if type(each).__name__ != "Finder"])
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
     yield
-    for name in compat.MODULES:
-        sys.modules.pop(name, None)
+    for name in [name for name in sys.modules if ours(name)]:
+        del sys.modules[name]
 
 
 @pytest.mark.parametrize("package", [True, False], ids=["package", "folder"])
@@ -297,9 +341,173 @@ def test_an_installed_package_is_not_hidden_silently(package, without, tmp_path)
 
 
 def test_an_imported_package_stays(without, monkeypatch):
-    other = types.ModuleType("eagle")
-    other.__spec__ = ModuleSpec("eagle", None, origin="/somewhere/eagle/__init__.py")
-    monkeypatch.setitem(sys.modules, "eagle", other)
-    with pytest.raises(ImportError, match=r"imported already, from /somewhere/eagle/__init__.py"):
+    """Where its model is imported already; the rest of it may be, as with `python -m eagle.evaluation...`."""
+    names = ("eagle", "eagle.model")
+    others = {name: types.ModuleType(name) for name in names}
+    for name, module in others.items():
+        module.__spec__ = ModuleSpec(name, None, origin=f"/somewhere/{name.replace('.', '/')}/__init__.py")
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(ImportError, match=r"imported already, from /somewhere/eagle/model/__init__.py"):
         compat.install()
-    assert sys.modules["eagle"] is other
+    assert {name: sys.modules[name] for name in names} == others
+    others["eagle"].__path__ = []
+    monkeypatch.delitem(sys.modules, "eagle.model")
+    compat.install()
+    assert importlib.import_module("eagle.model.ea_model").EaModel is eagle_fast.EaModel
+    assert sys.modules["eagle"] is others["eagle"]
+
+
+# -- how a script is started -----------------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys
+{imports}
+ids = torch.tensor([[5, 17, 40]])
+ea = EaModel.from_pretrained(
+    base_model_path=sys.argv[1], ea_model_path=sys.argv[2], torch_dtype=torch.float32, device_map="cpu"
+)
+print(ea.eagenerate(ids, max_new_tokens=12)[0].tolist(), sys.argv[0])
+"""
+RELATIVE = "from ..model.ea_model import EaModel\nfrom ..model.utils import *\nfrom .helper import NOTHING"
+INSIDE = "from model.ea_model import EaModel\nfrom model.utils import *\nfrom model.choices import *\nassert a_tree"
+
+
+def checkout(folder, script):
+    """A checkout of EAGLE, with a model that must not be imported."""
+    for package in ("eagle", "eagle/model", "eagle/evaluation"):
+        (folder / package).mkdir()
+        (folder / package / "__init__.py").write_text("")
+    (folder / "eagle/model/ea_model.py").write_text("raise AssertionError('must not run')")
+    (folder / "eagle/model/choices.py").write_text("a_tree = [[0], [1], [0, 0]]")
+    (folder / "eagle/evaluation/helper.py").write_text("NOTHING = 0")
+    (folder / "eagle/evaluation/script.py").write_text(script)
+
+
+@pytest.mark.parametrize(
+    ("imports", "inside", "start"),
+    [
+        (RELATIVE, ".", ["-m", "eagle.evaluation.script"]),
+        (RELATIVE, ".", ["eagle/evaluation/script.py"]),
+        (RELATIVE, "eagle/evaluation", ["script.py"]),
+        (INSIDE, "eagle", ["-m", "evaluation.script"]),
+        (INSIDE, "eagle", ["evaluation/script.py"]),
+    ],
+)
+def test_scripts_start_as_their_readme_says(imports, inside, start, folders, stock, without, tmp_path, capsys, request):
+    checkout(tmp_path, SCRIPT.format(imports=imports))
+    request.getfixturevalue("monkeypatch").chdir(tmp_path / inside)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compat.run_script([*start, *folders])
+    text, _, name = capsys.readouterr().out.strip().rpartition(" ")
+    assert text == str(stock(torch.tensor([[5, 17, 40]]))[0].tolist())
+    assert Path(name).name == "script.py"
+
+
+def test_other_modules_called_model_are_left_alone(without, tmp_path, monkeypatch, capsys):
+    (tmp_path / "model.py").write_text("NAME = 'mine'")
+    (tmp_path / "script.py").write_text("from eagle.model.ea_model import EaModel\nimport model\nprint(model.NAME)")
+    monkeypatch.chdir(tmp_path)
+    compat.run_script(["script.py"])
+    assert capsys.readouterr().out == "mine\n"
+
+
+def test_help_and_wrong_starts(capsys):
+    compat.run_script(["--help"])
+    assert "eagle.evaluation" in capsys.readouterr().out
+    for wrong in (["--flag"], ["-m"], ["--accept-lengths"]):
+        with pytest.raises(SystemExit, match="usage"):
+            compat.run_script(wrong)
+
+
+# -- loops of plain decoding, and results of branches and forks -------------------------------------------------------
+
+
+def test_a_loop_of_plain_decoding(folders, stock):
+    """As in EAGLE's gen_baseline_answer scripts: one cache for all prompts, zeroed before each."""
+    scope: dict = {}
+    exec("from eagle.model.utils import *\nfrom eagle.model.kv_cache import initialize_past_key_values", scope)
+    model = pair(folders)
+    buffers = scope["generate_tree_buffers"]([[0], [1], [0, 0], [0, 1]], device="cpu")
+    assert buffers["retrieve_indices"].tolist() == [[0, 1, 3], [0, 1, 4], [0, 2, -1]]
+    assert buffers["tree_attn_mask"][0, 0, 4].tolist() == [1, 1, 0, 0, 1]
+    assert buffers["tree_position_ids"].tolist() == [0, 1, 1, 2, 2]
+    cache, _, lengths = scope["initialize_past_key_values"](model.base_model)
+    for prompt in ([[5, 17, 40]], [[9, 30]]):
+        ids = torch.tensor(prompt)
+        model.ea_layer.reset_kv()
+        lengths.zero_()
+        scope["reset_tree_mode"](model)
+        with torch.inference_mode():
+            outputs = model.base_model(ids, past_key_values=cache, use_cache=True)
+            for _ in range(NEW):
+                token = outputs.logits[:, -1:].argmax(-1)
+                outputs = model.base_model(token, past_key_values=cache, use_cache=True)
+                ids = torch.cat([ids, token], -1)
+        assert torch.equal(ids, stock(torch.tensor(prompt), eos_token_id=130))
+        scope["reset_past_key_values"](cache)
+        assert cache.get_seq_length() == 0
+    with pytest.raises(AttributeError, match="zero_"):
+        lengths.tolist()
+
+
+def loaded(folders, name):
+    return importlib.import_module(name).EaModel.from_pretrained(
+        base_model_path=folders[0], ea_model_path=folders[1], device_map="cpu", torch_dtype=torch.float32
+    )
+
+
+def test_batches_of_version_1(folders, stock):
+    """The mask by position, and lists of ids without padding."""
+    ids = torch.tensor([[0, 9, 30], [5, 17, 40]])
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    expected = [stock(row[kept.bool()][None])[0].tolist() for row, kept in zip(ids, mask, strict=True)]
+    for module in ("eagle.modelbsne1.ea_model", "model.ea_model"):
+        model = loaded(folders, module)
+        assert model.eagenerate(ids, mask, temperature=0.0, max_new_tokens=NEW) == expected
+        texts, counts, last, seconds = model.naivegenerate(ids, mask, 0.0, max_new_tokens=NEW, log=True)
+        assert texts == expected
+        assert counts == [len(text) - len(row[kept.bool()]) for text, row, kept in zip(texts, ids, mask, strict=True)]
+        assert [each + 1 for each in last] == counts
+        assert all(each > 0 for each in seconds)
+    assert torch.equal(model.eagenerate(ids[1:], max_new_tokens=NEW), stock(ids[1:]))
+    with pytest.warns(UserWarning, match="tree_choices is not used"):
+        model.eagenerate(ids[1:], max_new_tokens=2, tree_choices=[[0]])
+
+
+def test_any_model_of_version_1(folders, stock):
+    from eagle.modeling_eagle import EAGLE
+
+    target = AutoModelForCausalLM.from_pretrained(folders[0])
+    tokenizer = make_tokenizer()
+    tokenizer.padding_side = "left"
+    inputs = tokenizer(["w5 w17 w40", "w9 w30"], return_tensors="pt", padding=True)
+    texts = EAGLE(target, folders[1]).generate(**inputs, max_new_tokens=NEW, temperature=0.0)
+    assert texts == [stock(torch.tensor([row]))[0].tolist() for row in ([5, 17, 40], [9, 30])]
+    assert EAGLE(target, folders[1]).generate(torch.tensor([[9, 30]]), max_new_tokens=NEW) == texts[1]
+
+
+def test_accept_lengths(folders, stock, without, tmp_path, monkeypatch, capsys):
+    """HASS counts drafted tokens, Spec-Bench all of a round, and its rounds from one."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        SCRIPT.format(imports="import torch\nfrom eagle.model.ea_model import EaModel")
+        + "a, b, c, d = ea.eagenerate(ids, max_new_tokens=12, log=True)\nprint(a[0].tolist(), b, c, d, sep='; ')"
+    )
+    expected = stock(torch.tensor([[5, 17, 40]]))[0].tolist()
+    with pytest.raises(ValueError, match="--accept-lengths"):
+        compat.run_script([str(script), *folders])
+    for name in [name for name in sys.modules if name.startswith("eagle.")] + ["eagle"]:
+        del sys.modules[name]
+    monkeypatch.setattr(sys, "meta_path", [each for each in sys.meta_path if type(each).__name__ != "Finder"])
+    capsys.readouterr()
+    compat.run_script(["--accept-lengths", str(script), *folders])
+    ids, new, last, lengths = (ast.literal_eval(part) for part in capsys.readouterr().out.splitlines()[1].split("; "))
+    assert ids == expected
+    assert new == sum(lengths) + len(lengths) == len(expected) - 3
+    assert last == len(lengths) - 1
+    ids, new, rounds, lengths = loaded(folders, "model.eagle3.ea_model").eagenerate(
+        torch.tensor([[5, 17, 40]]), max_new_tokens=12, log=True
+    )
+    assert ids[0].tolist() == expected
+    assert (new, rounds) == (sum(lengths), len(lengths))

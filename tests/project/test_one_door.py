@@ -24,6 +24,7 @@ CONFIG_FIELDS = {
         "?", "_pad_token_tensor", "do_sample", "get_generation_mode", "return_dict_in_generate",
         "stop_strings",
     },
+    "hf_model.py": {"setter"},  # of a property
     "pairs.py": {"eos_token_id", "pad_token_id", "quantization_config"},  # written, of the demo's model
     "target/experts.py": {"_experts_implementation"},
     "target/formats/quantizer.py": {"format", "lm_head_bits", "quantization_config"},  # who is to load it
@@ -62,6 +63,7 @@ PRIVATE_NAMES = {
     "target/shards.py": {"_modules", "_pytree"},
     "target/watch.py": {"_parameters", "_buffers", "_version"},
     # Python, and our own
+    "attached.py": {"_eagle_fast"},
     "head/shared.py": {"_replace"},
     "messages.py": {"_getframe"},
     "model.py": {"_tokenizer_options"},

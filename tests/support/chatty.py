@@ -11,12 +11,17 @@ TEMPLATE = (
 )
 
 
-def make_tokenizer(chat: bool = True, end_of_turn: int | None = None) -> PreTrainedTokenizerFast:
-    """end_of_turn: the token that is Llama 3's <|eot_id|> instead of a word."""
+def make_tokenizer(
+    chat: bool = True, end_of_turn: int | None = None, stop_strings: bool = False
+) -> PreTrainedTokenizerFast:
+    """end_of_turn: the token that is Llama 3's <|eot_id|> instead of a word. stop_strings: w3 is "abcdef", by which
+    transformers' stop strings see how tokens are joined."""
     words = {f"w{i}": i for i in range(3, VOCAB)} | {"<pad>": 0, "<begin>": 1, "<end>": END}
     words |= {"<user>": USER, "<assistant>": ASSISTANT}
     words = {word: token for word, token in words.items() if word not in (f"w{USER}", f"w{ASSISTANT}")}
     words = {"<|eot_id|>" if token == end_of_turn else word: token for word, token in words.items()}
+    if stop_strings:
+        words = {"abcdef" if token == 3 else word: token for word, token in words.items()}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(

@@ -1,0 +1,72 @@
+"""What a model consists of may be replaced between calls: its tree, its head, the target. The next call has it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from eagle_fast.config import TreeConfig
+from eagle_fast.decoding.choice import resolved
+from eagle_fast.decoding.states import IdleStates
+from eagle_fast.head import DraftHead
+from eagle_fast.loading import check_pair
+from eagle_fast.target import Target
+from eagle_fast.target.placement import device_map_of
+from eagle_fast.target.twin import uncompiled
+
+
+class PartsMixin:
+    """For `EaModel`."""
+
+    base_model: PreTrainedModel
+    ea_layer: DraftHead
+    config: Any
+    device_map: dict
+    target: Target
+    states: IdleStates
+    _name: str
+    _tokenizer: Any
+    _tree: TreeConfig
+    _heard: tuple[int, int] = (0, 0)  # of which head, and how many of the words for its tree
+
+    @property
+    def tree(self) -> TreeConfig:
+        """The draft tree. Another one that is assigned holds from the next call on, and so do total_tokens, depth and
+        top_k that are set on `ea_layer`, as scripts for SafeAILab/EAGLE do. ValueError where these don't fit."""
+        of, heard = self._heard
+        asked = self.ea_layer.asked[heard:] if of == id(self.ea_layer) else ()
+        if asked:
+            self._settle(replace(self._tree, **dict(asked)))
+        return self._tree
+
+    @tree.setter
+    def tree(self, value: TreeConfig) -> None:
+        check_pair(self.base_model, self.ea_layer, value)
+        self._settle(value or TreeConfig())
+
+    def _settle(self, tree: TreeConfig) -> None:
+        head, tree = self.ea_layer, resolved(tree)
+        self._tree, head.tree, head.heard = tree, tree, len(head.asked)
+        self._heard = id(head), head.heard
+
+    def _is_followed(self) -> bool:
+        """Whether the last call had these parts."""
+        return self._has_its_modules() and self.tree == self.states.tree
+
+    def _has_its_modules(self) -> bool:
+        return self.ea_layer is self.states.head and self.target.stock is uncompiled(self.base_model)
+
+    def _look_at_parts(self) -> None:
+        """Before parts that were replaced are used: whether they fit, and what is known of them."""
+        if self._has_its_modules():
+            return
+        base_model: Any = self.base_model
+        check_pair(base_model, self.ea_layer, self._tree)
+        if self._heard[0] != id(self.ea_layer):
+            self._settle(self._tree)
+        self.config, self.device_map = base_model.config, device_map_of(base_model)
+        name = getattr(base_model, "name_or_path", "")
+        if name and name != self._name:
+            self._name, self._tokenizer = name, None
