@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512, help="tokens in the cache")
     args = parser.parse_args()
     tree, target = TreeConfig(60, 7, 10), build_target(args.shape, "cuda")
-    model = EaModel(target, build_head(target), tree=tree)
+    model = EaModel(target, build_head(target), tree=tree, adaptive=False)
     tokens = torch.randint(0, model.target.vocab_size, (1, args.context), generator=torch.Generator().manual_seed(0))
     states = [Round(model.target, head, tree, 1, args.context + tree.max_path) for head in (model.ea_layer, None)]
     for state in states:

@@ -33,6 +33,7 @@ from lib.shapes import (
     DRAFT_VOCAB,
     SHAPES,
     build_head,
+    build_packed_target,
     build_spread_target,
     build_target,
     head_bytes,
@@ -68,6 +69,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="with top-p 0.9 above 0")
     parser.add_argument("--tau", type=float, help="tokens per round to assume for tokens/s: forced, not measured")
     parser.add_argument("--repeats", type=int, default=50, metavar="N")
+    parser.add_argument("--target-bits", type=int, choices=[4, 8], help="round the layers' weights to so many bits")
+    parser.add_argument("--lm-head-bits", type=int, choices=[8], help="the same of lm_head and embedding")
     parser.add_argument("--device-map", default="0", help="a GPU count to spread over, or a strategy (default: GPU 0)")
     parser.add_argument("--upstream", type=Path, metavar="PATH", help="a checkout of SafeAILab/EAGLE, timed too")
     parser.add_argument(
@@ -76,6 +79,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--commit", default="", help="to note in the record, instead of what git says")
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     args = parser.parse_args()
+    if args.target_bits and args.device_map != "0":
+        parser.error("--target-bits: packed weights are timed on one GPU, leave --device-map out")
+    if args.lm_head_bits and not args.target_bits:
+        parser.error("--lm-head-bits: goes with --target-bits")
     if args.upstream and not (args.upstream / "eagle" / "model" / "ea_model.py").is_file():
         parser.error(f"--upstream {args.upstream}: no checkout of SafeAILab/EAGLE there (eagle/model/ea_model.py)")
     return args
@@ -175,7 +182,8 @@ def memory(model: EaModel) -> dict[str, dict[str, float]]:
     slabs = [slab for state, _, _ in model.states.idle for slab in state.cache.slab.slabs]
     slabs += [slab for state, _, _ in model.states.idle for slab in state.drafter.slabs]
     held: dict[torch.device, dict[int, int]] = {}
-    for tensor in [*model.base_model.parameters(), *model.ea_layer.parameters(), *model.ea_layer.buffers(), *slabs]:
+    weights = [*model.base_model.parameters(), *model.base_model.buffers()]
+    for tensor in [*weights, *model.ea_layer.parameters(), *model.ea_layer.buffers(), *slabs]:
         storage = tensor.untyped_storage()
         held.setdefault(tensor.device, {})[storage.data_ptr()] = storage.nbytes()
     return {
@@ -209,7 +217,10 @@ def main() -> None:
     nodes, depth, top_k = args.tree
     placement = plan_target(args.shape, args.device_map)
     one = set(placement) == {""}
-    target = build_target(args.shape, placement[""]) if one else build_spread_target(args.shape, placement)
+    if args.target_bits:
+        target = build_packed_target(args.shape, placement[""], args.target_bits, args.lm_head_bits)
+    else:
+        target = build_target(args.shape, placement[""]) if one else build_spread_target(args.shape, placement)
     model = EaModel(target, build_head(target), tree=TreeConfig(nodes, depth, top_k), adaptive=False)
     rate = bandwidth()
     for device in model.target.devices:
@@ -221,7 +232,7 @@ def main() -> None:
     weights, kv_bytes = target_bytes(target), kv_bytes * args.context * args.batch
     record = {
         "bench": "round", "shape": args.shape, "tree": args.tree, "context": args.context, "batch": args.batch,
-        "temperature": args.temperature, **figures,
+        "temperature": args.temperature, "target_bits": args.target_bits, "lm_head_bits": args.lm_head_bits, **figures,
         "floor_ms": round((weights + head_bytes(model.ea_layer, depth) + kv_bytes) / rate * 1e3, 3),
         **{f"plain_{name.removeprefix('round_')}": value for name, value in plain.items()},
         "plain_floor_ms": round((weights + kv_bytes) / rate * 1e3, 3),
@@ -245,7 +256,8 @@ def main() -> None:
 
 def show(record: dict) -> None:
     print(f"{record['shape']}, tree {record['tree']}, context {record['context']}, batch {record['batch']}, "
-          f"T={record['temperature']:g}, {record['hardware']}, {record['terabytes_per_second']:.2f} TB/s")  # fmt: skip
+          f"T={record['temperature']:g}, weights of {record['target_bits'] or 16} bits, "
+          f"{record['hardware']}, {record['terabytes_per_second']:.2f} TB/s")  # fmt: skip
     for name, key in (("round", ""), ("plain token", "plain_")):
         took = record["plain_ms" if key else "round_ms"]
         floor, loop, host = (record[f"{key}{each}_ms"] for each in ("floor", "loop", "host"))

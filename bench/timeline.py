@@ -62,7 +62,7 @@ def parse() -> argparse.Namespace:
 def prefilled(args: argparse.Namespace) -> Round:
     """A round after a prompt of random tokens."""
     target, tree = build_target(args.shape, "cuda"), TreeConfig(*args.tree)
-    model = EaModel(target, build_head(target, int8=False if args.no_int8 else None), tree=tree)
+    model = EaModel(target, build_head(target, int8=False if args.no_int8 else None), tree=tree, adaptive=False)
     state = Round(model.target, None if args.plain else model.ea_layer, tree, args.batch, args.context + tree.max_path)
     begin(state, prompt(model, args), temperature=0.0)
     return state

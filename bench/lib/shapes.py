@@ -10,6 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from eagle_fast.head import DraftHead
 from eagle_fast.head.config import HeadConfig, default_feature_layers
 from eagle_fast.loading import runs_in_int8
+from eagle_fast.target.ends import are_tied, device_of, dtype_of, ends, matrix
+from eagle_fast.target.formats.arriving import make_room
+from eagle_fast.target.formats.rounding import Rounding
 from eagle_fast.target.placement import Placement, plan_placement, skeleton
 
 
@@ -53,6 +56,36 @@ def build_target(
     return model.eval()
 
 
+def build_packed_target(
+    name: str, device: torch.device | str, target_bits: int, lm_head_bits: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> PreTrainedModel:  # fmt: skip
+    """The same with weights rounded to so many bits, one after the other as while a checkpoint is loaded."""
+    model = _skeleton(name, dtype)
+    make_room(model, Rounding(target_bits), lm_head_bits)
+    for path, module in list(model.named_modules()):
+        _fill(model, path, module, device)
+    return model.eval()
+
+
+def _skeleton(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    settings = dict(SHAPES[name])
+    return skeleton(AutoConfig.for_model(settings.pop("model_type"), **settings), dtype)
+
+
+def _fill(model: PreTrainedModel, path: str, module: torch.nn.Module, device: torch.device | str) -> None:
+    """Give the module's own tensors their values on the device: norms are ones, weights random."""
+    if list(module.buffers(recurse=False)):  # the rotary embedding, whose tables follow from the config
+        parent, _, leaf = path.rpartition(".")
+        with torch.device(device):
+            setattr(model.get_submodule(parent), leaf, type(module)(model.config))
+        return
+    for key, parameter in list(module.named_parameters(recurse=False)):
+        filled = torch.empty_like(parameter, device=device)
+        filled = filled.fill_(1) if "norm" in path else filled.normal_(std=0.02)
+        setattr(module, key, torch.nn.Parameter(filled, requires_grad=False))
+
+
 def device_map(text: str) -> Any:
     """A --device-map as plan_placement takes it: a strategy, or a number of GPUs to spread over evenly."""
     if not text.isdigit():
@@ -62,21 +95,11 @@ def device_map(text: str) -> Any:
 
 def build_spread_target(name: str, placement: Placement, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """The same over several devices: every module is filled where it belongs."""
-    settings = dict(SHAPES[name])
-    model = skeleton(AutoConfig.for_model(settings.pop("model_type"), **settings), dtype)
-    for path, device in placement.items():
-        module = model.get_submodule(path)
-        if not list(module.parameters()):  # the rotary embedding, whose tables follow from the config
-            parent, _, leaf = path.rpartition(".")
-            with torch.device(device):
-                setattr(model.get_submodule(parent), leaf, type(module)(model.config))
-            continue
-        module.to_empty(device=device)
-        for key, parameter in module.named_parameters():
-            if "norm" in f"{path}.{key}":
-                torch.nn.init.ones_(parameter)
-            else:
-                torch.nn.init.normal_(parameter, std=0.02)
+    model = _skeleton(name, dtype)
+    for place, device in placement.items():
+        top = model.get_submodule(place)
+        for path, module in list(top.named_modules(prefix=place)):
+            _fill(model, path, module, device)
     model.tie_weights()
     return model.eval()
 
@@ -101,8 +124,10 @@ def build_head(target: PreTrainedModel, *, int8: bool | None = None) -> DraftHea
         vocab_size=config.vocab_size, draft_vocab_size=min(DRAFT_VOCAB, config.vocab_size),
         num_target_layers=config.num_hidden_layers, feature_layers=default_feature_layers(config.num_hidden_layers),
     )  # fmt: skip
-    embedding, lm_head = target.get_input_embeddings().weight, target.get_output_embeddings().weight
-    head = DraftHead.random(head_config, embedding=embedding, dtype=embedding.dtype, device=lm_head.device)
+    embedding, lm_head = ends(target)
+    head = DraftHead.random(
+        head_config, embedding=matrix(embedding), dtype=dtype_of(embedding), device=device_of(lm_head)
+    )
     if runs_in_int8(head, int8):
         head.quantize()
     return head
@@ -110,9 +135,14 @@ def build_head(target: PreTrainedModel, *, int8: bool | None = None) -> DraftHea
 
 def target_bytes(target: PreTrainedModel) -> int:
     """Weight bytes that one forward reads: everything but the embedding, once where it is also the lm_head."""
-    embedding, lm_head = target.get_input_embeddings().weight, target.get_output_embeddings().weight
-    total = sum(p.numel() * p.element_size() for p in target.parameters())
-    return total if embedding is lm_head else total - embedding.numel() * embedding.element_size()
+    embedding, lm_head = ends(target)
+    total = _num_bytes(target)
+    return total if are_tied(embedding, lm_head) else total - _num_bytes(embedding)
+
+
+def _num_bytes(module: torch.nn.Module) -> int:
+    """Of parameters, and of packed weights, which are buffers."""
+    return sum(each.nbytes for each in [*module.parameters(), *module.buffers()])
 
 
 def head_bytes(head: DraftHead, passes: int) -> int:
