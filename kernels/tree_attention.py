@@ -39,7 +39,7 @@ from .launch import device_guard, resources, upcast, use_triton
 from .overlap import dependent_launch
 from .tree_attention_inputs import check_inputs, check_options
 from .tree_attention_kernels import attend_kernel, combine_kernel
-from .tree_attention_order import SPLITS, UNIT
+from .tree_attention_order import MOST_COLUMNS, SPLITS, UNIT
 from .tree_attention_ref import tree_attention_ref
 
 # Gluon is experimental: other releases of Triton use `attend_kernel` only.
@@ -88,7 +88,7 @@ def _tile(q: Tensor, k: Tensor, first: int) -> Tile:
     block_t = min(block_n, max(16, triton.next_power_of_2(first + num_queries)))
     num_warps = 8 if block_m == 128 or block_d == 256 or size == 4 else 4
     fold = 4 * triton.cdiv(packed_rows, block_m) * groups >= 3 * num_sms
-    columns = min(block_d, 32)
+    columns = min(block_d, MOST_COLUMNS.value)
     num_stages = (shared_memory - 4096 - block_m * block_d * size) // (2 * block_n * block_d * size)
     most_stages = 3 if fold or num_rows > SHORT_CACHE else 1
     return Tile(block_m, block_n, block_t, columns, num_warps, min(most_stages, max(1, num_stages)), fold)

@@ -37,6 +37,7 @@ UNIT = tl.constexpr(128)  # keys, a multiple of every BLOCK_N
 SPLITS = tl.constexpr(16)
 LAST = tl.constexpr(17)  # keys, the nodes of the longest path
 NEAR = tl.constexpr(16)  # of them may lie in the prefix
+MOST_COLUMNS = tl.constexpr(32)  # of D, that a program of the last keys takes where others take the splits
 
 
 @triton.jit
@@ -166,13 +167,22 @@ def add_block(acc, peak, total, scores, factor, v, FINE: tl.constexpr):
 def add_one_by_one(acc, weights, v, turns, begin, end):
     """Weighted values [M, D] with the keys whose turns [N] are begin to end, in that order, of each turn at most one
     that a row sees; weights [M, N], v [N, D]."""
-    if v.dtype == tl.float32:  # a product takes them so
-        return tl.dot(weights, v, acc, input_precision="ieee")
-    for turn in range(begin, end):
-        acc = tl.dot(tl.where((turns == turn)[None, :], weights, 0.0).to(v.dtype), v, acc)
-        # Always acc, and so waited for: a product under way reads its weights from registers, which the next turn's
-        # would overwrite (Triton 3.6 lets it run on into the next step of a loop that does nothing else with acc).
-        acc = tl.where(turn < end, acc, 0.0)
+    # What is built around asynchronous products in such loops is wrong now and then: Triton 3.6 lets one run on while
+    # the next turn's weights are written to its registers, and where it waits ptxas 12.8 may lose where values lie. So
+    # narrow ones are products of three dimensions, which are not asynchronous and round alike. Wide ones, which do not
+    # fit into registers so, are waited for, since acc is used.
+    if v.dtype == tl.float32:  # a product takes one after the other by itself
+        acc = tl.dot(weights, v, acc, input_precision="ieee")
+    elif acc.shape[1] <= MOST_COLUMNS:
+        sums, values = acc[None, :, :], v[None, :, :]
+        for turn in range(begin, end):
+            one = tl.where((turns == turn)[None, :], weights, 0.0).to(v.dtype)
+            sums = tl.dot(one[None, :, :], values, sums)
+        acc = tl.reshape(sums, acc.shape)
+    else:
+        for turn in range(begin, end):
+            acc = tl.dot(tl.where((turns == turn)[None, :], weights, 0.0).to(v.dtype), v, acc)
+            acc = tl.where(turn < end, acc, 0.0)  # always acc
     return acc
 
 
