@@ -174,10 +174,13 @@ def add_one_by_one(acc, weights, v, turns, begin, end):
     if v.dtype == tl.float32:  # a product takes one after the other by itself
         acc = tl.dot(weights, v, acc, input_precision="ieee")
     elif acc.shape[1] <= MOST_COLUMNS:
-        sums, values = acc[None, :, :], v[None, :, :]
+        tiles: tl.constexpr = acc.shape[0] // 16
+        weights = tl.reshape(weights, (tiles, 16, weights.shape[1]))
+        sums = tl.reshape(acc, (tiles, 16, acc.shape[1]))
+        values = tl.broadcast_to(v[None, :, :], (tiles, v.shape[0], v.shape[1]))
         for turn in range(begin, end):
-            one = tl.where((turns == turn)[None, :], weights, 0.0).to(v.dtype)
-            sums = tl.dot(one[None, :, :], values, sums)
+            one = tl.where((turns == turn)[None, None, :], weights, 0.0).to(v.dtype)
+            sums = tl.dot(one, values, sums)
         acc = tl.reshape(sums, acc.shape)
     else:
         for turn in range(begin, end):
