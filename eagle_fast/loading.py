@@ -81,7 +81,7 @@ def load_head(
     first, lm_head = ends(base_model)
     anatomy, cut = Anatomy(base_model), cut_of(base_model)
     embedding = matrix(first) if cut is None else cut.ranks[0].embedding
-    checkpoint = read_head(
+    found = read_head(
         path,
         target_hidden_size=anatomy.hidden_size,
         target_vocab_size=min(num_rows(lm_head), num_rows(first)),  # what it cannot embed must not be drafted
@@ -94,10 +94,10 @@ def load_head(
     if cut is None:
         lm_head_weight, bias, home = matrix(lm_head), getattr(lm_head, "bias", None), device_of(lm_head)
     else:
-        own = checkpoint.config.own_lm_head and checkpoint.config.kind != "eagle"
+        own = found.config.own_lm_head and found.config.kind != "eagle"
         lm_head_weight, bias, home = None if own else cut.whole_lm_head(), None, cut.ranks[0].device
     return DraftHead(
-        checkpoint,
+        found,
         embedding=embedding,
         lm_head_weight=lm_head_weight,
         lm_head_bias=bias,

@@ -83,4 +83,4 @@ class PartsMixin:
     def _lend_generate(self) -> None:
         """A skeleton, which has no weights, generates as this model does."""
         if cut_of(self.base_model) is not None:
-            self.base_model.generate = self.generate  # type: ignore[method-assign]
+            self.base_model.generate = self.generate  # type: ignore[assignment]

@@ -6,20 +6,20 @@ n ranks, S parts, R rows, H hidden size.
     push, await_pushes      a tensor into a peer's memory; all that was pushed is there
 
 Each rank adds up its own parts of a row in fp32, stores the row into every peer's mailbox, raises a flag there with
-system-scope release, and waits for the flags of the others, which it reads with acquire. The rows of all ranks are added
-up in rank order in fp32 and rounded as `add_rms_norm` rounds the parts of a product: all ranks end with the same bits,
-and a row's bits do not depend on how many rows there are.
+system-scope release, and waits for the flags of the others, which it reads with acquire. The rows of all ranks are
+added up in rank order in fp32 and rounded as `add_rms_norm` rounds the parts of a product: all ranks end with the same
+bits, and a row's bits do not depend on how many rows there are.
 
-Flags count and are never taken back: a replayed CUDA graph finds in `base`, on its device, how many exchanges there were
-before. The rows of one exchange may be overwritten by the next but one: by then its peers have pushed the next one,
-after they read this.
+Flags count and are never taken back: a replayed CUDA graph finds in `base`, on its device, how many exchanges there
+were before. The rows of one exchange may be overwritten by the next but one: by then its peers have pushed the next
+one, after they read this.
 
 Waits are bounded, by a number of looks (about a microsecond each). After one has run out, `fault` is raised, later ones
 give up at their first look, and `told`, in the host's memory, says who waited for whom. Until then nothing may wait for
 the host: all ranks' kernels are loaded, and all else is launched and allocated, before an exchange is launched.
 
-Rows of a wide exchange (`MOST_FUSED`) are pushed by one launch and awaited by the next, so that no program waits for one
-that has no room to run.
+Rows of a wide exchange (`MOST_FUSED`) are pushed by one launch and awaited by the next, so that no program waits for
+one that has no room to run.
 
 Bytes: 60 rows of 4096 in fp32 are 1 MB each way, 3 us over NVLink; the flag's way is the rest.
 Left out: more ranks than one host has; bf16 rows, which would round each rank's sum.
@@ -80,7 +80,8 @@ def _wait(flag_ptr, wanted, fault_ptr, told_ptr, code, LOOKS: tl.constexpr):
             seen = tl.atomic_add(flag_ptr, 0, sem="acquire", scope="sys")
             left -= 1
         if seen < wanted:
-            if tl.atomic_xchg(fault_ptr, 1, sem="relaxed", scope="gpu") == 0:
+            before = tl.atomic_xchg(fault_ptr, 1, sem="relaxed", scope="gpu")
+            if before == 0:
                 tl.store(told_ptr, code)
 
 

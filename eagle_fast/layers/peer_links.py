@@ -16,7 +16,15 @@ from itertools import permutations
 from typing import NamedTuple
 
 import torch
-from eagle_fast_kernels.exchange import LOOKS, MOST_FUSED, Mailbox, await_pushes, exchange_add_rms_norm, push, waited_for
+from eagle_fast_kernels.exchange import (
+    LOOKS,
+    MOST_FUSED,
+    Mailbox,
+    await_pushes,
+    exchange_add_rms_norm,
+    push,
+    waited_for,
+)
 from torch import Tensor
 
 from eagle_fast.layers.links import Links, OutOfStepError
@@ -118,8 +126,8 @@ class PeerLinks(Links):
         """Of up to MOST_ROWS rows."""
         arguments = list(zip(products, residuals, weights, self.mailboxes, outs, strict=True))
         size = products[0].shape[-2:].numel()
-        key = products[0].shape[:-2], products[0].dtype, residuals[0].dtype, weights[0].dtype, size % 16
-        key = *key, len(residuals[0]) <= MOST_FUSED
+        dtypes = products[0].dtype, residuals[0].dtype, weights[0].dtype
+        key = products[0].shape[:-2], dtypes, size % 16, len(residuals[0]) <= MOST_FUSED
         if key not in self.loaded:
             self._synchronize()
             for (product, residual, weight, mailbox, out), never in zip(arguments, self.never, strict=True):

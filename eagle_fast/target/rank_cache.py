@@ -51,8 +51,9 @@ class RankedSlab:
 
     def compact(self, path: Tensor, counts: Tensor, lengths: Tensor, transfers: Transfers) -> None:
         """path [B, A], counts [B], lengths [B] on rank 0."""
-        for part, moves in zip(self.parts, self.links.send("path", path, counts, lengths), strict=True):
-            part.compact(*moves, transfers)
+        sent = self.links.send("path", path, counts, lengths)
+        for part, (nodes, each, rows) in zip(self.parts, sent, strict=True):
+            part.compact(nodes, each, rows, transfers)
 
     def copy_prefix(self, other: RankedSlab, count: int) -> None:
         for mine, theirs in zip(self.parts, other.parts, strict=True):

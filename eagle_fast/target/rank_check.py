@@ -53,8 +53,8 @@ def measured(target: Any, num_nodes: int) -> Exactness:
     where = " and ".join(map(str, dict.fromkeys(positions)))
     return Exactness(
         BITWISE,
-        reason=f"at positions from {where} on, in trees and in a batch, all layers of {len(target.ranks)} ranks and the "
-        "logits gave a row the bits that they give it alone",
+        reason=f"at positions from {where} on, in trees and in a batch, all layers of {len(target.ranks)} ranks and "
+        "the logits gave a row the bits that they give it alone",
     )
 
 

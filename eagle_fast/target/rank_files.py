@@ -116,7 +116,7 @@ def load_ranks(model: PreTrainedModel, folder: Path, devices: Sequence[torch.dev
             part.order = order
             ranks.append(Rank(share, device, whole, mine, norm_on(norm, device), part, rotary_on(model, device)))
     setattr(model, _CUT, CutModel(ranks, order))
-    model.hf_device_map = device_map_of_ranks(model, devices)  # says that meta tensors are not missing
+    setattr(model, "hf_device_map", device_map_of_ranks(model, devices))  # noqa: B010  # meta tensors are not missing
     return model.eval()
 
 

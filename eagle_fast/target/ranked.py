@@ -3,8 +3,8 @@
 B sequences, T tree nodes, C tokens of a prompt chunk, R rows, H hidden size, F feature width, V vocabulary, n ranks.
 
 The residual stream is the same on all ranks. Each computes its heads and its part of the MLP; the sum over ranks is in
-the launch that adds the residual and computes the next norm (`layers/links.py`). One thread runs the ranks in turn, from
-one such sum to the next. Rank 0 has the draft head, the tree and the logits.
+the launch that adds the residual and computes the next norm (`layers/links.py`). One thread runs the ranks in turn,
+from one such sum to the next. Rank 0 has the draft head, the tree and the logits.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from eagle_fast.target.twin import hooks_of
 from eagle_fast.target.watch import Portrait, noted, portrait
 
 CHANGED = (
-    "base_model was changed ({what}), and its weights are cut over {ranks} ranks (tensor_parallel), which cannot follow: "
-    "undo it, or load the model without tensor_parallel"
+    "base_model was changed ({what}), and its weights are cut over {ranks} ranks (tensor_parallel), which cannot "
+    "follow: undo it, or load the model without tensor_parallel"
 )
 
 
@@ -125,9 +125,7 @@ class RankedTarget:
         batch, count = tokens.shape
         sent = [each for (each,) in self.links.send("prompt", tokens)]
         steps = [PrefillStep(start, count) for _ in self.ranks]
-        positions = [
-            torch.arange(start, start + count, device=rank.device).expand(batch, count) for rank in self.ranks
-        ]
+        positions = [torch.arange(start, start + count, device=rank.device).expand(batch, count) for rank in self.ranks]
         self.row_order.kept = False
         with self.links.forward():
             return self._run(sent, positions, steps, cache)[1].view(batch, count, -1)
@@ -166,7 +164,9 @@ class RankedTarget:
         normed = [rms_norm(each, *norm) for each, norm in zip(rows, first, strict=True)]
         for index in range(self.anatomy.num_layers):
             layers = [rank.layers[index] for rank in ranks]
-            products = [layer.attend(*each) for layer, *each in zip(layers, normed, rotations, steps, slabs, strict=True)]
+            products = [
+                layer.attend(*each) for layer, *each in zip(layers, normed, rotations, steps, slabs, strict=True)
+            ]
             normed, rows = self._sum(products, rows, [layer.post_norm for layer in layers])
             products = [layer.mlp(each) for layer, each in zip(layers, normed, strict=True)]
             last = index + 1 == self.anatomy.num_layers

@@ -47,7 +47,7 @@ class Cuts(NamedTuple):
     vocabulary: list[range]
 
     def of(self, rank: int) -> Share:
-        return Share(rank, *(each[rank] for each in self))
+        return Share(rank, self.heads[rank], self.inner[rank], self.vocabulary[rank])
 
 
 class Share(NamedTuple):

@@ -17,8 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from eagle_fast.layers.attention import PrefillStep, Step, TreeStep
-from eagle_fast.layers.links import Links
 from eagle_fast.layers.linear import RowOrder, use_few_rows_linear
+from eagle_fast.layers.links import Links
 from eagle_fast.layers.packed import PackedLinear
 from eagle_fast.layers.slab import KVSlab
 from eagle_fast.layers.transfers import Transfers, distinct
