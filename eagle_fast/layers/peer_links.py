@@ -79,7 +79,7 @@ class PeerLinks(Links):
             Mailbox(
                 rank, rows[rank], flags[rank], *(_addresses(each, device) for each in (rows, flags)),
                 torch.zeros(1, dtype=torch.long, device=device), torch.zeros(1, dtype=torch.int32, device=device),
-                torch.zeros(1, dtype=torch.long, device="cpu", pin_memory=True),
+                torch.zeros(1, dtype=torch.long, device="cpu", pin_memory=device.type == "cuda"),
             )
             for rank, device in enumerate(self.devices)
         ]  # fmt: skip
