@@ -32,6 +32,7 @@ from lib.records import environment, git_commit, write
 from lib.shapes import (
     DRAFT_VOCAB,
     SHAPES,
+    build_cut_target,
     build_head,
     build_spread_target,
     build_target,
@@ -45,6 +46,7 @@ from eagle_fast import EaModel, SamplingParams, TreeConfig
 from eagle_fast.decoding.reports import ReportRing
 from eagle_fast.decoding.round import Round
 from eagle_fast.target.interface import attention_of
+from eagle_fast.target.rank_files import cut_of
 
 LOOP_ROUNDS = 128
 UPSTREAM_NEEDS = (
@@ -69,6 +71,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tau", type=float, help="tokens per round to assume for tokens/s: forced, not measured")
     parser.add_argument("--repeats", type=int, default=50, metavar="N")
     parser.add_argument("--device-map", default="0", help="a GPU count to spread over, or a strategy (default: GPU 0)")
+    parser.add_argument(
+        "--tensor-parallel", type=int, default=0, metavar="N", help="cut every layer over so many GPUs instead"
+    )
     parser.add_argument("--upstream", type=Path, metavar="PATH", help="a checkout of SafeAILab/EAGLE, timed too")
     parser.add_argument(
         "--upstream-python", default=sys.executable, metavar="COMMAND", help="a Python that has its dependencies"
@@ -123,7 +128,8 @@ def phases(state: Round, repeats: int) -> dict[str, float]:
         "commit": commit,
         "accept": lambda: state.accept(tree, logits),
     }
-    return {name: round(milliseconds(part, repeats, state.devices), 3) for name, part in parts.items()}
+    links = state.target.links
+    return {name: round(milliseconds(part, repeats, state.devices, links), 3) for name, part in parts.items()}
 
 
 def loop_milliseconds(generate: Callable, tokens: torch.Tensor, temperature: float) -> float:
@@ -156,7 +162,7 @@ def measure(model: EaModel, speculative: bool, args: argparse.Namespace) -> dict
     loop = loop_milliseconds(model.eagenerate if speculative else model.naivegenerate, tokens, args.temperature)
     with model.states.lease(speculative, args.batch, args.context + LOOP_ROUNDS) as (state, step, _):
         prefill = wall_milliseconds(lambda: begin(state, tokens, args.temperature), devices=state.devices)
-        device = milliseconds(repeatable(state), args.repeats, state.devices)
+        device = milliseconds(repeatable(state), args.repeats, state.devices, state.target.links)
         split = {"phases_ms": phases(state, args.repeats)} if speculative else {}
         host = host_milliseconds(state, step)
     figures = {"round_ms": device, "loop_ms": loop, "host_ms": host, "prefill_ms": prefill}
@@ -175,7 +181,9 @@ def memory(model: EaModel) -> dict[str, dict[str, float]]:
     slabs = [slab for state, _, _ in model.states.idle for slab in state.cache.slab.slabs]
     slabs += [slab for state, _, _ in model.states.idle for slab in state.drafter.slabs]
     held: dict[torch.device, dict[int, int]] = {}
-    for tensor in [*model.base_model.parameters(), *model.ea_layer.parameters(), *model.ea_layer.buffers(), *slabs]:
+    cut = cut_of(model.base_model)
+    weights = model.base_model.parameters() if cut is None else [each for rank in cut.ranks for each in rank.weights]
+    for tensor in [*weights, *model.ea_layer.parameters(), *model.ea_layer.buffers(), *slabs]:
         storage = tensor.untyped_storage()
         held.setdefault(tensor.device, {})[storage.data_ptr()] = storage.nbytes()
     return {
@@ -207,9 +215,13 @@ def upstream(args: argparse.Namespace) -> dict:
 def main() -> None:
     args = parse()
     nodes, depth, top_k = args.tree
-    placement = plan_target(args.shape, args.device_map)
+    ranks = args.tensor_parallel
+    placement = {} if ranks else plan_target(args.shape, args.device_map)
     one = set(placement) == {""}
-    target = build_target(args.shape, placement[""]) if one else build_spread_target(args.shape, placement)
+    if ranks:
+        target = build_cut_target(args.shape, ranks)
+    else:
+        target = build_target(args.shape, placement[""]) if one else build_spread_target(args.shape, placement)
     model = EaModel(target, build_head(target), tree=TreeConfig(nodes, depth, top_k), adaptive=False)
     rate = bandwidth()
     for device in model.target.devices:
@@ -219,6 +231,8 @@ def main() -> None:
     gibibytes = memory(model)
     kv_bytes = sum(each.token_bytes for each in model.target.layer_shapes)
     weights, kv_bytes = target_bytes(target), kv_bytes * args.context * args.batch
+    if ranks:  # read at the same time
+        weights, kv_bytes = weights / ranks, kv_bytes / ranks
     record = {
         "bench": "round", "shape": args.shape, "tree": args.tree, "context": args.context, "batch": args.batch,
         "temperature": args.temperature, **figures,
@@ -229,7 +243,8 @@ def main() -> None:
         "round_over_plain": round(figures["round_ms"] / plain["round_ms"], 3),
         "terabytes_per_second": round(rate / 1e12, 3),
         "devices": len(model.target.devices),
-        "boundaries": sum(a.device != b.device for a, b in pairwise(model.target.shards)),
+        "boundaries": 0 if ranks else sum(a.device != b.device for a, b in pairwise(model.target.shards)),
+        **({"tensor_parallel": ranks} if ranks else {}),
         "memory_gib": gibibytes, **environment(args.commit),
     }  # fmt: skip
     if args.tau:

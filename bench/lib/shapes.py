@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from eagle_fast.head import DraftHead
 from eagle_fast.head.config import HeadConfig, default_feature_layers
 from eagle_fast.loading import runs_in_int8
 from eagle_fast.target.placement import Placement, plan_placement, skeleton
+from eagle_fast.target.rank_files import attached, cut_model, cut_of
 
 
 def _llama(
@@ -81,6 +83,24 @@ def build_spread_target(name: str, placement: Placement, dtype: torch.dtype = to
     return model.eval()
 
 
+def build_cut_target(name: str, ranks: int, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """The same cut over the first GPUs, as a skeleton: no GPU holds more than its share and a layer."""
+    settings = dict(SHAPES[name])
+    model = skeleton(AutoConfig.for_model(settings.pop("model_type"), **settings), dtype)
+    devices = [torch.device("cuda", index) for index in range(ranks)]
+
+    def filled(module: torch.nn.Module) -> torch.nn.Module:
+        made = copy.deepcopy(module).to_empty(device=devices[0])
+        for parameter in made.parameters():
+            if parameter.dim() == 1:
+                torch.nn.init.ones_(parameter)
+            else:
+                torch.nn.init.normal_(parameter, std=0.02)
+        return made
+
+    return attached(model, cut_model(model, devices, filled))
+
+
 def plan_target(name: str, text: str, dtype: torch.dtype = torch.bfloat16) -> Placement:
     """Where a target of these shapes goes with this --device-map."""
     settings = dict(SHAPES[name])
@@ -102,6 +122,9 @@ def build_head(target: PreTrainedModel, *, int8: bool | None = None) -> DraftHea
         num_target_layers=config.num_hidden_layers, feature_layers=default_feature_layers(config.num_hidden_layers),
     )  # fmt: skip
     embedding, lm_head = target.get_input_embeddings().weight, target.get_output_embeddings().weight
+    cut = cut_of(target)
+    if cut is not None:
+        embedding = lm_head = cut.ranks[0].embedding
     head = DraftHead.random(head_config, embedding=embedding, dtype=embedding.dtype, device=lm_head.device)
     if runs_in_int8(head, int8):
         head.quantize()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ class CutModel(NamedTuple):
     def whole_lm_head(self) -> Tensor:
         """[V, H] on rank 0, a copy where it is not the embedding."""
         first = self.ranks[0]
-        if first.lm_head.weight.untyped_storage().data_ptr() == first.embedding.untyped_storage().data_ptr():
+        if first.is_tied:
             return first.embedding
         return torch.cat([rank.lm_head.weight.detach().to(first.device) for rank in self.ranks])
 
@@ -85,38 +85,46 @@ class Checkpoint:
 
 def load_ranks(model: PreTrainedModel, folder: Path, devices: Sequence[torch.device], what: str) -> PreTrainedModel:
     """Give a skeleton the weights of its checkpoint, cut over devices; it comes back. what: the model, for messages."""
-    cuts, windows, order = cuts_for(model, len(devices)), layer_windows(model), RowOrder()
-    found = decoder_layers(model, Anatomy(model).num_layers)
-    assert found is not None, "its family was checked"
     names = {module: name for name, module in model.named_modules()}
-    decoder: Any = model.get_decoder()
-    shares = [cuts.of(rank) for rank in range(len(devices))]
     with ExitStack() as files:
         checkpoint = Checkpoint(folder, files, what)
+        cut = cut_model(model, devices, lambda module: checkpoint.fill(module, f"{names[module]}."))
+    return attached(model, cut)
 
-        def read(module: nn.Module) -> Any:
-            return checkpoint.fill(module, f"{names[module]}.")
 
-        layers: list[list[RankLayer]] = [[] for _ in devices]
-        for layer, window in zip(found[1], windows, strict=True):
-            stock = llama_layer(read(layer))
-            assert stock is not None, "its family was checked"
-            for share, device, mine in zip(shares, devices, layers, strict=True):
-                mine.append(RankLayer(stock, share, device, window, order))
-            del stock
-        embedding, lm_head = ends(model)
-        tied = are_tied(embedding, lm_head)
-        table = read(embedding)
-        head = table if tied else read(lm_head)
-        norm = llama_norm(read(final_norm(decoder)))  # type: ignore[arg-type]  # its family was checked
-        assert norm is not None, "its family was checked"
-        ranks = []
+def cut_model(
+    model: PreTrainedModel, devices: Sequence[torch.device], read: Callable[[nn.Module], Any] = lambda module: module
+) -> CutModel:
+    """The ranks of a model, whose weights are copied. read: of a module of a skeleton, one with weights, anywhere."""
+    cuts, windows, order = cuts_for(model, len(devices)), layer_windows(model), RowOrder()
+    found = decoder_layers(model, Anatomy(model).num_layers)
+    norm: Any = final_norm(model.get_decoder())
+    assert found is not None, "its family was checked"
+    shares = [cuts.of(rank) for rank in range(len(devices))]
+    layers: list[list[RankLayer]] = [[] for _ in devices]
+    for layer, window in zip(found[1], windows, strict=True):
+        stock = llama_layer(read(layer))
+        assert stock is not None, "its family was checked"
         for share, device, mine in zip(shares, devices, layers, strict=True):
-            whole, part = cut_ends(table, head, share, device)
-            part.order = order
-            ranks.append(Rank(share, device, whole, mine, norm_on(norm, device), part, rotary_on(model, device)))
-    setattr(model, _CUT, CutModel(ranks, order))
-    setattr(model, "hf_device_map", device_map_of_ranks(model, devices))  # noqa: B010  # meta tensors are not missing
+            mine.append(RankLayer(stock, share, device, window, order))
+        del stock
+    embedding, lm_head = ends(model)
+    table, final = read(embedding), llama_norm(read(norm))
+    head = table if are_tied(embedding, lm_head) else read(lm_head)
+    assert final is not None, "its family was checked"
+    ranks = []
+    for share, device, mine in zip(shares, devices, layers, strict=True):
+        whole, part = cut_ends(table, head, share, device)
+        part.order = order
+        ranks.append(Rank(share, device, whole, mine, norm_on(final, device), part, rotary_on(model, device)))
+    return CutModel(ranks, order)
+
+
+def attached(model: PreTrainedModel, cut: CutModel) -> PreTrainedModel:
+    """The skeleton, with its ranks."""
+    setattr(model, _CUT, cut)
+    where = device_map_of_ranks(model, [rank.device for rank in cut.ranks])
+    setattr(model, "hf_device_map", where)  # noqa: B010  # says that meta tensors are not missing
     return model.eval()
 
 

@@ -170,13 +170,21 @@ class Rank:
         return cos.reshape(-1, cos.shape[-1]), sin.reshape(-1, sin.shape[-1])
 
     @property
-    def num_bytes(self) -> int:
-        """Of its weights, those of a tied lm_head once."""
+    def is_tied(self) -> bool:
+        """Whether its part of lm_head is a view of the embedding."""
+        return self.lm_head.weight.untyped_storage().data_ptr() == self.embedding.untyped_storage().data_ptr()
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """All that takes memory, but norms; a tied weight once."""
         linears = [each for layer in self.layers for each in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-        tied = self.lm_head.weight.untyped_storage().data_ptr() == self.embedding.untyped_storage().data_ptr()
-        weights = [each.weight for each in (*linears, *([] if tied else [self.lm_head]))]
-        biases = [each.bias for each in (*linears, self.lm_head) if each.bias is not None]
-        return sum(each.nbytes for each in (self.embedding, *weights, *biases))
+        linears += [] if self.is_tied else [self.lm_head]
+        return [self.embedding, *(each for linear in linears for each in linear.parameters())]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its weights."""
+        return sum(each.nbytes for each in self.weights)
 
 
 def part_of(
@@ -216,23 +224,3 @@ def cut_ends(embedding: nn.Module, lm_head: Any, share: Share, device: torch.dev
     if are_tied(embedding, lm_head):
         return table, FewRowsLinear.of(taken(table, [share.vocabulary]))
     return table, part_of([lm_head], [share.vocabulary], 0, device)
-
-
-def cut_model(model: PreTrainedModel, devices: Sequence[torch.device], order: RowOrder) -> list[Rank]:
-    """The ranks of a model whose weights are there: copies of them."""
-    cuts, windows = cuts_for(model, len(devices)), layer_windows(model)
-    found = decoder_layers(model, Anatomy(model).num_layers)
-    assert found is not None, "its family was checked"
-    ranks = []
-    for number, device in enumerate(devices):
-        share, norm = cuts.of(number), llama_norm(final_norm(model.get_decoder()))
-        assert norm is not None, "its family was checked"
-        layers = []
-        for layer, window in zip(found[1], windows, strict=True):
-            stock = llama_layer(layer)
-            assert stock is not None, "its family was checked"
-            layers.append(RankLayer(stock, share, device, window, order))
-        embedding, lm_head = cut_ends(*ends(model), share, device)
-        lm_head.order = order
-        ranks.append(Rank(share, device, embedding, layers, norm_on(norm, device), lm_head, rotary_on(model, device)))
-    return ranks

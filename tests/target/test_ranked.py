@@ -11,10 +11,10 @@ from trees import PARENTS, tree_step
 from zoo import make
 
 from eagle_fast.layers.attention import TreeStep
-from eagle_fast.layers.linear import RowOrder
 from eagle_fast.target.anatomy import UnsupportedModel
+from eagle_fast.target.rank_files import cut_model
 from eagle_fast.target.ranked import RankedTarget
-from eagle_fast.target.ranks import cut_bytes, cut_model, cuts_for
+from eagle_fast.target.ranks import cut_bytes, cuts_for
 
 NEW = 40
 FUSED = ["llama", "llama3_rope", "qwen2", "qwen2_sliding", "qwen3", "mistral"]
@@ -69,8 +69,7 @@ def test_text_of_an_eagle1_head():
 
 
 def target_of(model, devices, boundaries=(0, 3, 6)):
-    order = RowOrder()
-    return RankedTarget(model, cut_model(model, devices, order), order, boundaries)
+    return RankedTarget(model, *cut_model(model, devices), boundaries)
 
 
 def test_hidden_states_of_every_boundary():
@@ -119,7 +118,7 @@ def test_nothing_meets_on_another_device():
 
 def test_a_rank_holds_its_share():
     model = make("llama")
-    ranks = cut_model(model, [torch.device("cpu")] * 2, RowOrder())
+    ranks = cut_model(model, [torch.device("cpu")] * 2).ranks
     whole = sum(weight.nbytes for name, weight in model.named_parameters() if "norm" not in name)
     embedding = model.get_input_embeddings().weight.nbytes
     assert sum(rank.num_bytes - embedding for rank in ranks) == whole - embedding
@@ -130,7 +129,7 @@ def test_a_rank_holds_its_share():
 
 
 def test_a_tied_lm_head_is_a_view_of_the_embedding():
-    for rank in cut_model(make("qwen3", tie_word_embeddings=True), [torch.device("cpu")] * 2, RowOrder()):
+    for rank in cut_model(make("qwen3", tie_word_embeddings=True), [torch.device("cpu")] * 2).ranks:
         assert rank.lm_head.weight.untyped_storage().data_ptr() == rank.embedding.untyped_storage().data_ptr()
 
 
