@@ -69,11 +69,11 @@ def waited_for(told: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _wait(flag_ptr, wanted, fault_ptr, told_ptr, code, LOOKS: tl.constexpr):
+def _wait(flag_ptr, wanted, fault_ptr, told_ptr, code, looks):
     """Until the flag is `wanted` or more, or looks run out. All that decides is read by one thread for all: atomics."""
     seen = tl.atomic_add(flag_ptr, 0, sem="acquire", scope="sys")
     if seen < wanted:
-        left = LOOKS
+        left = looks
         if tl.atomic_add(fault_ptr, 0, sem="relaxed", scope="gpu") != 0:
             left = 0
         while (seen < wanted) & (left > 0):
@@ -85,12 +85,12 @@ def _wait(flag_ptr, wanted, fault_ptr, told_ptr, code, LOOKS: tl.constexpr):
                 tl.store(told_ptr, code)
 
 
-@triton.jit(do_not_specialize=["index"])
+@triton.jit(do_not_specialize=["index", "looks"])
 def _exchange_kernel(
     x_ptr, rows_ptr, flags_ptr, row_addresses_ptr, flag_addresses_ptr, base_ptr, fault_ptr, told_ptr, residual_ptr,
-    weight_ptr, normed_ptr, total_ptr, eps, index, stride_s, MOST: tl.constexpr, RANK: tl.constexpr,
+    weight_ptr, normed_ptr, total_ptr, eps, index, looks, stride_s, MOST: tl.constexpr, RANK: tl.constexpr,
     RANKS: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, PUSH: tl.constexpr,
-    WAIT: tl.constexpr, LOOKS: tl.constexpr, PDL: tl.constexpr,
+    WAIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     after_earlier_kernels(PDL)
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
@@ -115,7 +115,7 @@ def _exchange_kernel(
         for source in tl.static_range(RANKS):
             if source != RANK:
                 flag = flags_ptr + source * 2 * MOST + place
-                _wait(flag, wanted, fault_ptr, told_ptr, 1 + RANK * 256 + source, LOOKS)
+                _wait(flag, wanted, fault_ptr, told_ptr, 1 + RANK * 256 + source, looks)
         tl.debug_barrier()
         total = tl.zeros([BLOCK], tl.float32)
         for source in tl.static_range(RANKS):
@@ -147,13 +147,13 @@ def _push_kernel(
     tl.atomic_add(arrived_ptr, 1, sem="release", scope="sys")
 
 
-@triton.jit(do_not_specialize=["count", "code"])
+@triton.jit(do_not_specialize=["count", "code", "looks"])
 def _await_kernel(
-    arrived_ptr, expected_ptr, fault_ptr, told_ptr, count, code, LOOKS: tl.constexpr, PDL: tl.constexpr
+    arrived_ptr, expected_ptr, fault_ptr, told_ptr, count, code, looks, PDL: tl.constexpr
 ):  # fmt: skip
     after_earlier_kernels(PDL)
     wanted = tl.load(expected_ptr) + count
-    _wait(arrived_ptr, wanted, fault_ptr, told_ptr, code, LOOKS)
+    _wait(arrived_ptr, wanted, fault_ptr, told_ptr, code, looks)
     tl.store(expected_ptr, wanted)
 
 
@@ -175,8 +175,8 @@ def exchange_add_rms_norm(
             _exchange_kernel[(num_rows,)](
                 parts, mailbox.rows, mailbox.flags, mailbox.row_addresses, mailbox.flag_addresses,
                 mailbox.base if base is None else base, mailbox.fault, mailbox.told, residual, weight, *out, eps, index,
-                parts.stride(0), MOST=mailbox.rows.shape[2], RANK=mailbox.rank, RANKS=len(mailbox.rows), H=width,
-                BLOCK=block, PARTS=len(parts), PUSH=pushes, WAIT=waits, LOOKS=looks, num_warps=num_warps(block),
+                looks, parts.stride(0), MOST=mailbox.rows.shape[2], RANK=mailbox.rank, RANKS=len(mailbox.rows), H=width,
+                BLOCK=block, PARTS=len(parts), PUSH=pushes, WAIT=waits, num_warps=num_warps(block),
                 enable_fp_fusion=False, **dependent_launch(x.device),
             )  # fmt: skip
 
@@ -206,7 +206,7 @@ def await_pushes(
     with device_guard(arrived):
         _await_kernel[(1,)](
             arrived, expected, mailbox.fault, mailbox.told, whole("count", count, 1), waiting(mailbox.rank, source),
-            LOOKS=looks, num_warps=1, **dependent_launch(arrived.device),
+            looks, num_warps=1, **dependent_launch(arrived.device),
         )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ Where that is broken off, by an interrupt or for want of memory, the waits run o
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import permutations
@@ -48,6 +49,8 @@ class Buffer(NamedTuple):
 
 def check_peers(devices: Sequence[torch.device], name: str) -> None:
     """ValueError, with the pair, for GPUs that cannot reach each other's memory; those that can are let."""
+    if os.environ.get("CUDA_LAUNCH_BLOCKING") == "1":
+        raise ValueError(f"{name}: CUDA_LAUNCH_BLOCKING=1 lets the first GPU wait for the others for ever: unset it")
     for here, there in permutations(devices, 2):
         if not torch.cuda.can_device_access_peer(here, there):
             raise ValueError(
