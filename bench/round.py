@@ -32,6 +32,7 @@ from lib.records import environment, git_commit, write
 from lib.shapes import (
     DRAFT_VOCAB,
     SHAPES,
+    build_cut_target,
     build_head,
     build_packed_target,
     build_spread_target,
@@ -46,6 +47,7 @@ from eagle_fast import EaModel, SamplingParams, TreeConfig
 from eagle_fast.decoding.reports import ReportRing
 from eagle_fast.decoding.round import Round
 from eagle_fast.target.interface import attention_of
+from eagle_fast.target.rank_files import cut_of
 
 LOOP_ROUNDS = 128
 UPSTREAM_NEEDS = (
@@ -72,6 +74,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--target-bits", type=int, choices=[4, 8], help="round the layers' weights to so many bits")
     parser.add_argument("--lm-head-bits", type=int, choices=[8], help="the same of lm_head and embedding")
     parser.add_argument("--device-map", default="0", help="a GPU count to spread over, or a strategy (default: GPU 0)")
+    parser.add_argument(
+        "--tensor-parallel", type=int, default=0, metavar="N", help="cut every layer over so many GPUs instead"
+    )
     parser.add_argument("--upstream", type=Path, metavar="PATH", help="a checkout of SafeAILab/EAGLE, timed too")
     parser.add_argument(
         "--upstream-python", default=sys.executable, metavar="COMMAND", help="a Python that has its dependencies"
@@ -79,8 +84,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--commit", default="", help="to note in the record, instead of what git says")
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     args = parser.parse_args()
-    if args.target_bits and args.device_map != "0":
-        parser.error("--target-bits: packed weights are timed on one GPU, leave --device-map out")
+    if args.target_bits and (args.device_map != "0" or args.tensor_parallel):
+        parser.error("--target-bits: packed weights are timed on one GPU, leave --device-map and --tensor-parallel out")
     if args.lm_head_bits and not args.target_bits:
         parser.error("--lm-head-bits: goes with --target-bits")
     if args.upstream and not (args.upstream / "eagle" / "model" / "ea_model.py").is_file():
@@ -130,7 +135,8 @@ def phases(state: Round, repeats: int) -> dict[str, float]:
         "commit": commit,
         "accept": lambda: state.accept(tree, logits),
     }
-    return {name: round(milliseconds(part, repeats, state.devices), 3) for name, part in parts.items()}
+    links = state.target.links
+    return {name: round(milliseconds(part, repeats, state.devices, links), 3) for name, part in parts.items()}
 
 
 def loop_milliseconds(generate: Callable, tokens: torch.Tensor, temperature: float) -> float:
@@ -163,7 +169,7 @@ def measure(model: EaModel, speculative: bool, args: argparse.Namespace) -> dict
     loop = loop_milliseconds(model.eagenerate if speculative else model.naivegenerate, tokens, args.temperature)
     with model.states.lease(speculative, args.batch, args.context + LOOP_ROUNDS) as (state, step, _):
         prefill = wall_milliseconds(lambda: begin(state, tokens, args.temperature), devices=state.devices)
-        device = milliseconds(repeatable(state), args.repeats, state.devices)
+        device = milliseconds(repeatable(state), args.repeats, state.devices, state.target.links)
         split = {"phases_ms": phases(state, args.repeats)} if speculative else {}
         host = host_milliseconds(state, step)
     figures = {"round_ms": device, "loop_ms": loop, "host_ms": host, "prefill_ms": prefill}
@@ -182,7 +188,10 @@ def memory(model: EaModel) -> dict[str, dict[str, float]]:
     slabs = [slab for state, _, _ in model.states.idle for slab in state.cache.slab.slabs]
     slabs += [slab for state, _, _ in model.states.idle for slab in state.drafter.slabs]
     held: dict[torch.device, dict[int, int]] = {}
+    cut = cut_of(model.base_model)
     weights = [*model.base_model.parameters(), *model.base_model.buffers()]
+    if cut is not None:
+        weights = [each for rank in cut.ranks for each in rank.weights]
     for tensor in [*weights, *model.ea_layer.parameters(), *model.ea_layer.buffers(), *slabs]:
         storage = tensor.untyped_storage()
         held.setdefault(tensor.device, {})[storage.data_ptr()] = storage.nbytes()
@@ -215,9 +224,12 @@ def upstream(args: argparse.Namespace) -> dict:
 def main() -> None:
     args = parse()
     nodes, depth, top_k = args.tree
-    placement = plan_target(args.shape, args.device_map)
+    ranks = args.tensor_parallel
+    placement = {} if ranks else plan_target(args.shape, args.device_map)
     one = set(placement) == {""}
-    if args.target_bits:
+    if ranks:
+        target = build_cut_target(args.shape, ranks)
+    elif args.target_bits:
         target = build_packed_target(args.shape, placement[""], args.target_bits, args.lm_head_bits)
     else:
         target = build_target(args.shape, placement[""]) if one else build_spread_target(args.shape, placement)
@@ -230,6 +242,8 @@ def main() -> None:
     gibibytes = memory(model)
     kv_bytes = sum(each.token_bytes for each in model.target.layer_shapes)
     weights, kv_bytes = target_bytes(target), kv_bytes * args.context * args.batch
+    if ranks:  # read at the same time
+        weights, kv_bytes = weights / ranks, kv_bytes / ranks
     record = {
         "bench": "round", "shape": args.shape, "tree": args.tree, "context": args.context, "batch": args.batch,
         "temperature": args.temperature, "target_bits": args.target_bits, "lm_head_bits": args.lm_head_bits, **figures,
@@ -240,7 +254,8 @@ def main() -> None:
         "round_over_plain": round(figures["round_ms"] / plain["round_ms"], 3),
         "terabytes_per_second": round(rate / 1e12, 3),
         "devices": len(model.target.devices),
-        "boundaries": sum(a.device != b.device for a, b in pairwise(model.target.shards)),
+        "boundaries": 0 if ranks else sum(a.device != b.device for a, b in pairwise(model.target.shards)),
+        **({"tensor_parallel": ranks} if ranks else {}),
         "memory_gib": gibibytes, **environment(args.commit),
     }  # fmt: skip
     if args.tau:

@@ -27,6 +27,8 @@ from eagle_fast.options import option_names, refuse_unknown
 from eagle_fast.target import Exactness, Target
 from eagle_fast.target.check import checked_target
 from eagle_fast.target.exactness import BITWISE
+from eagle_fast.target.rank_check import ranked_target
+from eagle_fast.target.rank_files import cut_of
 from eagle_fast.target.turns import autocast_on
 
 AUTOCAST = (
@@ -93,8 +95,10 @@ class CallsMixin:
         where = {"on_host": bool(request.processors), "on_cpu": self.target.device.type == "cpu"}
         return kind(state.trees, self.experience, worth, state.batch, context, **where)
 
-    def _new_target(self) -> Target:
-        boundaries = tuple(self.ea_layer.config.feature_layers)
+    def _new_target(self) -> Any:
+        boundaries, cut = tuple(self.ea_layer.config.feature_layers), cut_of(self.base_model)
+        if cut is not None:
+            return ranked_target(self.base_model, cut, boundaries, self.ea_layer.device, self.tree.total_token)
         return checked_target(self.base_model, boundaries, self.ea_layer.device, self.tree.total_token)
 
     def _follow(self) -> None:

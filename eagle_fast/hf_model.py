@@ -14,6 +14,7 @@ from eagle_fast.options import option_names, refuse_unknown
 from eagle_fast.target import Target
 from eagle_fast.target.anatomy import generating_model
 from eagle_fast.target.interface import cache_argument
+from eagle_fast.target.rank_files import cut_of
 
 OF_FORWARD = ("input_ids", "attention_mask", "past_key_values", "output_orig", "position_ids")
 WITHOUT_IDS = ("inputs_embeds", "return_dict")  # that a forward of stock models takes, and ours does not
@@ -118,6 +119,8 @@ class HFModelMixin:
         returned also has `logits`, `past_key_values`, `loss`, ..., and further options go to base_model: labels,
         use_cache, output_hidden_states, ... Raises ValueError, and TypeError for options that it does not take.
         """
+        if cut_of(self.base_model) is not None:
+            raise ValueError("a model over ranks (tensor_parallel) decodes, and has no forward: leave it out for one")
         check_forward(input_ids, attention_mask, past_key_values, position_ids, self.target)
         output_orig = check_flags(output_orig=output_orig)[0]
         if options.get("return_dict"):

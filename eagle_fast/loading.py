@@ -26,6 +26,7 @@ from eagle_fast.loading_target import (
 from eagle_fast.messages import short
 from eagle_fast.target.anatomy import Anatomy
 from eagle_fast.target.ends import device_of, dtype_of, ends, matrix, num_rows
+from eagle_fast.target.rank_files import cut_of
 from eagle_fast.target.sound import check_base
 
 __all__ = [
@@ -78,24 +79,30 @@ def load_head(
 ) -> DraftHead:
     """The draft head for a target, by default beside the lm_head. options: `HEAD_OPTIONS` and `HUB_OPTIONS`."""
     first, lm_head = ends(base_model)
-    anatomy = Anatomy(base_model)
-    checkpoint = read_head(
+    anatomy, cut = Anatomy(base_model), cut_of(base_model)
+    embedding = matrix(first) if cut is None else cut.ranks[0].embedding
+    found = read_head(
         path,
         target_hidden_size=anatomy.hidden_size,
         target_vocab_size=min(num_rows(lm_head), num_rows(first)),  # what it cannot embed must not be drafted
-        target_embedding=matrix(first),
+        target_embedding=embedding,
         num_target_layers=anatomy.num_layers,
         use_eagle3=use_eagle3,
         revision=revision,
         **(options or {}),
     )
+    if cut is None:
+        lm_head_weight, bias, home = matrix(lm_head), getattr(lm_head, "bias", None), device_of(lm_head)
+    else:
+        own = found.config.own_lm_head and found.config.kind != "eagle"
+        lm_head_weight, bias, home = None if own else cut.whole_lm_head(), None, cut.ranks[0].device
     return DraftHead(
-        checkpoint,
-        embedding=matrix(first),
-        lm_head_weight=matrix(lm_head),
-        lm_head_bias=getattr(lm_head, "bias", None),
+        found,
+        embedding=embedding,
+        lm_head_weight=lm_head_weight,
+        lm_head_bias=bias,
         dtype=dtype_of(lm_head),
-        device=device or device_of(lm_head),
+        device=device or home,
     )
 
 

@@ -109,11 +109,11 @@ def load_target(
     if not isinstance(gguf_file, (str, os.PathLike, type(None))):
         raise ValueError(f"gguf_file={short(gguf_file)}: give the name of a file in the folder")
     if "dtype" in options:
-        options = options | {"dtype": _checked_dtypes(options["dtype"])}
+        options = options | {"dtype": checked_dtypes(options["dtype"])}
     device = _one_device(device_map, max_memory)
-    config = _read_config(path, options, name)
+    config = read_config(path, options, name)
     what = f"{name}={path!r}"
-    packing, reason = packing_of(config, path, options, Bits(target_bits, lm_head_bits), what, _dtype(options))
+    packing, reason = packing_of(config, path, options, Bits(target_bits, lm_head_bits), what, stated_dtype(options))
     if packing is None:
         options = quantization_options(config, options, what, reason)
     trusted = bool(options.get("trust_remote_code"))
@@ -172,14 +172,14 @@ def load_tokenizer(path: str, options: dict[str, Any]) -> Any:
         return AutoTokenizer.from_pretrained(path, **options)
 
 
-def _checked_dtypes(dtype: Any) -> Any:
+def checked_dtypes(dtype: Any) -> Any:
     """A dtype as transformers takes it: one, or one by the part of a model with several ('text_config', '')."""
     if isinstance(dtype, dict):
         return {part: checked_dtype(each) or "auto" for part, each in dtype.items()}
     return checked_dtype(dtype) or dtype
 
 
-def _read_config(path: str, options: dict[str, Any], name: str) -> PreTrainedConfig | None:
+def read_config(path: str, options: dict[str, Any], name: str) -> PreTrainedConfig | None:
     """The checkpoint's config, or that given as config=; None where a GGUF file stands for it."""
     given, hub = options.get("config"), {key: options[key] for key in CONFIG_OPTIONS if key in options}
     if given is not None:
@@ -248,7 +248,7 @@ def _placement(
     elif config is None or "quantization_config" in options or Anatomy(config).is_quantized:
         return {"device_map": device_map, "max_memory": max_memory}  # sizes are only known to those who load them
     else:
-        model = skeleton(config, _dtype(options), trust_remote_code=bool(options.get("trust_remote_code")))
+        model = skeleton(config, stated_dtype(options), trust_remote_code=bool(options.get("trust_remote_code")))
     placement = plan_placement(model, device_map, max_memory)
     if "disk" in placement.values() and "offload_folder" not in options:
         whole, left = model_bytes(model), bytes_by_device(model, placement)["disk"]
@@ -276,7 +276,7 @@ def _as_accelerate(device: torch.device | str) -> int | str:
     return str(device) if isinstance(device, str) or device.index is None else device.index
 
 
-def _dtype(options: dict[str, Any]) -> torch.dtype | None:
+def stated_dtype(options: dict[str, Any]) -> torch.dtype | None:
     """The dtype that the weights will have; None for the checkpoint's own."""
     dtype = options.get("dtype")
     if isinstance(dtype, dict):

@@ -39,9 +39,12 @@ from eagle_fast.loading import (
     names_options,
     runs_in_int8,
 )
+from eagle_fast.loading_ranks import load_cut_target
 from eagle_fast.options import option_names, refuse_unknown
-from eagle_fast.parts import PartsMixin
-from eagle_fast.target.placement import device_map_of, resolve_device, warn_if_slow
+from eagle_fast.parts import PartsMixin, where
+from eagle_fast.target.devices import resolve_ranks
+from eagle_fast.target.placement import resolve_device, warn_if_slow
+from eagle_fast.target.rank_files import cut_of
 from eagle_fast.target.turns import own_precision
 
 
@@ -78,14 +81,16 @@ class EaModel(CallsMixin, PartsMixin, HFGenerateMixin, HFModelMixin, nn.Module):
         self._adaptive = check_adaptive(adaptive, tree)
         self.tree = tree or TreeConfig()
         self.target = self._new_target()
-        self.device_map = device_map_of(base_model)
+        self.device_map = where(base_model)
         self._name = os.fspath(name or "") or getattr(base_model, "name_or_path", "")
         self._tokenizer: Any = None
         self._tokenizer_options: dict[str, Any] = {}
         self.states = IdleStates(self.target, ea_layer, self.tree)
         self.experience = Experience(ea_layer.config.acceptance)
-        warn_if_slow(base_model)
+        if cut_of(base_model) is None:
+            warn_if_slow(base_model)
         self._warn_if_timing_decides()
+        self._lend_generate()
 
     @classmethod
     @names_options
@@ -108,6 +113,7 @@ class EaModel(CallsMixin, PartsMixin, HFGenerateMixin, HFModelMixin, nn.Module):
         draft_int8: bool | None = None,
         target_bits: int | None = None,
         lm_head_bits: int | None = None,
+        tensor_parallel: bool | int | list | None = None,
         **kwargs,
     ) -> EaModel:
         """Load a target and a head from the hub or from folders.
@@ -127,6 +133,9 @@ class EaModel(CallsMixin, PartsMixin, HFGenerateMixin, HFModelMixin, nn.Module):
         base_model_path may be a loaded model. threshold is accepted for SafeAILab/EAGLE's sake and changes nothing.
         device_map: "auto" (one GPU if the pair fits on one), "balanced", "balanced_low_0", "sequential" with max_memory
         as in transformers, a device, or a dict of module names; draft_device: the head's, by default the lm_head's.
+        tensor_parallel: every layer is cut over several GPUs, which work on it together: True for all GPUs, their
+        number, or a list of them, in place of device_map. base_model is then a skeleton without weights, whose generate
+        is that of this model. See docs/multi-gpu.md for what can be cut.
         feature_layers, norm_before_residual, norm_output, rope_theta, rope_interleaved override what the head's config
         says; everything else (dtype or torch_dtype, quantization_config, revision, token, ...) goes to the
         from_pretrained of transformers. Raises ValueError for what does not fit together, TypeError for unknown names.
@@ -139,7 +148,13 @@ class EaModel(CallsMixin, PartsMixin, HFGenerateMixin, HFModelMixin, nn.Module):
         head_options |= {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
         check_head_arguments(head_path, threshold, use_eagle3, head_options)
         there = None if draft_device is None else resolve_device(draft_device, "draft_device")
-        base_model = load_target(base_model_path, device_map, kwargs, max_memory, target_bits, lm_head_bits)
+        ranks = resolve_ranks(tensor_parallel)
+        if ranks is None:
+            base_model = load_target(base_model_path, device_map, kwargs, max_memory, target_bits, lm_head_bits)
+        else:
+            placed = {"device_map": None if device_map == "auto" else device_map, "max_memory": max_memory}
+            beside = {"draft_device": draft_device, "target_bits": target_bits, "lm_head_bits": lm_head_bits}
+            base_model = load_cut_target(base_model_path, ranks, kwargs, placed | beside)
         head = load_head(
             head_path, base_model, use_eagle3=use_eagle3, revision=ea_revision, options=head_options, device=there
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,13 @@ from eagle_fast.head import DraftHead
 from eagle_fast.loading import check_pair
 from eagle_fast.target import Target
 from eagle_fast.target.placement import device_map_of
+from eagle_fast.target.rank_files import cut_of
 from eagle_fast.target.twin import uncompiled
+
+
+def where(base_model: Any) -> dict[str, Any]:
+    """The device of each module of a model, the embedding first; all its devices where it is cut over ranks."""
+    return device_map_of(base_model) if cut_of(base_model) is None else dict(base_model.hf_device_map)
 
 
 class PartsMixin:
@@ -29,6 +36,7 @@ class PartsMixin:
     _name: str
     _tokenizer: Any
     _tree: TreeConfig
+    generate: Callable
     _heard: tuple[int, int] = (0, 0)  # of which head, and how many of the words for its tree
 
     @property
@@ -66,7 +74,13 @@ class PartsMixin:
         check_pair(base_model, self.ea_layer, self._tree)
         if self._heard[0] != id(self.ea_layer):
             self._settle(self._tree)
-        self.config, self.device_map = base_model.config, device_map_of(base_model)
+        self.config, self.device_map = base_model.config, where(base_model)
+        self._lend_generate()
         name = getattr(base_model, "name_or_path", "")
         if name and name != self._name:
             self._name, self._tokenizer = name, None
+
+    def _lend_generate(self) -> None:
+        """A skeleton, which has no weights, generates as this model does."""
+        if cut_of(self.base_model) is not None:
+            self.base_model.generate = self.generate  # type: ignore[assignment]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from eagle_fast.target.ends import are_tied, device_of, dtype_of, ends, matrix
 from eagle_fast.target.formats.arriving import make_room
 from eagle_fast.target.formats.rounding import Rounding
 from eagle_fast.target.placement import Placement, plan_placement, skeleton
+from eagle_fast.target.rank_files import attached, cut_model, cut_of
 
 
 def _llama(
@@ -104,6 +106,24 @@ def build_spread_target(name: str, placement: Placement, dtype: torch.dtype = to
     return model.eval()
 
 
+def build_cut_target(name: str, ranks: int, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """The same cut over the first GPUs, as a skeleton: no GPU holds more than its share and a layer."""
+    settings = dict(SHAPES[name])
+    model = skeleton(AutoConfig.for_model(settings.pop("model_type"), **settings), dtype)
+    devices = [torch.device("cuda", index) for index in range(ranks)]
+
+    def filled(module: torch.nn.Module) -> torch.nn.Module:
+        made = copy.deepcopy(module).to_empty(device=devices[0])
+        for parameter in made.parameters():
+            if parameter.dim() == 1:
+                torch.nn.init.ones_(parameter)
+            else:
+                torch.nn.init.normal_(parameter, std=0.02)
+        return made
+
+    return attached(model, cut_model(model, devices, filled))
+
+
 def plan_target(name: str, text: str, dtype: torch.dtype = torch.bfloat16) -> Placement:
     """Where a target of these shapes goes with this --device-map."""
     settings = dict(SHAPES[name])
@@ -124,10 +144,12 @@ def build_head(target: PreTrainedModel, *, int8: bool | None = None) -> DraftHea
         vocab_size=config.vocab_size, draft_vocab_size=min(DRAFT_VOCAB, config.vocab_size),
         num_target_layers=config.num_hidden_layers, feature_layers=default_feature_layers(config.num_hidden_layers),
     )  # fmt: skip
-    embedding, lm_head = ends(target)
-    head = DraftHead.random(
-        head_config, embedding=matrix(embedding), dtype=dtype_of(embedding), device=device_of(lm_head)
-    )
+    cut, (embedding, lm_head) = cut_of(target), ends(target)
+    matrices = (matrix(embedding), dtype_of(embedding), device_of(lm_head))
+    if cut is not None:
+        first = cut.ranks[0].embedding
+        matrices = (first, first.dtype, first.device)
+    head = DraftHead.random(head_config, embedding=matrices[0], dtype=matrices[1], device=matrices[2])
     if runs_in_int8(head, int8):
         head.quantize()
     return head

@@ -9,22 +9,29 @@ from collections.abc import Callable, Sequence
 import torch
 
 from eagle_fast.decoding.graph import WARMUP_STEPS, GraphedStep
+from eagle_fast.decoding.rank_graphs import RankGraphs
+from eagle_fast.layers.links import Links
 
 FIRST_GPU = (torch.device("cuda", 0),)
 
 
-def graphed(work: Callable[[], object], devices: Sequence[torch.device]) -> GraphedStep:
-    """`work` as one CUDA graph over its devices, captured."""
-    step = GraphedStep(work, devices)
+def graphed(work: Callable[[], object], devices: Sequence[torch.device], links: Links | None = None) -> GraphedStep:
+    """`work` as one CUDA graph over its devices, or over ranks one for each, captured."""
+    step = GraphedStep(work, devices) if links is None else RankGraphs(work, links, devices)
     for _ in range(WARMUP_STEPS + 1):
         step()
     assert step.graph is not None, "the work could not be captured"
     return step
 
 
-def milliseconds(work: Callable[[], object], repeats: int, devices: Sequence[torch.device] = FIRST_GPU) -> float:
-    """Median device time of `work` as a CUDA graph: the host queues all repeats while the first device is kept busy."""
-    step = graphed(work, devices)
+def milliseconds(
+    work: Callable[[], object], repeats: int, devices: Sequence[torch.device] = FIRST_GPU, links: Links | None = None
+) -> float:
+    """Median device time of `work` as a CUDA graph: the host queues all repeats while the first device is kept busy.
+
+    links: between ranks, where it is over some.
+    """
+    step = graphed(work, devices, links)
     with torch.cuda.device(devices[0]):
         marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
         torch.cuda._sleep(10_000_000)  # some milliseconds

@@ -127,6 +127,7 @@ class Decoding:
         device = self.state.target.device
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
+        self.state.target.check()
         self.statistics.prefill_seconds = time.perf_counter() - started
 
     def advance(self) -> bool:
@@ -224,6 +225,7 @@ class Decoding:
         """Take in the oldest round under way. What it emitted for a sequence that had ended is dropped."""
         launched = self.under_way[0]
         view, numbers = launched.view, self.reports.read()
+        self.state.target.check()
         width, split = 1 + view.max_path, view.report.numel()
         reports = [numbers[start : start + width] for start in range(0, split, width)]
         if self.request.record:
@@ -262,6 +264,9 @@ class Decoding:
 
     def _accept_processed(self, tree: Tree, logits: torch.Tensor) -> torch.Tensor:
         """`Round.accept` with logits processors, which choose every token on the host."""
+        if logits.is_cuda:
+            torch.cuda.current_stream(logits.device).synchronize()
+        self.state.target.check()
         path, self.walked = walk_processed(self.view, tree, logits, self._process, self._take_processed)
         return path
 

@@ -46,6 +46,7 @@ class GraphPools:
 
     def __init__(self) -> None:
         self._home: Any = None
+        self._handles: dict[torch.device, Any] = {}
         self._others: dict[torch.device, torch.cuda.MemPool] = {}
 
     def home(self) -> Any:
@@ -55,7 +56,13 @@ class GraphPools:
 
     def renew_home(self) -> None:
         """After a capture that failed: the next one gets a pool of its own."""
-        self._home = None
+        self._home, self._handles = None, {}
+
+    def handle(self, device: torch.device) -> Any:
+        """The pool of a device whose graph is its own."""
+        if device not in self._handles:
+            self._handles[device] = torch.cuda.graph_pool_handle()
+        return self._handles[device]
 
     def of(self, device: torch.device) -> torch.cuda.MemPool:
         """The pool of another device."""
@@ -162,7 +169,7 @@ class GraphedStep:
                 for other in others:
                     home.wait_stream(other)
         except RuntimeError as error:
-            _abandon(pool, home.device)
+            abandon(pool, home.device)
             pools.renew_home()
             for device in self.devices:
                 torch.cuda.synchronize(device)
@@ -192,7 +199,7 @@ def is_capturing(stream: torch.cuda.Stream | None = None) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
-def _abandon(pool, device: torch.device) -> None:
+def abandon(pool, device: torch.device) -> None:
     """Tell torch's allocator that a capture is over. A failed one doesn't, and the process is aborted as soon as some
     other memory pool is freed."""
     with suppress(RuntimeError):  # where it ended before it failed

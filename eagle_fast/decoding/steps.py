@@ -14,6 +14,7 @@ from eagle_fast.config import ROOT_ALONE, TreeConfig
 from eagle_fast.decoding.cost import Timer
 from eagle_fast.decoding.draft import MOST_WAITING
 from eagle_fast.decoding.graph import GraphedStep, GraphPools, SideStreams
+from eagle_fast.decoding.rank_graphs import RankGraphs
 from eagle_fast.decoding.round import Round
 from eagle_fast.decoding.tree import Tree
 
@@ -80,6 +81,9 @@ class RoundSteps:
         return [*self.of_trees.values(), *([self.release] if self.release else [])]
 
     def _graphed(self, step: Callable[[], None]) -> GraphedStep:
+        links = self.state.target.links
+        if links is not None:
+            return RankGraphs(step, links, self.state.devices, self.streams, self.pools)
         return GraphedStep(step, self.state.devices, self.streams, self.pools)
 
     def _prepare(self, tree: TreeConfig) -> Round:

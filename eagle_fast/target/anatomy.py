@@ -269,6 +269,16 @@ def llama_norm(module: Any) -> Norm | None:
     return Norm(module.weight, module.variance_epsilon)
 
 
+def final_norm(decoder: Any) -> nn.Module | None:
+    """The norm behind the layers of a decoder of Llama's shape."""
+    return getattr(decoder, "norm", None)
+
+
+def rotary_of(decoder: Any) -> nn.Module | None:
+    """The rotary embedding of a decoder of Llama's shape, which its config alone makes."""
+    return getattr(decoder, "rotary_emb", None)
+
+
 class RowNormParts(NamedTuple):
     """What a norm of rows has, whatever it computes."""
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from accelerate.utils import convert_file_size_to_int
 
+from eagle_fast.messages import warn_user
+
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
@@ -42,6 +44,44 @@ def present_device(value: Any, name: str) -> torch.device:
     if device.type != "cpu":
         raise ValueError(f"{name}: eagle_fast runs on CUDA GPUs and on the CPU")
     return device
+
+
+MOST_RANKS = 2  # that have ever run
+
+
+def resolve_ranks(value: Any) -> list[torch.device] | None:
+    """The devices that tensor_parallel names: None or False for none, True for all GPUs, their number, or a list.
+
+    ValueError for others, and for more than have ever run, which is a warning where their number was given.
+    """
+    name = f"tensor_parallel={value!r}"
+    if value is None or value is False:
+        return None
+    if value is True:
+        count = torch.cuda.device_count()
+        if count > MOST_RANKS:
+            raise ValueError(
+                f"{name} is all {count} GPUs, and more than {MOST_RANKS} have not yet run: pass "
+                f"tensor_parallel={MOST_RANKS}, or {count} to try it"
+            )
+        if count < 2:
+            raise ValueError(f"{name}: it takes two GPUs, and torch sees {count}: leave it out")
+        value = count
+    if isinstance(value, int):
+        if value < 2:
+            raise ValueError(f"{name}: give the number of GPUs, 2 or more, or leave it out")
+        value = list(range(value))
+    if not isinstance(value, (list, tuple)) or len(value) < 2:
+        raise ValueError(f"{name}: use True, a number of GPUs, or a list of two devices or more")
+    devices = [present_device(each, name) for each in value]
+    kinds = {device.type for device in devices}
+    if len(kinds) > 1:
+        raise ValueError(f"{name}: give GPUs alone; a CPU beside them would hold each round up")
+    if kinds == {"cuda"} and len(set(devices)) < len(devices):
+        raise ValueError(f"{name} names a GPU twice: its ranks would wait for each other; give each GPU once")
+    if kinds == {"cuda"} and len(devices) > MOST_RANKS:
+        warn_user(f"{name}: more than {MOST_RANKS} GPUs have not yet run; compare texts with tensor_parallel=2 first")
+    return devices
 
 
 def check_device_map(device_map: Any) -> None:

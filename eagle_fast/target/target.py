@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from eagle_fast.layers.attention import PrefillStep, Step, TreeStep
 from eagle_fast.layers.linear import RowOrder, use_few_rows_linear
+from eagle_fast.layers.links import Links
 from eagle_fast.layers.packed import PackedLinear
 from eagle_fast.layers.slab import KVSlab
 from eagle_fast.layers.transfers import Transfers, distinct
@@ -97,6 +98,8 @@ class Target:
     exactness: whether decoding with a head gives the bits of plain decoding, as the check found it.
     """
 
+    links: Links | None = None  # between ranks, of which it has none
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -126,7 +129,8 @@ class Target:
         found = decoder_layers(self.decoder, self.anatomy.num_layers)
         calls, self.device = probe(self.model, found and found[1], self.input_device)
         self.transfers.forget()
-        if self._stock_portrait().parts != before.parts:
+        now = self._stock_portrait()
+        if (now.parts, now.configs) != (before.parts, before.configs):
             raise UnsupportedModel(CHANGES_ITSELF)
         self.devices = distinct([self.device, *devices])
         self.layer_shapes = [call.stored for call in calls]
@@ -228,6 +232,9 @@ class Target:
     def leave_out_notes(self) -> None:
         """After forwards of the stock model and the twin: what they set in attributes says nothing of the model."""
         self._noted |= noted(self._portrait, self._stock_portrait())
+
+    def check(self) -> None:
+        """After a round was read: nothing waits for anything else."""
 
     def edits(self) -> int | None:
         """See `watch.edits`: where it differs, keys computed earlier are another model's."""

@@ -28,15 +28,16 @@ class Portrait(NamedTuple):
     """What must stay as it is. Two of them are alike if the twin made at one is right at the other.
 
     notes: attributes of modules, by the module's id and their name. Some are set by every forward, as those in which
-    hooks keep what they saw: see `noted`.
+    hooks keep what they saw: see `noted`. configs: what each of the model's holds.
     """
 
     parts: list[Any]
+    configs: list[Any]
     notes: dict[tuple[int, str], Any]
 
     def is_like(self, other: Portrait, but: set[tuple[int, str]]) -> bool:
         """Whether nothing is different but these attributes."""
-        return self.parts == other.parts and noted(self, other) <= but
+        return self.parts == other.parts and self.configs == other.configs and noted(self, other) <= but
 
 
 def noted(before: Portrait, after: Portrait) -> set[tuple[int, str]]:
@@ -57,7 +58,7 @@ def portrait(model: nn.Module, tensors: bool = True) -> Portrait:
     parts: list[Any] = [global_hooks(), attention_function(model), _functions({type(module) for module in modules})]
     parts += [_of_module(module, tensors, notes) for module in modules]
     configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
-    return Portrait([*parts, *map(_of_config, configs.values())], notes)
+    return Portrait(parts, [_of_config(each) for each in configs.values()], notes)
 
 
 def edits(model: nn.Module) -> int | None:

@@ -1,0 +1,91 @@
+"""Load a target whose layers are cut over several GPUs (tensor_parallel): what it is told, checked, and its files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from eagle_fast.loading_errors import loading
+from eagle_fast.loading_options import CONFIG_OPTIONS, HUB_OPTIONS
+from eagle_fast.loading_packed import is_adapter
+from eagle_fast.loading_target import NAME, checked_dtypes, known_path, read_config, stated_dtype
+from eagle_fast.target.anatomy import Anatomy
+from eagle_fast.target.kind import auto_class, check_layers
+from eagle_fast.target.placement import GIB, free_bytes, skeleton
+from eagle_fast.target.rank_files import load_ranks
+from eagle_fast.target.ranks import INSTEAD, cut_bytes, cuts_for
+from eagle_fast.target.sound import check_base
+
+TAKEN = (*CONFIG_OPTIONS, "config", "dtype")  # options of from_pretrained
+FILES = ("*.safetensors", "*.safetensors.index.json", "generation_config.json")
+
+
+def load_cut_target(
+    path: Any, devices: Sequence[torch.device], options: dict[str, Any], beside: dict[str, Any]
+) -> PreTrainedModel:
+    """The skeleton of a target, whose weights are on these devices. options: those of from_pretrained. beside: other
+    arguments that say how a target is loaded, None where they were not given. ValueError for what cannot be cut."""
+    check_beside(path, options, beside)
+    name = known_path(NAME, path)
+    what = f"{NAME}={name!r}"
+    if "dtype" in options:
+        options = options | {"dtype": checked_dtypes(options["dtype"])}
+    if is_adapter(name):
+        raise ValueError(f"{what} is an adapter, which tensor_parallel cannot follow: merge it into its model first")
+    config = read_config(name, options, NAME)
+    assert config is not None, "a GGUF file was refused"
+    trusted = bool(options.get("trust_remote_code"))
+    if auto_class(config, trusted, what) is not AutoModelForCausalLM:
+        raise ValueError(f"tensor_parallel: {what} is no plain causal language model: {INSTEAD}")
+    check_layers(Anatomy(config).stated_layers, what)
+    model = skeleton(config, stated_dtype(options), trust_remote_code=trusted)
+    check_room(model, devices)
+    with loading(NAME, name, options):
+        folder = _folder(name, options)
+    load_ranks(model, folder, devices, what)
+    if (folder / "generation_config.json").is_file():
+        with loading(NAME, name, options):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    check_base(model, NAME)
+    return model
+
+
+def check_beside(path: Any, options: dict[str, Any], beside: dict[str, Any]) -> None:
+    """ValueError for arguments that tensor_parallel does not go with, each by its name."""
+    if isinstance(path, nn.Module):
+        raise ValueError(
+            f"{NAME} is a loaded model, and tensor_parallel cuts weights while they are loaded: pass its hub name or "
+            "its folder"
+        )
+    given = sorted(name for name, value in beside.items() if value is not None)
+    given += sorted(name for name in options if name not in TAKEN and options[name] is not None)
+    if given:
+        raise ValueError(f"tensor_parallel does not go with {', '.join(given)} yet: leave one of them out")
+
+
+def check_room(model: PreTrainedModel, devices: Sequence[torch.device]) -> None:
+    """ValueError, with the numbers, where a GPU cannot hold its share of a skeleton's weights."""
+    shares = cut_bytes(model, cuts_for(model, len(devices)))
+    for device, share in zip(devices, shares, strict=True):
+        if device.type == "cuda" and share > free_bytes(device):
+            raise ValueError(
+                f"tensor_parallel: {device} would have to hold {share / GIB:.1f} GiB of weights and has room for "
+                f"{free_bytes(device) / GIB:.1f} GiB: use a smaller dtype, or more GPUs"
+            )
+
+
+def _folder(name: str, options: dict[str, Any]) -> Path:
+    """Where the checkpoint's files are: the folder, or what the hub gives."""
+    inside = str(options.get("subfolder") or "")
+    if os.path.isdir(name):
+        return Path(name) / inside
+    hub = {key: options[key] for key in (*HUB_OPTIONS, "revision") if key in options}
+    patterns = [f"{inside}/{each}" if inside else each for each in FILES]
+    return Path(snapshot_download(name, allow_patterns=patterns, **hub)) / inside

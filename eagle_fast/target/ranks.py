@@ -1,0 +1,226 @@
+"""The weights of one rank of a model of Llama's shape: its heads, its part of every MLP, its part of the vocabulary.
+
+B sequences, T rows, H hidden size, D head size, V vocabulary.
+
+What a rank holds is cut off a stock layer and copied to its device. The embedding, norms and rotary frequencies are
+whole on every rank; of tied embeddings the lm_head's part is a view. Biases of products that are added up over ranks
+are the first rank's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from eagle_fast_kernels.draft_head import rope_append
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from eagle_fast.layers.attention import Step
+from eagle_fast.layers.cuts import HeadShare, deal_dimension, deal_heads, taken
+from eagle_fast.layers.linear import FewRowsLinear, RowOrder
+from eagle_fast.layers.slab import KVSlab, LayerShape
+from eagle_fast.target.anatomy import (
+    Anatomy,
+    LlamaLayer,
+    Norm,
+    UnsupportedModel,
+    decoder_layers,
+    final_norm,
+    llama_layer,
+    llama_norm,
+    rotary_of,
+)
+from eagle_fast.target.ends import are_tied, ends
+
+INSTEAD = "leave tensor_parallel out: device_map='balanced' spreads layers over GPUs"
+
+
+class Cuts(NamedTuple):
+    """What each rank has of heads, of an MLP's width and of the vocabulary."""
+
+    heads: list[HeadShare]
+    inner: list[range]
+    vocabulary: list[range]
+
+    def of(self, rank: int) -> Share:
+        return Share(rank, self.heads[rank], self.inner[rank], self.vocabulary[rank])
+
+
+class Share(NamedTuple):
+    """The same of one rank."""
+
+    rank: int
+    heads: HeadShare
+    inner: range
+    vocabulary: range
+
+
+def cuts_for(model: PreTrainedModel, ranks: int) -> Cuts:
+    """UnsupportedModel, which names layer shards as the way, for models that cannot be cut, or not so often."""
+    check_family(model)
+    anatomy = Anatomy(model)
+    rows = ends(model)[1].weight.shape[0]
+    try:
+        return Cuts(
+            deal_heads(anatomy.num_heads, anatomy.num_kv_heads, ranks),
+            deal_dimension(anatomy.intermediate_size, ranks),
+            deal_dimension(rows, ranks),
+        )
+    except ValueError as error:
+        raise UnsupportedModel(f"tensor_parallel over {ranks} ranks: {error}; {INSTEAD}") from error
+
+
+def cut_bytes(model: PreTrainedModel, cuts: Cuts) -> list[int]:
+    """Bytes of weights on each rank, of a model on the meta device perhaps; norms not counted."""
+    anatomy, (embedding, lm_head) = Anatomy(model), ends(model)
+    size, hidden = model.dtype.itemsize, anatomy.hidden_size
+    found = []
+    for share in map(cuts.of, range(len(cuts.heads))):
+        heads = 2 * len(share.heads.query) + 2 * len(share.heads.kv)
+        layer = hidden * (heads * anatomy.head_dim + 3 * len(share.inner))
+        tail = 0 if are_tied(embedding, lm_head) else len(share.vocabulary) * hidden
+        found.append(size * (anatomy.num_layers * layer + tail) + embedding.weight.nbytes)
+    return found
+
+
+def check_family(model: PreTrainedModel) -> None:
+    """UnsupportedModel for a model, on the meta device perhaps, whose layers are not all of Llama's shape."""
+    anatomy, kind = Anatomy(model), type(model).__name__
+    found = decoder_layers(model, anatomy.num_layers)
+    norm = final_norm(model.get_decoder())
+    layers = [] if found is None else [llama_layer(layer) for layer in found[1]]
+    if not layers or None in layers or llama_norm(norm) is None or rotary_of(model.get_decoder()) is None:
+        raise UnsupportedModel(
+            f"tensor_parallel cuts the layers of Llama, Mistral, Qwen2 and Qwen3, and {kind} is none of them: {INSTEAD}"
+        )
+    tied = are_tied(*ends(model))
+    if tied and getattr(ends(model)[1], "bias", None) is not None:
+        raise UnsupportedModel(f"tensor_parallel does not know a tied lm_head with a bias yet: {INSTEAD}")
+    if anatomy.is_quantized:
+        raise UnsupportedModel(f"tensor_parallel does not cut packed weights yet, as those of this {kind}: {INSTEAD}")
+    kinds, odd = set(anatomy.layer_kinds), {"longrope", "dynamic"} & anatomy.rope_types
+    if odd or kinds - {"full_attention", "sliding_attention"}:
+        what = f"rope_type {odd.pop()!r}" if odd else f"layers of type {sorted(kinds)}"
+        raise UnsupportedModel(f"tensor_parallel does not know {what} yet: {INSTEAD}")
+
+
+class RankLayer:
+    """One rank's part of a decoder layer. order: of whoever runs it."""
+
+    def __init__(self, stock: LlamaLayer, share: Share, device: torch.device, window: int, order: RowOrder):
+        def part(linears: Sequence[nn.Linear], parts: Sequence[range], dim: int = 0) -> FewRowsLinear:
+            made = part_of(linears, parts, dim, device, biased=dim == 0 or share.rank == 0)
+            made.order = order
+            return made
+
+        query, kv = share.heads.rows(stock.head_dim)
+        self.index, self.scale, self.window = stock.layer_index, stock.scale, window
+        self.qkv = part([stock.q, stock.k, stock.v], [query, kv, kv])
+        self.o = part([stock.o], [query], 1)
+        self.gate_up = part([stock.gate, stock.up], [share.inner, share.inner])
+        self.down = part([stock.down], [share.inner], 1)
+        self.input_norm, self.post_norm = (norm_on(norm, device) for norm in (stock.input_norm, stock.post_norm))
+        self.num_heads, self.num_kv_heads = len(share.heads.query), len(share.heads.kv)
+        self.shape = LayerShape(self.num_kv_heads, stock.head_dim, stock.q.weight.dtype, device)
+        self.head_norms: dict[str, Any] = {}  # as `rope_append` takes them
+        if stock.q_norm is not None and stock.k_norm is not None:
+            norms = [norm_on(norm, device) for norm in (stock.q_norm, stock.k_norm)]
+            self.head_norms = {"q_norm": norms[0].weight, "k_norm": norms[1].weight, "eps": norms[0].eps}
+
+    def attend(self, normed: Tensor, rotation: tuple[Tensor, Tensor], step: Step, slab: KVSlab) -> Tensor:
+        """Of rows normed [B T, H] with cos and sin [B T, D]: this rank's part of attention's product, as `sums`."""
+        keys, values = slab.keys[self.index], slab.values[self.index]
+        batch = len(keys)
+        qkv = self.qkv.sums(normed.view(batch, -1, normed.shape[-1]))
+        query = rope_append(
+            qkv, None, *rotation, keys, values, step.first_rows(batch, normed.device), self.num_heads,
+            self.num_kv_heads, **self.head_norms,
+        )  # fmt: skip
+        attended = step.attend(query, keys, values, scale=self.scale, window=self.window)
+        return self.o.sums(attended.view(len(normed), -1))
+
+    def mlp(self, normed: Tensor) -> Tensor:
+        """Of rows [R, H]: this rank's part of the MLP's product, as `sums`."""
+        return self.down.sums(self.gate_up.gated(normed))
+
+
+@dataclass
+class Rank:
+    """What one rank holds of a model."""
+
+    share: Share
+    device: torch.device
+    embedding: Tensor  # [V, H]
+    layers: list[RankLayer]
+    norm: Norm
+    lm_head: FewRowsLinear
+    rotary: nn.Module
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids [B, T] -> [B T, H]."""
+        return F.embedding(tokens.reshape(-1), self.embedding)
+
+    def rotation(self, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [B T, D] of positions [B, T], in the dtype of rows."""
+        cos, sin = self.rotary(rows, positions)
+        return cos.reshape(-1, cos.shape[-1]), sin.reshape(-1, sin.shape[-1])
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether its part of lm_head is a view of the embedding."""
+        return self.lm_head.weight.untyped_storage().data_ptr() == self.embedding.untyped_storage().data_ptr()
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """All that takes memory, but norms; a tied weight once."""
+        linears = [each for layer in self.layers for each in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        linears += [] if self.is_tied else [self.lm_head]
+        return [self.embedding, *(each for linear in linears for each in linear.parameters())]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its weights."""
+        return sum(each.nbytes for each in self.weights)
+
+
+def part_of(
+    linears: Sequence[nn.Linear], parts: Sequence[range], dim: int, device: torch.device, *, biased: bool = True
+) -> FewRowsLinear:
+    """One layer of parts of several, side by side, copied to a device. biased: whether their biases come along."""
+    pairs = list(zip(linears, parts, strict=True))
+    weight = torch.cat([taken(each.weight.detach(), [part], dim).to(device) for each, part in pairs])
+    bias = None
+    if biased and linears[0].bias is not None:
+        whole = [taken(each.bias.detach(), [part]) if dim == 0 else each.bias.detach() for each, part in pairs]
+        bias = torch.cat([each.to(device) for each in whole])
+    return FewRowsLinear.of(weight, bias)
+
+
+def norm_on(norm: Norm, device: torch.device) -> Norm:
+    return Norm(nn.Parameter(norm.weight.detach().to(device, copy=True), requires_grad=False), norm.eps)
+
+
+def rotary_on(model: PreTrainedModel, device: torch.device) -> nn.Module:
+    """The rotary embedding of a model, whose own may be on the meta device, computed anew from its config."""
+    stock: Any = rotary_of(model.get_decoder())
+    return type(stock)(Anatomy(model).text).to(device)
+
+
+def layer_windows(model: PreTrainedModel) -> list[int]:
+    """The sliding window of each layer, 0 for none."""
+    anatomy = Anatomy(model)
+    kinds = anatomy.layer_kinds[: anatomy.num_layers]
+    return [(anatomy.window or 0) if kind == "sliding_attention" else 0 for kind in kinds]
+
+
+def cut_ends(embedding: nn.Module, lm_head: Any, share: Share, device: torch.device) -> tuple[Tensor, FewRowsLinear]:
+    """(embedding [V, H], this rank's part of lm_head) of stock ones; a tied lm_head may be the embedding itself."""
+    table: Any = embedding.weight
+    table = table.detach().to(device, copy=True)
+    if are_tied(embedding, lm_head):
+        return table, FewRowsLinear.of(taken(table, [share.vocabulary]))
+    return table, part_of([lm_head], [share.vocabulary], 0, device)
