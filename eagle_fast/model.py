@@ -43,9 +43,10 @@ from eagle_fast.options import option_names, refuse_unknown
 from eagle_fast.parts import PartsMixin
 from eagle_fast.target.placement import device_map_of, resolve_device, warn_if_slow
 from eagle_fast.target.turns import own_precision
+from eagle_fast.text import TextMixin
 
 
-class EaModel(CallsMixin, PartsMixin, HFGenerateMixin, HFModelMixin, nn.Module):
+class EaModel(CallsMixin, TextMixin, PartsMixin, HFGenerateMixin, HFModelMixin, nn.Module):
     """Speculative decoding of `base_model` with `ea_layer`; `base_model` itself stays usable and unchanged.
 
     base_model: any stock causal LM whose attention goes through transformers' AttentionInterface, on one device or
