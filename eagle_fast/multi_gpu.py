@@ -67,7 +67,7 @@ def run_multi_gpu_inference(
     The text is continued as it stands ("Once upon a time"): no chat template is put around it. To put a question to a
     chat model, pass what its tokenizer's apply_chat_template(..., tokenize=False) gives, or use
     `setup_multi_gpu_inference` and the model's `chat`. Everything is loaded anew with each call.
-    temperature, top_p, min_p and seed are those of `eagenerate`, and sampling_top_k its top_k, which is the tree's here.
+    temperature, top_p, min_p and seed are those of `eagenerate`; sampling_top_k is its top_k, which is the tree's here.
     options go to `EaModel.from_pretrained`. Raises ValueError, besides its own, for an input_text that is no text.
     """
     if not isinstance(input_text, str):

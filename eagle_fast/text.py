@@ -35,6 +35,11 @@ class TextStream:
         self.start, self.shown = self.shown, len(self.ids)
         return text[len(before) :]
 
+    @property
+    def text(self) -> str:
+        """Of all tokens so far."""
+        return self._decode(0)
+
     def rest(self) -> str:
         """What still waits when there are no more tokens."""
         piece = self._decode(self.start)[len(self._decode(self.start, self.shown)) :]
