@@ -38,7 +38,7 @@ def title(prompt: Any, width: int = 40) -> str:
 def table(rows: list[Row], temperature: float, width: int) -> Table:
     """A line for each prompt, and one for all, of so many characters."""
     found = Table(title=f"tokens/s at T={temperature:g}", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    left = max(min(width - sum(1 + each for each in COLUMNS.values()) - 3, 60), 12)
+    left = max(min(width - sum(2 + each for each in COLUMNS.values()) - 4, 60), 12)
     found.add_column("prompt", no_wrap=True)
     for name, width in COLUMNS.items():
         found.add_column(name, justify="right", no_wrap=True, min_width=width)
