@@ -60,7 +60,7 @@ class Screen:
     def busy(self, what: str) -> Iterator[None]:
         """A spinner meanwhile, where somebody looks."""
         if self.notes.is_terminal and self.answers.is_terminal:
-            with self.notes.status(Text(what)):
+            with self.notes.status(Text(what), spinner_style="dim"):
                 yield
         else:
             yield
