@@ -64,6 +64,8 @@ def load_pair(args: argparse.Namespace) -> EaModel:
         return EaModel.from_pretrained(**options)
     except UnknownOption as error:
         raise ValueError(f"--load: {error}") from error
+    except ValueError as error:
+        raise ValueError(_as_written(str(error))) from error
 
 
 def loading_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -121,6 +123,11 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     if name is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"--dtype {name}: use bfloat16, float16 or float32")
     return dtype
+
+
+def _as_written(message: str) -> str:
+    """An error of loading, with the names that arguments have on the command line."""
+    return message.replace("base_model_path=", "--model ").replace("ea_model_path=", "--head ")
 
 
 def _assignment(text: str) -> tuple[str, Any]:
