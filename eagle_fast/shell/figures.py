@@ -35,6 +35,10 @@ def title(prompt: Any, width: int = 40) -> str:
     return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
+def _label(row: Row) -> str:
+    return f"{title(row['prompt'])}, T={row['temperature']:g}".replace("$", r"\$")  # which would begin a formula
+
+
 def table(rows: list[Row], temperature: float, width: int) -> Table:
     """A line for each prompt, and one for all, of so many characters."""
     found = Table(title=f"tokens/s at T={temperature:g}", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
@@ -77,7 +81,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
         if timed:
             where, speeds = zip(*timed, strict=True)
             left.barh([index + 0.27 * (place - 1) for index in where], speeds, 0.25, label=TITLES[way])
-    left.set_yticks(range(len(rows)), [f"{title(row['prompt'])}, T={row['temperature']:g}" for row in rows], fontsize=8)
+    left.set_yticks(range(len(rows)), [_label(row) for row in rows], fontsize=8)
     left.invert_yaxis()
     left.set_xlabel("tokens/s")
     left.legend(fontsize=8)

@@ -106,7 +106,15 @@ def test_a_plot(tmp_path):
     way = {"tokens": 10, "seconds": 1.0}
     rows = [
         {"prompt": "one", "temperature": 0, "tau": 2.0, "acceptance": [0.8, 0.5], "head": way, "plain": way},
-        {"prompt": "$two$", "temperature": 1, "tau": 2.0, "acceptance": [0.7], "head": way, "plain": way, "stock": way},
+        {
+            "prompt": r"$\frac$ costs",
+            "temperature": 1,
+            "tau": 2.0,
+            "acceptance": [0.7],
+            "head": way,
+            "plain": way,
+            "stock": way,
+        },
     ]
     for name in ("bench.png", "bench.svg"):
         figures.plot({"model": "m", "dtype": "float32", "hardware": "cpu", "rows": rows}, tmp_path / name)

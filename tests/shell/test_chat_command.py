@@ -141,6 +141,14 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(endless):
         assert chat.end() == 0
 
 
+def test_ctrl_c_ends_a_command_that_only_answers(endless):
+    with Terminal([*COMMAND, "generate", "w5 w17", *endless, "--max-new-tokens", str(LONG)], **ENVIRONMENT) as command:
+        command.wait_for(r"(w\d+ ){20}")
+        command.send(CTRL_C)
+        assert command.end() == 130
+    assert "Traceback" not in command.screen
+
+
 def test_an_error_leaves_the_conversation_as_it_was(pair, expected):
     with open_chat(pair, "--max-new-tokens", str(NEW)) as chat:
         ask(chat, "/set max_new_tokens 4000000000000", "max_new_tokens=4000000000000")
