@@ -2,14 +2,18 @@
 
 import importlib.metadata
 import re
+from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from shell_pairs import eagle_fast
 
 from eagle_fast import EaModel, loading_arguments
 from eagle_fast.cli import COMMANDS, main
 from eagle_fast.pairs import smollm2_head
+from eagle_fast.shell import slash
+from eagle_fast.shell.screen import Screen
 
 LOADERS = ("chat", "generate", "bench")
 
@@ -110,3 +114,17 @@ def test_without_names_it_is_the_pair_of_the_demo(named, loaded):
 def test_half_a_pair_is_refused(named, missing, loaded, capsys):
     assert loaded(*named) == {}
     assert f"name it with {missing}" in capsys.readouterr().err
+
+
+def test_the_page_about_the_shell_names_every_command():
+    page = (Path(__file__).resolve().parent.parent.parent / "docs" / "shell.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == list(COMMANDS)
+    assert re.findall(r"^\| `/(\w+).*?` \|", page, re.MULTILINE) == list(slash.COMMANDS)
+
+
+def test_a_text_does_not_drive_the_terminal(capsys):
+    terminal, pipe = Screen(colors=True), Screen()
+    terminal.answers = Console(force_terminal=True)
+    terminal.write("a\x1b[2Jb")
+    pipe.write("a\x1b[2Jb")
+    assert capsys.readouterr().out == "a\u241b[2Jb" + "a\x1b[2Jb"
