@@ -67,7 +67,7 @@ $(INSTALLED) .venv-oldest/installed .venv-between/installed: pyproject.toml $(wi
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --constraint $(HELD) pip setuptools wheel
 	$(@D)/bin/python -m pip install --quiet --constraint $(HELD) $(TORCH)
-	$(@D)/bin/python -m pip install --quiet --constraint $(HELD) --no-build-isolation --editable '.[test,demo]'
+	$(@D)/bin/python -m pip install --quiet --constraint $(HELD) --no-build-isolation --editable '.[test,demo,plot]'
 	touch $@
 
 print-%: # a variable's value, for scripts

@@ -6,12 +6,17 @@ Each subcommand is a module with `add_arguments(parser)` and `run(arguments)`, w
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import version
 
 # name -> (module, imported only when it is asked for; what it does)
 COMMANDS = {
+    "chat": ("eagle_fast.shell.chat", "talk to a model in the terminal"),
+    "generate": ("eagle_fast.shell.generate", "answers to prompts, as text or JSON lines; beside plain decoding"),
+    "bench": ("eagle_fast.shell.bench", "the speed-up on this machine, against plain decoding and stock generate"),
     "attach": ("eagle_fast.attach", "a model's folder with a draft head, for transformers serve, lm-eval and others"),
     "demo": ("eagle_fast.demo", "a prompt with and without speculation, side by side, on a small real model"),
     "doctor": ("eagle_fast.doctor.command", "what this machine can do, measured, and where a model would go on it"),
@@ -20,7 +25,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; errors that a user can mend end in one line and exit code 2."""
+    """Run a subcommand; errors that a user can mend end in one line and exit code 2, Ctrl-C in 130."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or arguments[0] not in COMMANDS:
         return _usage(arguments)
@@ -37,13 +42,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"eagle-fast {name}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # as `eagle-fast generate ... | head -1` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes at its end
+        return 141
 
 
 def _usage(arguments: Sequence[str]) -> int:
     listed = "\n".join(f"  {name:<8} {what}" for name, (_, what) in COMMANDS.items())
-    text = f"usage: eagle-fast COMMAND ...\n\n{listed}\n\neagle-fast COMMAND --help says more."
+    text = (
+        f"usage: eagle-fast COMMAND ...\n\n{listed}\n\n"
+        "eagle-fast COMMAND --help says more, with examples; eagle-fast --version names versions."
+    )
     if arguments and arguments[0] in ("-h", "--help"):
         print(text)
+        return 0
+    if arguments and arguments[0] == "--version":
+        below = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+        print(f"eagle-fast {version('eagle-fast')} ({below}, Python {sys.version.split()[0]})")
         return 0
     wrong = f"eagle-fast: there is no command {arguments[0]!r}\n" if arguments else ""
     print(wrong + text, file=sys.stderr)

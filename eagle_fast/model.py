@@ -46,9 +46,10 @@ from eagle_fast.target.devices import resolve_ranks
 from eagle_fast.target.placement import resolve_device, warn_if_slow
 from eagle_fast.target.rank_files import cut_of
 from eagle_fast.target.turns import own_precision
+from eagle_fast.text import TextMixin
 
 
-class EaModel(CallsMixin, PartsMixin, HFGenerateMixin, HFModelMixin, nn.Module):
+class EaModel(CallsMixin, TextMixin, PartsMixin, HFGenerateMixin, HFModelMixin, nn.Module):
     """Speculative decoding of `base_model` with `ea_layer`; `base_model` itself stays usable and unchanged.
 
     base_model: any stock causal LM whose attention goes through transformers' AttentionInterface, on one device or

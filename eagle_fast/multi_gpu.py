@@ -56,14 +56,19 @@ def run_multi_gpu_inference(
     max_new_tokens: int = 512,
     max_length: int = 2048,
     device_map="auto",
+    *,
+    sampling_top_k: int = 0,
+    min_p: float = 0.0,
+    seed: int | None = None,
     **options,
 ) -> str:
     """Load a pair, continue input_text and return both as one text, without special tokens.
 
     The text is continued as it stands ("Once upon a time"): no chat template is put around it. To put a question to a
     chat model, pass what its tokenizer's apply_chat_template(..., tokenize=False) gives, or use
-    `setup_multi_gpu_inference` and tokenize yourself. Everything is loaded anew with each call. options go to
-    `EaModel.from_pretrained`. Raises ValueError, besides its own, for an input_text that is no text.
+    `setup_multi_gpu_inference` and the model's `chat`. Everything is loaded anew with each call.
+    temperature, top_p, min_p and seed are those of `eagenerate`; sampling_top_k is its top_k, which is the tree's here.
+    options go to `EaModel.from_pretrained`. Raises ValueError, besides its own, for an input_text that is no text.
     """
     if not isinstance(input_text, str):
         raise ValueError(f"input_text is a {type(input_text).__name__}: pass a str")
@@ -71,7 +76,7 @@ def run_multi_gpu_inference(
         raise ValueError("input_text is empty: there is no token to continue from")
     with warnings.catch_warnings():  # before the minutes of loading; the call itself warns
         warnings.simplefilter("ignore")
-        SamplingParams(temperature, top_p)
+        SamplingParams(temperature, top_p, sampling_top_k, min_p, seed)
     check_positive(max_new_tokens=max_new_tokens, max_length=max_length)
     model = setup_multi_gpu_inference(
         base_model_path, device_map, use_eagle3, ea_model_path, total_token, depth, top_k, threshold, **options
@@ -80,5 +85,6 @@ def run_multi_gpu_inference(
     input_ids = tokenizer.encode(input_text, return_tensors="pt")
     if not input_ids.numel():
         raise ValueError(f"input_text={shown(input_text)} has no tokens: there is nothing to continue from")
-    output_ids = model.eagenerate(input_ids, temperature, top_p, max_new_tokens=max_new_tokens, max_length=max_length)
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": sampling_top_k, "min_p": min_p, "seed": seed}
+    output_ids = model.eagenerate(input_ids, max_new_tokens=max_new_tokens, max_length=max_length, **sampling)
     return tokenizer.decode(output_ids[0], skip_special_tokens=True)

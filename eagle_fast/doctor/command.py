@@ -1,6 +1,11 @@
 """Check this machine: GPUs, how fast they read and copy, whether kernels run, and where a model would go.
 
 Everything shown is reported by the software or measured on the spot. Exit code 1 if a kernel or a copy is wrong.
+
+    eagle-fast doctor                                              # the machine
+    eagle-fast doctor --model meta-llama/Llama-3.3-70B-Instruct    # and where this model would go; loads nothing
+    eagle-fast doctor --model TARGET --head HEAD --batch 1 8       # and what each tree of drafts brings, timed
+    eagle-fast doctor --json > machine.json
 """
 
 from __future__ import annotations
@@ -8,13 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 
-import torch
-
 from eagle_fast.config import TreeConfig
 from eagle_fast.decoding.validate import check_positive
 from eagle_fast.doctor.findings import as_json, examine
 from eagle_fast.doctor.plan import Setting
 from eagle_fast.doctor.report import lines
+from eagle_fast.loading_arguments import dtype_of, memory_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,17 +73,5 @@ def _setting(args: argparse.Namespace) -> Setting | None:
     check_positive(context=args.context)
     for number in args.batch:
         check_positive(batch=number)
-    tree, memory = TreeConfig(*args.tree), _memory(args.max_memory)
-    return Setting(args.model, _dtype(args.dtype), args.context, tree, args.head, memory, tuple(args.batch))
-
-
-def _memory(listed: str | None) -> dict[int | str, int | str] | None:
-    """What "70GiB,60GiB" says: {0: "70GiB", 1: "60GiB"}, and nothing on the CPU."""
-    return None if listed is None else {index: size.strip() for index, size in enumerate(listed.split(","))}
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    dtype = None if name is None else getattr(torch, name, None)
-    if name is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"--dtype {name}: use bfloat16, float16 or float32")
-    return dtype
+    tree, memory = TreeConfig(*args.tree), memory_of(args.max_memory)
+    return Setting(args.model, dtype_of(args.dtype), args.context, tree, args.head, memory, tuple(args.batch))

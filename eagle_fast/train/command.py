@@ -25,8 +25,8 @@ from transformers import AutoTokenizer
 
 from eagle_fast.loading import load_target
 from eagle_fast.pairs import smollm2_target
+from eagle_fast.prompts import read_prompts
 from eagle_fast.target.placement import resolve_device
-from eagle_fast.train.chat import read_prompts
 from eagle_fast.train.options import TrainOptions
 from eagle_fast.train.run import train
 

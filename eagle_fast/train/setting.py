@@ -9,9 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 from eagle_fast.head.config import default_feature_layers
+from eagle_fast.prompts import encode_prompt
 from eagle_fast.target import Target
 from eagle_fast.target.anatomy import Anatomy
-from eagle_fast.train.chat import chat_format, encode_prompt, stop_ids
+from eagle_fast.train.chat import chat_format, stop_ids
 from eagle_fast.train.completer import Completer
 from eagle_fast.train.openings import OPENINGS
 from eagle_fast.train.options import TrainOptions

@@ -265,6 +265,20 @@ def test_a_text_and_its_options(folders, stock):
         folders[0], folders[1], "w5 w17", True, 16, 3, 4, 1.0, 0.0, 0.0, 6, 64, "cpu", dtype=torch.float32
     )
     assert text == make_tokenizer().decode(stock(torch.tensor([[5, 17]]), max_new_tokens=6)[0])
+    sampled = {"temperature": 1.0, "sampling_top_k": 3, "min_p": 0.01, "seed": 5, "max_new_tokens": 24}
+    texts = [
+        eagle_fast.run_multi_gpu_inference(*folders, "w5 w17", device_map="cpu", **sampled | {"seed": seed})
+        for seed in (5, 5, 6)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+    model, ids = (
+        eagle_fast.setup_multi_gpu_inference(folders[0], "cpu", ea_model_path=folders[1]),
+        torch.tensor([[5, 17]]),
+    )
+    plain = model.naivegenerate(ids, temperature=1.0, top_k=3, min_p=0.01, seed=5, max_new_tokens=24)
+    assert texts[0] == make_tokenizer().decode(plain[0], skip_special_tokens=True)
+    with pytest.raises(ValueError, match="seed=-1"):
+        eagle_fast.run_multi_gpu_inference("no such folder", "none", "w5", seed=-1)
     with pytest.raises(ValueError, match="input_text is a list: pass a str"):
         eagle_fast.run_multi_gpu_inference(*folders, ["w5"], device_map="cpu")
     with pytest.raises(ValueError, match="ea_model_path=None"):

@@ -17,9 +17,10 @@ BELOW = {
     "head": {"kernels", "layers"},
     "target": {"kernels", "layers"},
     "decoding": {"kernels", "layers", "head", "target"},
-    "face": {"kernels", "layers", "head", "target", "decoding", "doctor", "train"},
+    "face": {"kernels", "layers", "head", "target", "decoding", "doctor", "train", "shell"},
     "doctor": {"kernels", "layers", "head", "target", "decoding", "face"},
     "train": {"kernels", "layers", "head", "target", "decoding", "face"},
+    "shell": {"kernels", "layers", "head", "target", "decoding", "face"},
 }
 EVERYWHERE = {"eagle_fast.config", "eagle_fast.messages"}  # import nothing of ours but each other
 

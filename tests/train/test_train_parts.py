@@ -14,8 +14,9 @@ from eagle_fast.decoding.draft import Drafter
 from eagle_fast.decoding.sampling import SamplingTensors
 from eagle_fast.head import DraftHead
 from eagle_fast.head.config import HeadConfig
+from eagle_fast.prompts import encode_prompt, read_prompts
 from eagle_fast.target import Target
-from eagle_fast.train.chat import chat_format, encode_prompt, read_prompts, stop_ids
+from eagle_fast.train.chat import chat_format, stop_ids
 from eagle_fast.train.fresh import empty_head, head_config, measure, scaled_fc, start_from_target
 from eagle_fast.train.learn import chain_tau
 from eagle_fast.train.loss import distil

@@ -1,0 +1,78 @@
+"""One prompt decoded, round by round, and what is said of it afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import closing
+from typing import Any, NamedTuple
+
+import torch
+
+from eagle_fast.decoding.statistics import Statistics
+from eagle_fast.model import EaModel
+from eagle_fast.prompts import Prompt, encode_prompt
+from eagle_fast.shell.settings import Settings
+from eagle_fast.text import encode_chat
+
+
+class Step(NamedTuple):
+    """What a round brought: its tokens, the last of them the target's own, and how it went so far."""
+
+    tokens: list[int]
+    statistics: Statistics
+
+
+def decode(
+    model: EaModel, prompt: list[int], settings: Settings, *, with_head: bool = True, reuse_cache: bool = False
+) -> Generator[Step, None, None]:
+    """Decode prompt, with the head or plainly. May be closed, or interrupted, at any moment."""
+    generate = model.ea_generate if with_head else model.naive_generate
+    options = settings.arguments(len(prompt))
+    count = len(prompt)
+    rounds: Any = generate(torch.tensor([prompt]), reuse_cache=reuse_cache, return_dict_in_generate=True, **options)
+    with closing(rounds):
+        for out in rounds:
+            yield Step(out.sequences[0, count:].tolist(), out.statistics)
+            count = out.sequences.shape[1]
+
+
+def encode(tokenizer: Any, prompt: Prompt, raw: bool, template: dict[str, Any]) -> list[int]:
+    """Token ids of a prompt, in the chat template if there is one; raw: as it stands. template: options of it."""
+    if not raw and getattr(tokenizer, "chat_template", None) is not None:
+        return encode_chat(tokenizer, prompt, **template)
+    if raw and not isinstance(prompt, str):
+        raise ValueError("--raw continues texts as they stand, and this prompt is a list of messages")
+    ids = tokenizer(prompt).input_ids if raw else encode_prompt(tokenizer, prompt)
+    if not ids:
+        raise ValueError("the prompt has no tokens: there is nothing to continue from")
+    return ids
+
+
+def figures(statistics: Statistics) -> dict[str, Any]:
+    """Of one decoding, for JSON. acceptance: by depth, the share of drafts that were right; [] without the head."""
+    return {
+        "tokens": sum(statistics.new_tokens),
+        "tau": round(statistics.tau, 3),
+        "acceptance": [round(share, 3) for share in statistics.acceptance],
+        "tokens_per_second": round(statistics.tokens_per_second, 1),
+        "prefill_seconds": round(statistics.prefill_seconds, 4),
+        "decode_seconds": round(statistics.decode_seconds, 4),
+        "reused_tokens": sum(statistics.reused_tokens),
+    }
+
+
+def parted(count: int, total: int, model: EaModel) -> str:
+    """That so many texts are not those of plain decoding, and what is known of it."""
+    known = model.exactness
+    return f'{count} of {total} texts are not those of plain decoding; exactness "{known}": {known.reason}'
+
+
+def summary(statistics: Statistics, prompt_tokens: int) -> str:
+    """The same in a line."""
+    parts = [f"{sum(statistics.new_tokens)} tokens", f"{statistics.tokens_per_second:.1f} tokens/s"]
+    if statistics.acceptance:
+        shares = " ".join(f"{100 * share:.0f}" for share in statistics.acceptance)
+        parts += [f"tau {statistics.tau:.2f}", f"drafts right by depth {shares} %"]
+    reused = sum(statistics.reused_tokens)
+    parts += [f"{reused} of {prompt_tokens} prompt tokens from the cache"] if reused else []
+    return ", ".join(parts)

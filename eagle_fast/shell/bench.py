@@ -1,0 +1,166 @@
+"""Measure the speed-up on this machine: with the draft head, plainly by the same engine, and by stock generate.
+
+    eagle-fast bench                                                   # the small pair of `eagle-fast demo`
+    eagle-fast bench --model meta-llama/Llama-3.1-8B-Instruct --head yuhuili/EAGLE3-LLaMA3.1-Instruct-8B
+    eagle-fast bench --model TARGET --head HEAD --prompts mine.jsonl --limit 20 --temperature 0 1
+    eagle-fast bench --stock 0 --json > bench.json                     # no stock generate, JSON instead of the table
+    eagle-fast bench --out bench.json --plot bench.png                 # the plot needs eagle-fast[plot]
+
+Prompts are twelve short ones of this package, or --prompts: .jsonl with an object a line (messages, turns, prompt or
+text), or a prompt a line. One at a time, each in all three ways after the other. Tokens a second are of whole calls,
+with the prefill of the prompt. tau: tokens that a round of the target brought. same: whether the text is that of plain
+decoding; the exit code is 1 if one is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.progress import track
+
+from eagle_fast.decoding.statistics import Statistics
+from eagle_fast.decoding.validate import check_positive
+from eagle_fast.demo import hardware
+from eagle_fast.loading_arguments import add_loading_arguments, load_pair, name_of
+from eagle_fast.model import EaModel
+from eagle_fast.prompts import Prompt, read_prompts
+from eagle_fast.shell.answer import encode, parted
+from eagle_fast.shell.chat import add_template_argument
+from eagle_fast.shell.figures import WAYS, plot, table
+from eagle_fast.shell.own_prompts import PROMPTS
+from eagle_fast.shell.screen import Screen
+from eagle_fast.shell.settings import Settings
+
+WARM_TOKENS = 24  # of the first prompt, in every way, before the clock
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="a file of prompts (default: twelve of our own)")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N prompts (default: all)")
+    parser.add_argument(
+        "--stock", type=int, metavar="N", help="stock generate for N of them, 0 for none (default: all)"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="of each text (default 128)")
+    parser.add_argument("--temperature", nargs="+", type=float, default=[0.0], metavar="T", help="one or several (0)")
+    parser.add_argument("--seed", type=int, default=0, help="for temperatures above 0 (default 0)")
+    parser.add_argument("--json", action="store_true", help="the record on stdout, as one line of JSON, and no table")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the record, as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a plot, as .png, .pdf or .svg")
+    add_template_argument(parser)
+    add_loading_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 0, or 1 if a text is not that of plain decoding."""
+    _check(args)
+    prompts: list[Prompt] = read_prompts(args.prompts) if args.prompts else list(PROMPTS)
+    prompts, screen = prompts[: args.limit], Screen()
+    model = load_pair(args)
+    ids = [encode(model.tokenizer, prompt, False, args.chat_template_kwargs) for prompt in prompts]
+    record = describe(args, model)
+    record["rows"] = measure(model, prompts, ids, args, screen)
+    text = json.dumps(record, ensure_ascii=False)
+    if args.json:
+        screen.write(text + "\n")
+    else:
+        for temperature in args.temperature:
+            rows = [row for row in record["rows"] if row["temperature"] == temperature]
+            screen.show(table(rows, temperature, screen.answers.width))
+        screen.note(f"{record['model']} in {record['dtype']} on {record['hardware']}; tokens/s of whole calls")
+    if args.out:
+        args.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if args.plot:
+        plot(record, args.plot)
+    different = sum(not row["same"] for row in record["rows"])
+    if different:
+        screen.warn(parted(different, len(record["rows"]), model))
+    return 1 if different else 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Before anything is loaded."""
+    if args.plot and find_spec("matplotlib") is None:
+        raise ValueError("--plot draws with matplotlib, which is not installed: pip install 'eagle-fast[plot]'")
+    for name, path in (("--out", args.out), ("--plot", args.plot)):
+        if path and not path.absolute().parent.is_dir():
+            raise ValueError(f"{name} {path}: there is no folder {path.parent}")
+    check_positive(limit=1 if args.limit is None else args.limit)
+    if args.stock is not None and args.stock < 0:
+        raise ValueError(f"--stock {args.stock}: use a number of prompts, 0 for none")
+    for temperature in args.temperature:
+        Settings(temperature=temperature, seed=args.seed, max_new_tokens=args.max_new_tokens)
+
+
+def describe(args: argparse.Namespace, model: EaModel) -> dict[str, Any]:
+    return {
+        "bench": "eagle-fast bench", "model": name_of(args), "head": args.head or "shipped", "tree": args.tree,
+        "adaptive": model.adaptive, "dtype": str(model.target.dtype).removeprefix("torch."),
+        "exactness": str(model.exactness), "max_new_tokens": args.max_new_tokens,
+        "hardware": hardware(model.target.device), "eagle_fast": version("eagle-fast"), "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }  # fmt: skip
+
+
+def measure(model: EaModel, prompts: list[Prompt], ids: list[list[int]], args, screen: Screen) -> list[dict[str, Any]]:
+    """A row for every prompt and temperature."""
+    num_stock = len(prompts) if args.stock is None else args.stock
+    if model.target.device.type == "cuda":
+        with screen.busy("compiling, and timing the trees"):
+            model.warmup(max_length=max(map(len, ids)) + args.max_new_tokens)
+    rows = []
+    for temperature in args.temperature:
+        settings = Settings(temperature=temperature, seed=args.seed, max_new_tokens=args.max_new_tokens)
+        ways = _ways(model, settings)
+        warm = _ways(model, Settings(temperature, seed=args.seed, max_new_tokens=min(WARM_TOKENS, args.max_new_tokens)))
+        for name in WAYS if num_stock else WAYS[:2]:
+            warm[name](ids[0])
+        label = f"T={temperature:g}"
+        hidden = not (screen.notes.is_terminal and screen.answers.is_terminal)
+        for index in track(range(len(prompts)), label, console=screen.notes, transient=True, disable=hidden):
+            texts, row = {}, {"prompt": prompts[index], "temperature": temperature}
+            for name in WAYS if index < num_stock else WAYS[:2]:
+                started = time.perf_counter()
+                texts[name], statistics = ways[name](ids[index])
+                seconds = time.perf_counter() - started
+                row[name] = {"tokens": len(texts[name]), "seconds": round(seconds, 4)}
+                if name == "head":
+                    row["tau"] = round(statistics.tau, 3)
+                    row["acceptance"] = [round(share, 3) for share in statistics.acceptance]
+            rows.append(row | {"same": texts["head"] == texts["plain"]})
+    return rows
+
+
+def _ways(model: EaModel, settings: Settings) -> dict[str, Callable[[list[int]], tuple[list[int], Statistics]]]:
+    """name of `WAYS` -> a function from a prompt to its new tokens, and what is known of how they came."""
+
+    def ours(generate: Callable) -> Callable:
+        def call(ids: list[int]):
+            out = generate(torch.tensor([ids]), return_dict_in_generate=True, **settings.arguments(len(ids)))
+            return out.sequences[0, len(ids) :].tolist(), out.statistics
+
+        return call
+
+    def stock(ids: list[int]):
+        given = torch.tensor([ids], device=model.target.input_device)
+        sampling: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}
+        if settings.temperature > 0:
+            sampling |= {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            generate: Any = model.base_model.generate
+            out = generate(
+                given, attention_mask=torch.ones_like(given), max_new_tokens=settings.max_new_tokens, **sampling
+            )
+        return out[0, len(ids) :].tolist(), Statistics()
+
+    return {"head": ours(model.eagenerate), "plain": ours(model.naivegenerate), "stock": stock}
