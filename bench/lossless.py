@@ -61,6 +61,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--target-bits", type=int, choices=[4, 8], help="round the model's layers to so many bits")
     parser.add_argument("--lm-head-bits", type=int, choices=[8], help="the same of lm_head and embedding")
     parser.add_argument("--device", default="auto", help="device_map of the model (default %(default)s)")
+    parser.add_argument("--tensor-parallel", type=int, metavar="N", help="cut every layer over so many GPUs")
     parser.add_argument("--commit", default="", help="to note in the record, instead of what git says")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the record, as JSON")
     args = parser.parse_args()
@@ -81,7 +82,12 @@ class Parting(NamedTuple):
 @torch.no_grad()
 def top_two_gap(model: EaModel, text: list[int], temperature: float, seed: int) -> tuple[float, float]:
     """Distance of the two best scores for the token after `text`: (as it is, in roundings)."""
-    logits = model.base_model(torch.tensor([text], device=model.target.input_device)).logits[0, -1]
+    if model.target.links is None:
+        logits = model.base_model(torch.tensor([text], device=model.target.input_device)).logits[0, -1]
+    else:  # over ranks there is no other model than the engine's
+        options = {"max_new_tokens": 1, "max_length": len(text) + 1, "eos_token_id": []}
+        options |= {"return_dict_in_generate": True, "output_logits": True}
+        logits = model.naivegenerate(torch.tensor([text]), **options).logits[0][0]
     scores = logits.double()
     if temperature > 0:
         zero, position = torch.zeros(1, dtype=torch.long), torch.tensor([len(text) - 1])
@@ -218,7 +224,7 @@ def main() -> int:
     args = parse()
     model = EaModel.from_pretrained(
         base_model_path=args.model, ea_model_path=args.head, device_map=args.device, dtype=getattr(torch, args.dtype),
-        target_bits=args.target_bits, lm_head_bits=args.lm_head_bits,
+        target_bits=args.target_bits, lm_head_bits=args.lm_head_bits, tensor_parallel=args.tensor_parallel,
     )  # fmt: skip
     model.states.max_count = 1  # what a conversation finds in it is the same for both ways of decoding
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -236,6 +242,7 @@ def main() -> int:
     record = {
         "bench": "lossless", "dtype": args.dtype, "target_bits": args.target_bits, "lm_head_bits": args.lm_head_bits,
         "exactness": model.exactness, "max_new_tokens": args.max_new_tokens,
+        **({"tensor_parallel": args.tensor_parallel} if args.tensor_parallel else {}),
         "rows": rows, "chat": chat, **environment(args.commit), "hardware": hardware(model.target.device),
     }  # fmt: skip
     show(record)

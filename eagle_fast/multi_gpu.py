@@ -33,6 +33,7 @@ def setup_multi_gpu_inference(
     """A target and its head, spread over the GPUs as device_map says: "auto", "balanced", "balanced_low_0",
     "sequential", a device, or a dict of modules.
 
+    tensor_parallel=2 among the options cuts every layer over two GPUs instead, which work on it together.
     The tree's three numbers, use_eagle3, threshold and options (dtype, max_memory, ...) are those of
     `EaModel.from_pretrained`, and so are the errors.
     """

@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .check import FLOAT32, FLOATS, HUGE, number, tensor, whole
+from .check import BY_ROWS, FLOAT32, FLOATS, HUGE, number, tensor, whole
 from .launch import device_guard
 from .overlap import after_earlier_kernels, dependent_launch
 from .rms_norm import MOST_COLUMNS, normalize, num_warps, rms_norm_ref, sum_parts
@@ -185,7 +185,7 @@ def push(x: Tensor, there: Tensor, arrived: Tensor) -> int:
     """Copy x [R, C] to `there` [R, C], in a peer's memory, rows contiguous; then `arrived` [1] int64, there too, grows
     by what is returned."""
     num_rows, columns = tensor("x", x, "R C", None)
-    tensor("there", there, "R C", (x.dtype,), (num_rows, columns), layout="with contiguous rows ")
+    tensor("there", there, "R C", (x.dtype,), (num_rows, columns), layout=BY_ROWS)
     tensor("arrived", arrived, "1", (torch.int64,), (1,), near=("there", there))
     programs = min(PUSH_PROGRAMS, num_rows * triton.cdiv(columns, PUSH_BLOCK))
     with device_guard(x):

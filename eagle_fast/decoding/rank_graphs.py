@@ -7,6 +7,7 @@ run without the rest: their launches are one step.
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -82,7 +83,8 @@ class RankGraphs(GraphedStep):
         failed: RuntimeError | None = None
         for graph, stream, handle in zip(graphs, self.streams, handles, strict=False):
             try:
-                with torch.cuda.stream(stream):
+                with torch.cuda.stream(stream), warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # of a step that only rank 0 has
                     graph.capture_end()
             except RuntimeError as error:
                 failed = failed or error

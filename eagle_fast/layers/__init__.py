@@ -8,4 +8,6 @@ attention    what the rows of a forward are (a prompt chunk, a tree), where they
 slab         keys and values of some layers: written in place, compacted in place
 linear       weights as objects: a product of few rows, its parts, its gated form; in 16 bits or int8
 transfers    copies between devices that wait for nothing on the host
+cuts         how heads, widths and vocabularies are dealt to ranks
+links, peer_links   what ranks exchange in a forward: the reference, and between GPUs
 """

@@ -67,6 +67,7 @@ def check_peers(devices: Sequence[torch.device], name: str) -> None:
 class PeerLinks(Links):
     """Between distinct GPUs that reach each other's memory. looks: at a flag, before a wait runs out."""
 
+    @torch.inference_mode(False)  # counters are written in every mode
     def __init__(self, devices: Sequence[torch.device], hidden_size: int, looks: int = LOOKS):
         super().__init__(devices)
         check_peers(devices, f"tensor_parallel={[str(device) for device in devices]}")
@@ -172,6 +173,7 @@ class PeerLinks(Links):
                 )  # fmt: skip
         return whole
 
+    @torch.inference_mode(False)
     def _buffer(
         self, name: str, rank: int, rows: int, columns: int, dtype: torch.dtype, *, by_rows: bool = False
     ) -> Buffer:

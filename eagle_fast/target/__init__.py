@@ -14,6 +14,8 @@ fused, merged   decoder layers of Llama's shape in nine launches; weights that r
 norms        norms whose rows do not depend on how many there are
 longrope, experts   the two modules that would ask the device for a value
 shards       a model over several devices
+ranks, ranked   every layer over several devices: what a rank holds, and the target that they are together
+rank_files, rank_cache, rank_check   its weights as they are read, its keys and values, its exactness
 kind         which class of transformers loads a checkpoint, or that none does
 quantized    how quantized checkpoints are loaded
 formats      packed weights read from files, or made at load

@@ -149,7 +149,7 @@ for ranks in (2, 4):
         box = mailboxes([torch.device("cpu")] * ranks, 4096)[1]
         out = residual.clone(), residual.clone()
         exchange.exchange_add_rms_norm(products[1], residual, weight, 1e-5, box, 3, out)
-exchange.push(residual, out[0], box.base)
+exchange.push(residual[:, :4000].contiguous(), out[0][:, 96:], box.base)
 exchange.await_pushes(box.base, box.base.clone(), 64, box, 1)
 ptx = compiled[0].asm["ptx"]
 assert "st.global.v4" in ptx, "rows are pushed four numbers at a time"

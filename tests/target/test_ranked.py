@@ -5,12 +5,15 @@ import copy
 import pytest
 import torch
 from fake_devices import FakeDevices
+from machine import links_on, played
 from often_right import write_often_right_head, write_random_head
 from ranked import both, prompts
 from trees import PARENTS, tree_step
 from zoo import make
 
+import eagle_fast.target.ranked
 from eagle_fast.layers.attention import TreeStep
+from eagle_fast.layers.links import OutOfStepError
 from eagle_fast.target.anatomy import UnsupportedModel
 from eagle_fast.target.rank_files import cut_model
 from eagle_fast.target.ranked import RankedTarget
@@ -142,3 +145,38 @@ def test_other_families_are_refused_with_the_way(name):
 def test_more_ranks_than_query_heads():
     with pytest.raises(UnsupportedModel, match=r"over 5 ranks: .* cannot be dealt .*device_map='balanced'"):
         cuts_for(make("llama"), 5)
+
+
+def linked(monkeypatch):
+    """What plays the kernels of ranks that are made from now on."""
+    machine = played(monkeypatch)
+    made = lambda devices, width: links_on(machine, len(devices), width)  # noqa: E731
+    monkeypatch.setattr(eagle_fast.target.ranked, "links_between", made)
+    return machine
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_text_through_peer_links(ranks, monkeypatch):
+    """As GPUs exchange, played on the CPU: no rank waits for what the host has yet to launch, in prefill and rounds."""
+    machine = linked(monkeypatch)
+    monkeypatch.setattr("eagle_fast.decoding.round.PREFILL_CHUNK", 8)
+    pair = both(make("qwen3"), ["cpu"] * ranks)
+    for options in ({}, {"temperature": 1.0, "seed": 7}):
+        options = {**prompts(3), **options, "max_new_tokens": 12}
+        assert torch.equal(pair.ranked.eagenerate(**options), pair.single.naivegenerate(**options))
+    assert not machine.waiting
+    before = machine.synchronized
+    pair.ranked.eagenerate(**options)
+    assert machine.synchronized == before, "once all is loaded, nothing waits for a device"
+
+
+def test_a_wait_that_ran_out_ends_the_call_and_no_other(monkeypatch):
+    machine = linked(monkeypatch)
+    pair = both(make("llama"))
+    expected = pair.ranked.eagenerate(**prompts(1), max_new_tokens=20)
+    running = pair.ranked.ea_generate(**prompts(1), max_new_tokens=20)
+    next(running)
+    machine.boxes[1].told.fill_(1 + 256)
+    with pytest.raises(OutOfStepError, match=r"rank 1 .* waited in vain for rank 0"):
+        next(running)
+    assert torch.equal(pair.ranked.eagenerate(**prompts(1), max_new_tokens=20), expected)
