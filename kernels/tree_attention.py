@@ -39,7 +39,7 @@ from .launch import device_guard, resources, upcast, use_triton
 from .overlap import dependent_launch
 from .tree_attention_inputs import check_inputs, check_options
 from .tree_attention_kernels import attend_kernel, combine_kernel
-from .tree_attention_order import MOST_COLUMNS, SPLITS, UNIT
+from .tree_attention_order import AHEAD, MOST_COLUMNS, SPLITS, UNIT
 from .tree_attention_ref import tree_attention_ref
 
 # Gluon is experimental: other releases of Triton use `attend_kernel` only.
@@ -69,7 +69,7 @@ TILES = {
     (4, 16): (32, 64), (4, 32): (32, 64), (4, 64): (32, 32), (4, 128): (32, 16), (4, 256): (16, 16),
 }  # fmt: skip
 LEAST_ROWS = {2: 64, 4: 16}  # of a product, by the bytes of an element: see `tree_attention_order.py`
-SHORT_CACHE = SPLITS.value * UNIT.value  # rows up to which all splits are of one unit
+SHORT_CACHE = SPLITS.value * UNIT.value - AHEAD.value  # rows up to which all splits are of one unit
 COMBINED_ROWS = 8  # of a program of the second kernel
 LONG_CACHE = 4096  # rows from which on `tree_attention_hopper` attends, and the first kernel does not start early
 

@@ -8,12 +8,14 @@ import pytest
 import torch
 from eagle_fast_kernels import tree_attention as module
 from eagle_fast_kernels.tree_attention import tree_attention
-from eagle_fast_kernels.tree_attention_order import LAST
+from eagle_fast_kernels.tree_attention_order import AHEAD, LAST, SPLITS, UNIT
 
 from eagle_fast.config import MAX_DEPTH
 from eagle_fast.decoding.tree import bit_masks
 
-CONTEXTS = [5, 63, 64, 65, 127, 1000, 2020, 2047, 4095, 6100, 32000]
+WIDER = SPLITS.value * UNIT.value  # positions from which to which splits get wider
+FIRST_WIDER = WIDER - AHEAD.value  # position whose splits are the first of two units
+CONTEXTS = [5, 63, 64, 65, 127, 1000, FIRST_WIDER - 4, 2020, 2047, FIRST_WIDER + WIDER - 4, 4095, 6100, 32000]
 OPTIONS = {
     "plain": {},
     "window": {"window": 1000},
@@ -134,9 +136,9 @@ def test_every_capacity(length):
 
 @pytest.mark.gpu
 def test_paths_where_the_width_of_splits_changes():
-    """Nodes before and behind a multiple of 2,048 in one tree, by either kernel."""
+    """Nodes before and behind such a position in one tree, by either kernel."""
     for spare in (10, 3000):
-        for length in (2040, 4080, 4096):
+        for length in (FIRST_WIDER - 8, FIRST_WIDER + WIDER - 16, FIRST_WIDER + WIDER):
             assert not Problem([length], random_paths(60, 59), spare=spare).differing(range(60))
 
 
@@ -150,7 +152,7 @@ def test_the_comparison_can_fail(monkeypatch):
 
 
 @pytest.mark.usefixtures("triton_kernels")
-@pytest.mark.parametrize("length", [0, 100, 300, 2045, 2050, 2064])
+@pytest.mark.parametrize("length", [0, 100, 300, FIRST_WIDER - 3, FIRST_WIDER + 2, FIRST_WIDER + 16])
 @pytest.mark.parametrize("options", [{}, {"window": 200}], ids=str)
 def test_one_program_for_all_splits_gives_the_bits_of_one_for_each(length, options, monkeypatch):
     problem = Problem([length], random_paths(9, 5), (2, 1), 16, torch.float32, **options)
