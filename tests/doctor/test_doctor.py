@@ -274,8 +274,11 @@ def test_layers_cut_over_ranks(overrides, folder, monkeypatch):
     other = make("gpt2", sharp=False)
     assert "is none of them" in plan_ranks(2, other, 16, sizes(other, 100), FIGURES, LINKS, HeadBytes()).problem
     monkeypatch.setattr(findings, "examine_machine", lambda rows: machine(figures=FIGURES, links=[*LINKS.values()]))
-    plans = findings.examine(Setting(str(folder), options={"tensor_parallel": 2}))[1].plans
-    assert [each.strategy for each in plans[-2:]] == ["sequential", "tensor_parallel=2"]
+    found = findings.examine(Setting(str(folder), options={"tensor_parallel": 2}))
+    assert [each.strategy for each in found[1].plans[-2:]] == ["sequential", "tensor_parallel=2"]
+    said = "\n".join(lines(*found))
+    assert re.search(r"^tensor_parallel=2 +0: 0.0 \+ 0.0 \(6\)   1: .* 0 +[\d.]+ ms", said, re.MULTILINE)
+    assert "exchange the rows twice a layer" in said
 
 
 def test_weights_rounded_at_load(tmp_path, capsys):
