@@ -50,10 +50,10 @@ def warm_up(model: EaModel, new_tokens: int, screen: Screen) -> None:
     """On a GPU, compile and capture what the first answers need, before somebody waits for them. Ctrl-C skips it."""
     if model.target.device.type != "cuda":
         return
-    most = model.target.max_positions or ROOM
+    length, most = max(2 * new_tokens, ROOM), model.target.max_positions
     with screen.busy("warming up: kernels, graphs and their times; Ctrl-C skips it"), suppress(KeyboardInterrupt):
         try:
-            model.warmup(max_length=min(max(2 * new_tokens, ROOM), most))
+            model.warmup(max_length=length if most is None else min(length, most))
         except (ValueError, RuntimeError) as error:  # no room for so much: answers may be shorter
             screen.warn(f"not warmed up: {error}")
 
