@@ -159,12 +159,14 @@ def test_the_comparison_can_fail(monkeypatch):
 def test_one_program_for_all_splits_gives_the_bits_of_one_for_each(length, options, monkeypatch):
     problem = Problem([length], random_paths(9, 5), (2, 1), 16, torch.float32, **options)
     outs = []
-    for fold in (True, False):
+    for fold, warps in ((True, 8), (False, 10**6), (False, 0)):  # the last: one program, for one split after the other
         monkeypatch.setattr(module, "_tile", lambda *a, tile=module._tile, fold=fold: tile(*a)._replace(fold=fold))
+        monkeypatch.setattr(module, "WARPS", warps)
         outs.append(problem.tree())
         monkeypatch.undo()
         monkeypatch.setenv("EAGLE_FAST_KERNELS", "triton")
-    assert torch.equal(*outs)
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
     monkeypatch.setenv("EAGLE_FAST_KERNELS", "ref")
     torch.testing.assert_close(outs[0], problem.tree(), atol=5e-6, rtol=1e-5)
 
