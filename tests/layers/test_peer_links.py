@@ -61,21 +61,36 @@ def test_after_the_first_no_forward_waits_for_a_device(machine):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_alone_may_need_another_kernel(machine, rank):
+    """Ranks whose parts of a product are uneven cut them into uneven numbers of parts: nothing is loaded too late."""
+    links = links_on(machine, 2, WIDTH)
+    reference = Links([torch.device("cpu")] * 2)
+    for parts in (2, 3):
+        products, residuals, weights = case(2, 5, parts)
+        products[rank] = case(2, 5, parts, parts)[0][rank]
+        with links.forward():
+            for _ in range(2):
+                found = links.add_rms_norm(products, residuals, weights, EPS)
+        for mine, theirs in zip(found, reference.add_rms_norm(products, residuals, weights, EPS), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
 def test_an_interrupt_between_the_ranks_launches(machine, monkeypatch, rank):
     links = links_on(machine, 2, WIDTH)
     check_forward(links, 2, 5)
-    calls = iter(range(100))
+    calls, exchange = iter(range(100)), peer_links.exchange_add_rms_norm
 
-    def interrupted(x, residual, weight, eps, mailbox, *more, **options):
+    def interrupted(*args, **options):
         if next(calls) == 2 + rank:  # of the second exchange
             raise KeyboardInterrupt
-        machine.exchange(x, residual, weight, eps, mailbox, *more, **options)
+        exchange(*args, **options)
 
     monkeypatch.setattr(peer_links, "exchange_add_rms_norm", interrupted)
     with pytest.raises(KeyboardInterrupt):
         check_forward(links, 2, 5)
     assert links.broken
-    monkeypatch.setattr(peer_links, "exchange_add_rms_norm", machine.exchange)
+    monkeypatch.setattr(peer_links, "exchange_add_rms_norm", exchange)
     machine.runs_out = True  # waits are bounded
     links.settle()
     machine.runs_out = False
@@ -118,8 +133,9 @@ def test_an_interrupt_while_something_is_sent(machine, monkeypatch):
     def interrupted(*_, **options):
         raise KeyboardInterrupt
 
+    await_pushes = peer_links.await_pushes
     monkeypatch.setattr(peer_links, "await_pushes", interrupted)
     with pytest.raises(KeyboardInterrupt):
         links.send("tree", torch.arange(3))
-    monkeypatch.setattr(peer_links, "await_pushes", machine.await_pushes)
+    monkeypatch.setattr(peer_links, "await_pushes", await_pushes)
     assert [each[0].tolist() for each in links.send("tree", torch.arange(4))] == [[0, 1, 2, 3]] * 2
