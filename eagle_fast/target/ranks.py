@@ -141,11 +141,11 @@ class RankLayer:
             self.num_kv_heads, **self.head_norms,
         )  # fmt: skip
         attended = step.attend(query, keys, values, scale=self.scale, window=self.window)
-        return self.o.sums(attended.view(len(normed), -1))
+        return self.o.sums(attended.view(len(normed), -1), rounded=False)  # those of all ranks are rounded, once
 
     def mlp(self, normed: Tensor) -> Tensor:
         """Of rows [R, H]: this rank's part of the MLP's product, as `sums`."""
-        return self.down.sums(self.gate_up.gated(normed))
+        return self.down.sums(self.gate_up.gated(normed), rounded=False)
 
 
 @dataclass

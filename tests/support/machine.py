@@ -8,6 +8,7 @@ host itself would keep from ending is an error, and so is a kernel that is compi
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 
 import torch
 from eagle_fast_kernels import exchange
@@ -131,7 +132,7 @@ def played(monkeypatch) -> Machine:
     return machine
 
 
-def links_on(machine: Machine, ranks: int, width: int) -> PeerLinks:
-    links = PeerLinks([torch.device("cpu")] * ranks, width)
+def links_on(machine: Machine, devices: Sequence[torch.device], width: int) -> PeerLinks:
+    links = PeerLinks(devices, width)
     machine.boxes = links.mailboxes
     return links
