@@ -99,6 +99,16 @@ def test_bits_of_two_ranks_in_16_bits(dtype):
     assert far < 0.05, "sums in another order, and no more"
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_bits_of_packed_weights(bits):
+    with pytest.warns(UserWarning, match="packed weights"):
+        _, ranked = pair("llama", WIDE, writer=write_random_head, dtype=torch.bfloat16, target_bits=bits)
+    assert ranked.exactness == "bitwise", ranked.exactness.reason
+    for batch, options in itertools.product((1, 3), ({}, {"temperature": 1.0, "seed": 7})):
+        options = {**prompts(batch, "cuda:0"), **options, "max_new_tokens": NEW}
+        assert torch.equal(ranked.eagenerate(**options), ranked.naivegenerate(**options))
+
+
 def test_trees_may_change(monkeypatch):
     single, ranked = pair(adaptive=True)
     turns = itertools.count()
