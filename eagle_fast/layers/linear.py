@@ -60,10 +60,11 @@ class FewRowsLinear(nn.Linear):
     def _keeps_order(self) -> bool:
         return self.order is not None and self.order.kept
 
-    def sums(self, input: Tensor) -> Tensor:
-        """The product [..., N], or parts of it [S, ..., N] in fp32: see `few_rows_sums`."""
+    def sums(self, input: Tensor, *, rounded: bool = True) -> Tensor:
+        """The product [..., N], or parts of it [S, ..., N] in fp32: see `few_rows_sums`. rounded: whether all have the
+        same bits once they are rounded to the input's dtype, or, with an order kept, before."""
         if self._keeps_order:
-            return row_invariant_sums(input, self.weight, self.bias)
+            return row_invariant_sums(input, self.weight, self.bias, rounded=rounded)
         return run_sums(input, self.weight, None, self.bias)
 
     def gated(self, input: Tensor) -> Tensor:
