@@ -11,6 +11,7 @@ from zoo import FAMILIES, make
 
 from eagle_fast import EaModel
 from eagle_fast.decoding.graph import GraphedStep
+from eagle_fast.decoding.round import Round
 from eagle_fast.head import DraftHead
 from eagle_fast.head.config import HeadConfig, default_feature_layers
 
@@ -66,6 +67,16 @@ def test_no_host_sync_in_the_loop(method, temperature, batch, tmp_path):
     assert torch.equal(seen[-1], expected)
     most = expected.shape[1] - 19
     assert len(seen) == most if method == "naive_generate" else len(seen) < most
+
+
+def test_no_host_sync_between_prompts(tmp_path):
+    """The host launches a prompt while the device runs the one before."""
+    model = decoder("llama", tmp_path)
+    texts = [[3 + token % 100 for token in range(length)] for length in (9, 80, 19)]
+    state = Round(model.target, model.ea_layer, model.tree, len(texts), 128)
+    state.begin(texts, [100] * len(texts))  # compiles
+    with host_syncs_forbidden():
+        state.begin(texts, [100] * len(texts))
 
 
 ROWS = {"output_scores": True, "output_logits": True}
