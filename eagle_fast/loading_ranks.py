@@ -14,10 +14,12 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from eagle_fast.loading_errors import loading
 from eagle_fast.loading_options import CONFIG_OPTIONS, HUB_OPTIONS
-from eagle_fast.loading_packed import is_adapter
+from eagle_fast.loading_packed import is_adapter, packing_of
 from eagle_fast.loading_target import NAME, checked_dtypes, known_path, read_config, stated_dtype
-from eagle_fast.target.anatomy import Anatomy
+from eagle_fast.target.anatomy import Anatomy, UnsupportedModel
+from eagle_fast.target.formats.arriving import make_room
 from eagle_fast.target.kind import auto_class, check_layers
+from eagle_fast.target.packing import Bits, say_how_it_runs
 from eagle_fast.target.placement import GIB, free_bytes, skeleton
 from eagle_fast.target.rank_files import load_ranks
 from eagle_fast.target.ranks import INSTEAD, cut_bytes, cuts_for
@@ -28,10 +30,12 @@ FILES = ("*.safetensors", "*.safetensors.index.json", "generation_config.json")
 
 
 def load_cut_target(
-    path: Any, devices: Sequence[torch.device], options: dict[str, Any], beside: dict[str, Any]
-) -> PreTrainedModel:
+    path: Any, devices: Sequence[torch.device], options: dict[str, Any], beside: dict[str, Any],
+    target_bits: int | None = None,
+) -> PreTrainedModel:  # fmt: skip
     """The skeleton of a target, whose weights are on these devices. options: those of from_pretrained. beside: other
-    arguments that say how a target is loaded, None where they were not given. ValueError for what cannot be cut."""
+    arguments that say how a target is loaded, None where they were not given. target_bits: that the weights of layers
+    are rounded to. ValueError for what cannot be cut."""
     check_beside(path, options, beside)
     name = known_path(NAME, path)
     what = f"{NAME}={name!r}"
@@ -45,11 +49,20 @@ def load_cut_target(
     if auto_class(config, trusted, what) is not AutoModelForCausalLM:
         raise ValueError(f"tensor_parallel: {what} is no plain causal language model: {INSTEAD}")
     check_layers(Anatomy(config).stated_layers, what)
+    packing, reason = packing_of(config, name, options, Bits(target_bits), what, stated_dtype(options))
+    if packing is None and Anatomy(config).is_quantized:
+        raise UnsupportedModel(f"tensor_parallel: the weights of {what} are packed, and {reason}: {INSTEAD}")
     model = skeleton(config, stated_dtype(options), trust_remote_code=trusted)
-    check_room(model, devices)
+    stored = model
+    if packing is not None:
+        stored = skeleton(config, stated_dtype(options), trust_remote_code=trusted)
+        make_room(stored, packing.format)
+    check_room(stored, devices)
     with loading(NAME, name, options):
         folder = _folder(name, options)
-    load_ranks(model, folder, devices, what)
+    load_ranks(model, stored, folder, devices, what)
+    if packing is not None:
+        say_how_it_runs(packing.model, what, packing, reason)
     if (folder / "generation_config.json").is_file():
         with loading(NAME, name, options):
             model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -229,9 +229,13 @@ def _check(
     tensor("mailbox.flags", mailbox.flags, "n 2 M", (torch.int64,), (ranks, 2, most), near=near)
     if num_rows > most or width > MOST_COLUMNS:
         raise ValueError(f"residual is {[num_rows, width]}; expected at most {[most, MOST_COLUMNS]}")
-    if not residual.is_cuda:
-        raise ValueError(f"residual is on {residual.device}; expected a GPU: elsewhere there is no peer to wait for")
+    _check_gpu("residual", residual)
     return num_rows, width, x if x.dim() == 3 else x[None]
+
+
+def _check_gpu(name: str, x: Tensor) -> None:
+    if not x.is_cuda:
+        raise ValueError(f"{name} is on {x.device}; expected a GPU: elsewhere there is no peer to wait for")
 
 
 def exchange_add_rms_norm_ref(

@@ -7,25 +7,31 @@ padding. The first whose bits are the kernel's is taken from then on; where none
 weight once for every 64 rows. Tried on an H100 (cuBLAS 13.0), 13 numbers of rows from 65 to 2,048, eight weights: one
 call is right for all weights that the kernel does not cut, a call for each part nearly always.
 
-Bytes and flops: those of the product, and 4 S R N bytes of parts.
+Calls for parts add them up as they go, each onto the sum of those before, so that parts are not written and read again:
+4 R N bytes, which stay in L2 from one call to the next.
+
+Bytes and flops: those of the product.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .check import HALVES
+from .check import HALVES, flag
 from .linear import few_rows_matmul, few_rows_sums, gated_matmul, kernel_product, part_bounds, streams
 from .rms_norm import sum_parts_ref
 from .silu_mul import silu_mul
 
 PADDED = (128, 256)  # multiples of rows that are tried as well
+# whether a product comes by parts: never, as it is faster, or always
+WHOLE, EITHER, PARTS = (False,), (False, True), (True,)
 
 
 class Way(NamedTuple):
@@ -51,19 +57,22 @@ def row_invariant_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     """`few_rows_matmul` with its bits for any number of rows, where it has them: on a GPU, in 16 bits."""
     if not _takes(x, weight):
         return few_rows_matmul(x, weight, bias=bias)
-    return _product(x, weight, bias, split=False)
+    return _product(x, weight, bias, WHOLE)
 
 
-def row_invariant_sums(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`few_rows_sums` in the same way; or what they add up to, [..., N] in x's dtype, to the same bits."""
-    return _product(x, weight, bias, split=True) if _takes(x, weight) else few_rows_sums(x, weight, bias=bias)
+def row_invariant_sums(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, rounded: bool = True) -> Tensor:
+    """What `few_rows_sums` adds up to, fp32 [1, ..., N], or its parts, where the kernel runs. rounded: or [..., N] in
+    x's dtype."""
+    if not _takes(x, weight):
+        return few_rows_sums(x, weight, bias=bias)
+    return _product(x, weight, bias, EITHER if flag("rounded", rounded) else PARTS)
 
 
 def row_invariant_gated(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`gated_matmul` in the same way."""
     if not _takes(x, weight):
         return gated_matmul(x, weight, bias=bias)
-    gate_up = _product(x, weight, bias, split=False)
+    gate_up = _product(x, weight, bias, WHOLE)
     return silu_mul(gate_up.view(-1, len(weight))).view(*x.shape[:-1], len(weight) // 2)
 
 
@@ -74,8 +83,8 @@ def _takes(x: Tensor, weight: Tensor) -> bool:
     return streams(x[(0,) * (x.dim() - 1)], weight)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, *, split: bool) -> Tensor:
-    """[..., N] in x's dtype, or parts, fp32 [S, ..., N]."""
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, forms: tuple[bool, ...]) -> Tensor:
+    """[..., N] in x's dtype, or fp32 [S, ..., N], to be added up."""
     rows = x.reshape(-1, x.shape[-1])
     aligned = all(
         each.data_ptr() % 16 == 0 and each.stride(0) * each.element_size() % 16 == 0 for each in (rows, weight)
@@ -84,9 +93,9 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, *, split: bool) -> 
     if aligned and rows.stride(1) == 1:
         columns, inner = weight.shape
         way = exact_way(
-            Shape(x.device, x.dtype, len(rows), columns, inner, bias is not None, settings_of_torch()), split
+            Shape(x.device, x.dtype, len(rows), columns, inner, bias is not None, settings_of_torch()), forms
         )
-    out = _by_torch(rows, weight, bias, way) if way else kernel_product(rows, weight, None, bias, split=split)
+    out = _by_torch(rows, weight, bias, way) if way else kernel_product(rows, weight, None, bias, split=True in forms)
     return out.view(*out.shape[:-2], *x.shape[:-1], len(weight))
 
 
@@ -98,32 +107,34 @@ def settings_of_torch() -> tuple[object, ...]:
 
 
 def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, way: Way) -> Tensor:
-    """x [R, K] times weight [N, K] transposed, plus bias [N]: [R, N], or parts of it, fp32 [S, R, N]."""
+    """x [R, K] times weight [N, K] transposed, plus bias [N]: [R, N], or by part the sum of parts, fp32 [1, R, N]."""
     num_rows = len(x)
     if way.rows > num_rows:
         x = F.pad(x, (0, 0, 0, way.rows - num_rows))
     if not way.by_part:
         return F.linear(x, weight, bias)[:num_rows]
-    bounds = part_bounds(weight)
-    out = x.new_empty(len(bounds) - 1, way.rows, len(weight), dtype=torch.float32)
-    for part, low, high in zip(out, bounds[:-1], bounds[1:], strict=True):
-        torch.mm(x[:, low:high], weight[:, low:high].T, out_dtype=torch.float32, out=part)
-    if bias is not None:
-        out[0] += bias
-    return out[:, :num_rows]
+    total = x.new_empty(way.rows, len(weight), dtype=torch.float32)
+    for low, high in pairwise(part_bounds(weight)):
+        of_x, of_weight = x[:, low:high], weight[:, low:high].T
+        if low:
+            torch.addmm(total, of_x, of_weight, out_dtype=torch.float32, out=total)
+        else:
+            torch.mm(of_x, of_weight, out_dtype=torch.float32, out=total)
+            if bias is not None:
+                total += bias
+    return total[None, :num_rows]
 
 
-def ways(rows: int, split: bool) -> Iterator[Way]:
+def ways(rows: int, forms: tuple[bool, ...]) -> Iterator[Way]:
     for multiple in (1, *PADDED):
         padded = -(-rows // multiple) * multiple
         if multiple == 1 or padded > rows:
-            yield Way(padded, False)
-            if split:
-                yield Way(padded, True)
+            for by_part in forms:
+                yield Way(padded, by_part)
 
 
 @functools.cache
-def exact_way(shape: Shape, split: bool) -> Way | None:
+def exact_way(shape: Shape, forms: tuple[bool, ...]) -> Way | None:
     """The first way that gives the bits of the kernel; None where there is none, or no memory to try. Waits for the
     device, once for each shape."""
     generator = torch.Generator(shape.device).manual_seed(0)
@@ -131,6 +142,7 @@ def exact_way(shape: Shape, split: bool) -> Way | None:
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator, device=shape.device, dtype=shape.dtype)
 
+    split = True in forms
     try:
         x, weight = normal(shape.rows, shape.inner), normal(shape.columns, shape.inner)
         # terms that nearly cancel, so that 16 bits show every rounding of the sum
@@ -140,8 +152,9 @@ def exact_way(shape: Shape, split: bool) -> Way | None:
         bias = normal(shape.columns) if shape.biased else None
         parts = kernel_product(x, weight, None, bias, split=split)
         whole = sum_parts_ref(parts, shape.dtype) if split else parts
-        for way in ways(shape.rows, split):
-            if torch.equal(_by_torch(x, weight, bias, way), parts if way.by_part else whole):
+        for way in ways(shape.rows, forms):
+            out = _by_torch(x, weight, bias, way)
+            if torch.equal(out, sum_parts_ref(parts, torch.float32)[None] if way.by_part else whole):
                 return way
     except torch.OutOfMemoryError:
         pass

@@ -21,9 +21,9 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
-from .check import HALVES
+from .check import HALVES, flag
 from .launch import INTERPRET, device_guard, use_triton
-from .many_rows import Way, settings_of_torch, ways
+from .many_rows import EITHER, PARTS, WHOLE, Way, settings_of_torch, ways
 from .overlap import dependent_launch
 from .packed import launch, packed_gated, packed_matmul, packed_sums, packed_tile, part_bounds, streams
 from .packed_kernels import dense_kernel
@@ -84,16 +84,16 @@ def row_invariant_matmul(
     """`packed_matmul` with its bits for any number of rows, where it has them: on a GPU, in 16 bits."""
     if not _takes(x, packed):
         return packed_matmul(x, packed, bias=bias, factors=factors)
-    return _product(x, packed, bias, factors, split=False)
+    return _product(x, packed, bias, factors, WHOLE)
 
 
 def row_invariant_sums(
-    x: Tensor, packed: Packed, bias: Tensor | None = None, factors: Tensor | None = None
+    x: Tensor, packed: Packed, bias: Tensor | None = None, factors: Tensor | None = None, *, rounded: bool = True
 ) -> Tensor:  # fmt: skip
-    """`packed_sums` in the same way; or what they add up to, [..., N] in x's dtype, to the same bits."""
+    """`packed_sums` in the same way. rounded: or what they add up to, [..., N] in x's dtype, to the same bits."""
     if not _takes(x, packed):
         return packed_sums(x, packed, bias=bias, factors=factors)
-    return _product(x, packed, bias, factors, split=True)
+    return _product(x, packed, bias, factors, EITHER if flag("rounded", rounded) else PARTS)
 
 
 def row_invariant_gated(
@@ -102,7 +102,7 @@ def row_invariant_gated(
     """`packed_gated` in the same way."""
     if not _takes(x, packed):
         return packed_gated(x, packed, bias=bias, factors=factors)
-    return _gate(_product(x, packed, bias, factors, split=False))
+    return _gate(_product(x, packed, bias, factors, WHOLE))
 
 
 def convert(
@@ -157,12 +157,16 @@ def _gate(gate_up: Tensor) -> Tensor:
     return silu_mul(gate_up.view(-1, gate_up.shape[-1])).view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
-def _product(x: Tensor, packed: Packed, bias: Tensor | None, factors: Tensor | None, *, split: bool) -> Tensor:
+def _product(
+    x: Tensor, packed: Packed, bias: Tensor | None, factors: Tensor | None, forms: tuple[bool, ...]
+) -> Tensor:  # fmt: skip
     """[..., N] in x's dtype, or parts, fp32 [S, ..., N]."""
     rows, packed, factors = _prepared(x, packed, factors)
+    split = True in forms
     bounds = tuple(part_bounds(packed)) if split else (0, packed.in_features)
+    tried = WHOLE if forms == EITHER and len(bounds) == 2 else forms
     blocks = list(_blocks(packed))
-    found = [exact_way(_shape(rows, packed, bounds, columns, bias is not None)) for columns in blocks]
+    found = [exact_way(_shape(rows, packed, bounds, columns, bias is not None), tried) for columns in blocks]
     exact = [way for way in found if way is not None and (found[0] is None or way.by_part == found[0].by_part)]
     if len(exact) < len(blocks) or rows.data_ptr() % 16 or packed.in_features % 8:
         out = _by_kernel(rows, packed, bias, factors, bounds, split=split)
@@ -215,11 +219,11 @@ def _by_torch(
 
 
 @functools.cache
-def exact_way(shape: PackedShape) -> Way | None:
+def exact_way(shape: PackedShape, forms: tuple[bool, ...]) -> Way | None:
     """The first way that gives the bits of the kernel; None where there is none, or no memory to try. Waits for the
     device, once for each shape."""
     generator = torch.Generator(shape.device).manual_seed(0)
-    inner, split = shape.bounds[-1], len(shape.bounds) > 2
+    inner, split = shape.bounds[-1], True in forms
     groups = -(-inner // shape.group_size)
 
     def integers(most: int, *size: int) -> Tensor:
@@ -246,7 +250,7 @@ def exact_way(shape: PackedShape) -> Way | None:
         parts = _by_kernel(x, packed, bias, factors, shape.bounds, split=split)
         whole = sum_parts_ref(parts, shape.dtype) if split else parts
         everything = slice(0, shape.columns)
-        for way in ways(shape.rows, split):
+        for way in ways(shape.rows, forms):
             out = _by_torch(x, packed, bias, factors, everything, way, shape.bounds)
             if torch.equal(out, parts if way.by_part else whole):
                 return way

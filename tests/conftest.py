@@ -9,9 +9,22 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from pathlib import Path
+
 import pytest
+from failures import Failures
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--failures", type=Path, help="a file for the whole message of every failure, as it happens")
+
+
+def pytest_configure(config):
+    file = config.getoption("failures")
+    if file is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Failures(file))
 
 
 def pytest_collection_modifyitems(config, items):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 UNITS = (128, 64, 32, 16, 8)  # of a dimension: what kernels read at once is not cut, where there is enough of it
+GROUPS = (128, 64, 32)  # of columns that share a scale
 
 
 class HeadShare(NamedTuple):
@@ -54,6 +55,14 @@ def deal_dimension(total: int, ranks: int) -> list[range]:
         if total % unit == 0 and total // unit >= 8 * ranks:
             return parts_of(deal(total, ranks, unit))
     return parts_of(deal(total, ranks))
+
+
+def deal_groups(total: int, ranks: int) -> list[range]:
+    """Parts of a dimension along groups of so many columns as packed weights have, the largest that there are."""
+    for unit in GROUPS:
+        if total % unit == 0 and total // unit >= ranks:
+            return parts_of(deal(total, ranks, unit))
+    raise ValueError(f"{total} columns cannot be dealt to {ranks} ranks in groups of {' or '.join(map(str, GROUPS))}")
 
 
 def deal_heads(num_heads: int, num_kv_heads: int, ranks: int) -> list[HeadShare]:

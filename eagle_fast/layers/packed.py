@@ -98,11 +98,11 @@ class PackedLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         return (row_invariant_matmul if self._keeps_order else many_matmul)(input, *self._arguments(input))
 
-    def sums(self, input: Tensor) -> Tensor:
+    def sums(self, input: Tensor, *, rounded: bool = True) -> Tensor:
         """See `FewRowsLinear`."""
         packed, bias, factors = self._arguments(input)
         if self._keeps_order:
-            return row_invariant_sums(input, packed, bias, factors)
+            return row_invariant_sums(input, packed, bias, factors, rounded=rounded)
         if not streams(input, packed, bias):
             return many_matmul(input, packed, bias, factors)
         return packed_sums(input, packed, bias=bias, factors=factors)

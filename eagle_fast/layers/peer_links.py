@@ -129,9 +129,9 @@ class PeerLinks(Links):
     def _exchange(self, products, residuals, weights, eps: float, outs) -> None:
         """Of up to MOST_ROWS rows."""
         arguments = list(zip(products, residuals, weights, self.mailboxes, outs, strict=True))
-        size = products[0].shape[-2:].numel()
-        dtypes = products[0].dtype, residuals[0].dtype, weights[0].dtype
-        key = products[0].shape[:-2], dtypes, size % 16, len(residuals[0]) <= MOST_FUSED
+        parts = tuple((each.shape[:-2], each.dtype) for each in products)  # uneven ranks may have uneven numbers
+        size, dtypes = residuals[0].numel(), (residuals[0].dtype, weights[0].dtype)
+        key = parts, dtypes, size % 16, len(residuals[0]) <= MOST_FUSED
         if key not in self.loaded:
             self._synchronize()
             for (product, residual, weight, mailbox, out), never in zip(arguments, self.never, strict=True):

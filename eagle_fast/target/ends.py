@@ -59,4 +59,4 @@ def are_tied(embedding: Any, lm_head: Any) -> bool:
 
 def _held(end: Any) -> Tensor:
     end = end.rows if isinstance(end, PackedEmbedding) else end
-    return end.words if hasattr(end, "words") else end.weight
+    return end.words if hasattr(end, "words") else getattr(end, "weight", end)  # what is yet to be packed may have none

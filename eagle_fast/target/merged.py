@@ -29,7 +29,7 @@ class SideBySide(nn.Module):
         """input [..., K] -> [..., N], N of all layers."""
         return torch.cat([linear(input) for linear in self.linears], -1)
 
-    def sums(self, input: Tensor) -> Tensor:
+    def sums(self, input: Tensor, *, rounded: bool = True) -> Tensor:
         """See `FewRowsLinear`."""
         return self(input)
 

@@ -13,15 +13,28 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from eagle_fast_kernels.packed_layout import Packed, merge
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from eagle_fast.layers.linear import RowOrder
+from eagle_fast.layers.packed import PackedLinear
 from eagle_fast.messages import listed
-from eagle_fast.target.anatomy import Anatomy, decoder_layers, final_norm, llama_layer, llama_norm, placed_modules
+from eagle_fast.target.anatomy import (
+    Anatomy,
+    UnsupportedModel,
+    decoder_layers,
+    final_norm,
+    llama_layer,
+    llama_norm,
+    placed_modules,
+)
 from eagle_fast.target.ends import are_tied, ends
-from eagle_fast.target.ranks import Rank, RankLayer, cut_ends, cuts_for, layer_windows, norm_on, rotary_on
+from eagle_fast.target.merged import weight_of
+from eagle_fast.target.packing import check_none_packed
+from eagle_fast.target.rank_parts import in_order_of_down
+from eagle_fast.target.ranks import INSTEAD, Rank, RankLayer, cut_ends, cuts_for, layer_windows, norm_on, rotary_on
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 _CUT = "eagle_ranks"  # attribute of a skeleton
@@ -33,12 +46,13 @@ class CutModel(NamedTuple):
     ranks: list[Rank]
     order: RowOrder
 
-    def whole_lm_head(self) -> Tensor:
+    def whole_lm_head(self) -> Tensor | Packed:
         """[V, H] on rank 0, a copy where it is not the embedding."""
-        first = self.ranks[0]
+        first, parts = self.ranks[0], [rank.lm_head for rank in self.ranks]
         if first.is_tied:
             return first.embedding
-        return torch.cat([rank.lm_head.weight.detach().to(first.device) for rank in self.ranks])
+        packed = [copy.deepcopy(part).to(first.device).packed for part in parts if isinstance(part, PackedLinear)]
+        return merge(packed) if packed else torch.cat([weight_of(part).detach().to(first.device) for part in parts])
 
 
 def cut_of(model: Any) -> CutModel | None:
@@ -52,6 +66,7 @@ class Checkpoint:
     def __init__(self, folder: Path, files: ExitStack, what: str):
         self.folder, self.files, self.what = folder, files, what
         self.open: dict[str, Any] = {}
+        self.read: set[str] = set()  # tensors
         if (folder / INDEX).is_file():
             self.places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         elif (folder / WHOLE).is_file():
@@ -68,27 +83,40 @@ class Checkpoint:
 
     def fill(self, module: nn.Module, prefix: str) -> Any:
         """A copy of a module of the skeleton with its weights, on the CPU. ValueError for tensors that don't fit."""
-        made, state = copy.deepcopy(module), {}
-        missing = [prefix + name for name in made.state_dict() if prefix + name not in self.places]
+        made, empty = copy.deepcopy(module), module.state_dict()
+        missing = [prefix + name for name in empty if prefix + name not in self.places]
         if missing:
             raise ValueError(f"{self.what} lacks {listed(missing)}: is it complete, and its config.json its own?")
-        for name, empty in made.state_dict().items():
+        for name, expected in empty.items():
             tensor = self._file(self.places[prefix + name]).get_tensor(prefix + name)
-            if tensor.shape != empty.shape:
+            if tensor.shape != expected.shape and not tensor.numel() == expected.numel() == 1:
                 raise ValueError(
-                    f"{self.what} has {prefix + name} as {list(tensor.shape)}, its config.json says {list(empty.shape)}"
+                    f"{self.what} has {prefix + name} as {list(tensor.shape)}, its config.json says "
+                    f"{list(expected.shape)}"
                 )
-            state[name] = tensor.to(empty.dtype)
-        made.load_state_dict(state, assign=True)
+            self.read.add(prefix + name)
+            owner, _, leaf = name.rpartition(".")
+            weight = nn.Parameter(tensor.to(expected.dtype), requires_grad=False)
+            setattr(made.get_submodule(owner), leaf, weight)  # the last of a packed layer's packs it
         return made
 
+    def unread(self, prefix: str) -> list[str]:
+        """Tensors of the files, in the modules whose names begin so, that nobody asked for."""
+        return [name for name in self.places if name.startswith(prefix) and name not in self.read]
 
-def load_ranks(model: PreTrainedModel, folder: Path, devices: Sequence[torch.device], what: str) -> PreTrainedModel:
-    """Give a skeleton the weights of its checkpoint, cut over devices; it comes back. what: the model, for messages."""
-    names = {module: name for name, module in model.named_modules()}
+
+def load_ranks(
+    model: PreTrainedModel, stored: PreTrainedModel, folder: Path, devices: Sequence[torch.device], what: str
+) -> PreTrainedModel:
+    """Give a skeleton the weights of its checkpoint, cut over devices; it comes back.
+
+    stored: the same skeleton, or one with room for what its files have packed. what: the model, for messages.
+    """
+    names = {module: name for name, module in stored.named_modules()}
     with ExitStack() as files:
         checkpoint = Checkpoint(folder, files, what)
-        cut = cut_model(model, devices, lambda module: checkpoint.fill(module, f"{names[module]}."))
+        cut = cut_model(stored, devices, lambda module: checkpoint.fill(module, f"{names[module]}."))
+    check_none_packed(checkpoint.unread(""), what)
     return attached(model, cut)
 
 
@@ -105,8 +133,14 @@ def cut_model(
     for layer, window in zip(found[1], windows, strict=True):
         stock = llama_layer(read(layer))
         assert stock is not None, "its family was checked"
+        stock = in_order_of_down(stock)
         for share, device, mine in zip(shares, devices, layers, strict=True):
-            mine.append(RankLayer(stock, share, device, window, order))
+            try:
+                mine.append(RankLayer(stock, share, device, window, order))
+            except ValueError as error:
+                raise UnsupportedModel(
+                    f"tensor_parallel over {len(devices)} ranks, layer {stock.layer_index}: {error}; {INSTEAD}"
+                ) from error
         del stock
     embedding, lm_head = ends(model)
     table, final = read(embedding), llama_norm(read(norm))
@@ -114,8 +148,7 @@ def cut_model(
     assert final is not None, "its family was checked"
     ranks = []
     for share, device, mine in zip(shares, devices, layers, strict=True):
-        whole, part = cut_ends(table, head, share, device)
-        part.order = order
+        whole, part = cut_ends(table, head, share, device, order)
         ranks.append(Rank(share, device, whole, mine, norm_on(final, device), part, rotary_on(model, device)))
     return CutModel(ranks, order)
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from eagle_fast.layers.attention import Step
-from eagle_fast.layers.cuts import HeadShare, deal_dimension, deal_heads, taken
-from eagle_fast.layers.linear import FewRowsLinear, RowOrder
+from eagle_fast.layers.cuts import HeadShare, deal_dimension, deal_groups, deal_heads, taken
+from eagle_fast.layers.linear import COLUMNS, ROWS, FewRowsLinear, RowOrder
+from eagle_fast.layers.packed import PackedLinear
 from eagle_fast.layers.slab import KVSlab, LayerShape
 from eagle_fast.target.anatomy import (
     Anatomy,
@@ -34,8 +35,12 @@ from eagle_fast.target.anatomy import (
     llama_norm,
     rotary_of,
 )
-from eagle_fast.target.ends import are_tied, ends
+from eagle_fast.target.ends import are_tied, dtype_of, ends
+from eagle_fast.target.formats.arriving import ArrivingLinear
+from eagle_fast.target.merged import weight_of
+from eagle_fast.target.rank_parts import PartLinear, part_of, tensors_of
 
+KNOWN = nn.Linear, ArrivingLinear, PackedLinear
 INSTEAD = "leave tensor_parallel out: device_map='balanced' spreads layers over GPUs"
 
 
@@ -63,28 +68,59 @@ def cuts_for(model: PreTrainedModel, ranks: int) -> Cuts:
     """UnsupportedModel, which names layer shards as the way, for models that cannot be cut, or not so often."""
     check_family(model)
     anatomy = Anatomy(model)
-    rows = ends(model)[1].weight.shape[0]
+    rows = ends(model)[1].out_features
+    inner = deal_groups if is_packed(model) else deal_dimension
     try:
         return Cuts(
             deal_heads(anatomy.num_heads, anatomy.num_kv_heads, ranks),
-            deal_dimension(anatomy.intermediate_size, ranks),
+            inner(anatomy.intermediate_size, ranks),
             deal_dimension(rows, ranks),
         )
     except ValueError as error:
         raise UnsupportedModel(f"tensor_parallel over {ranks} ranks: {error}; {INSTEAD}") from error
 
 
+def is_packed(model: PreTrainedModel) -> bool:
+    """Whether some linear layers of a decoder are packed, or will be."""
+    return any(isinstance(each, (ArrivingLinear, PackedLinear)) for each in linears_of(model))
+
+
+def linears_of(model: PreTrainedModel) -> list[Any]:
+    """Those that are cut, of all layers of a model of a known family."""
+    found = decoder_layers(model, Anatomy(model).num_layers)
+    layers = [llama_layer(layer) for layer in (found[1] if found else ())]
+    return [
+        each
+        for layer in layers
+        if layer is not None
+        for each in (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)
+    ]
+
+
 def cut_bytes(model: PreTrainedModel, cuts: Cuts) -> list[int]:
     """Bytes of weights on each rank, of a model on the meta device perhaps; norms not counted."""
     anatomy, (embedding, lm_head) = Anatomy(model), ends(model)
-    size, hidden = model.dtype.itemsize, anatomy.hidden_size
+    sizes = list(map(stored_bytes, linears_of(model)))
+    attention = [sum(sizes[place::7]) for place in range(4)]  # q, k, v, o
+    inner = sum(sum(sizes[place::7]) for place in range(4, 7))
     found = []
     for share in map(cuts.of, range(len(cuts.heads))):
-        heads = 2 * len(share.heads.query) + 2 * len(share.heads.kv)
-        layer = hidden * (heads * anatomy.head_dim + 3 * len(share.inner))
-        tail = 0 if are_tied(embedding, lm_head) else len(share.vocabulary) * hidden
-        found.append(size * (anatomy.num_layers * layer + tail) + embedding.weight.nbytes)
+        query, kv = len(share.heads.query), len(share.heads.kv)
+        layers = (attention[0] + attention[3]) * query // anatomy.num_heads
+        layers += (attention[1] + attention[2]) * kv // anatomy.num_kv_heads
+        layers += inner * len(share.inner) // anatomy.intermediate_size
+        tail = 0
+        if not are_tied(embedding, lm_head):
+            tail = stored_bytes(lm_head) * len(share.vocabulary) // lm_head.out_features
+        found.append(layers + tail + embedding.weight.nbytes)
     return found
+
+
+def stored_bytes(linear: Any) -> int:
+    """Of a weight, or about as many as it will take once it is packed."""
+    if isinstance(linear, ArrivingLinear):
+        return linear.scheme.num_bytes(linear.out_features, linear.in_features)
+    return linear.num_bytes if isinstance(linear, PackedLinear) else linear.weight.nbytes
 
 
 def check_family(model: PreTrainedModel) -> None:
@@ -100,8 +136,9 @@ def check_family(model: PreTrainedModel) -> None:
     tied = are_tied(*ends(model))
     if tied and getattr(ends(model)[1], "bias", None) is not None:
         raise UnsupportedModel(f"tensor_parallel does not know a tied lm_head with a bias yet: {INSTEAD}")
-    if anatomy.is_quantized:
-        raise UnsupportedModel(f"tensor_parallel does not cut packed weights yet, as those of this {kind}: {INSTEAD}")
+    foreign = {type(each).__name__ for each in linears_of(model) if type(each) not in KNOWN}
+    if foreign:
+        raise UnsupportedModel(f"tensor_parallel does not cut layers of a library ({', '.join(foreign)}): {INSTEAD}")
     kinds, odd = set(anatomy.layer_kinds), {"longrope", "dynamic"} & anatomy.rope_types
     if odd or kinds - {"full_attention", "sliding_attention"}:
         what = f"rope_type {odd.pop()!r}" if odd else f"layers of type {sorted(kinds)}"
@@ -109,23 +146,22 @@ def check_family(model: PreTrainedModel) -> None:
 
 
 class RankLayer:
-    """One rank's part of a decoder layer. order: of whoever runs it."""
+    """One rank's part of a decoder layer, whose `down` has no order of columns. order: of whoever runs it. ValueError
+    for packed weights that do not lie so."""
 
     def __init__(self, stock: LlamaLayer, share: Share, device: torch.device, window: int, order: RowOrder):
-        def part(linears: Sequence[nn.Linear], parts: Sequence[range], dim: int = 0) -> FewRowsLinear:
-            made = part_of(linears, parts, dim, device, biased=dim == 0 or share.rank == 0)
-            made.order = order
-            return made
+        def part(linears: Sequence[Any], parts: Sequence[range], axis: int = ROWS) -> PartLinear:
+            return part_of(linears, parts, axis, device, order, biased=axis == ROWS or share.rank == 0)
 
         query, kv = share.heads.rows(stock.head_dim)
         self.index, self.scale, self.window = stock.layer_index, stock.scale, window
         self.qkv = part([stock.q, stock.k, stock.v], [query, kv, kv])
-        self.o = part([stock.o], [query], 1)
+        self.o = part([stock.o], [query], COLUMNS)
         self.gate_up = part([stock.gate, stock.up], [share.inner, share.inner])
-        self.down = part([stock.down], [share.inner], 1)
+        self.down = part([stock.down], [share.inner], COLUMNS)
         self.input_norm, self.post_norm = (norm_on(norm, device) for norm in (stock.input_norm, stock.post_norm))
         self.num_heads, self.num_kv_heads = len(share.heads.query), len(share.heads.kv)
-        self.shape = LayerShape(self.num_kv_heads, stock.head_dim, stock.q.weight.dtype, device)
+        self.shape = LayerShape(self.num_kv_heads, stock.head_dim, dtype_of(stock.q), device)
         self.head_norms: dict[str, Any] = {}  # as `rope_append` takes them
         if stock.q_norm is not None and stock.k_norm is not None:
             norms = [norm_on(norm, device) for norm in (stock.q_norm, stock.k_norm)]
@@ -141,11 +177,11 @@ class RankLayer:
             self.num_kv_heads, **self.head_norms,
         )  # fmt: skip
         attended = step.attend(query, keys, values, scale=self.scale, window=self.window)
-        return self.o.sums(attended.view(len(normed), -1))
+        return self.o.sums(attended.view(len(normed), -1), rounded=False)  # those of all ranks are rounded, once
 
     def mlp(self, normed: Tensor) -> Tensor:
         """Of rows [R, H]: this rank's part of the MLP's product, as `sums`."""
-        return self.down.sums(self.gate_up.gated(normed))
+        return self.down.sums(self.gate_up.gated(normed), rounded=False)
 
 
 @dataclass
@@ -157,7 +193,7 @@ class Rank:
     embedding: Tensor  # [V, H]
     layers: list[RankLayer]
     norm: Norm
-    lm_head: FewRowsLinear
+    lm_head: PartLinear
     rotary: nn.Module
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -172,32 +208,20 @@ class Rank:
     @property
     def is_tied(self) -> bool:
         """Whether its part of lm_head is a view of the embedding."""
-        return self.lm_head.weight.untyped_storage().data_ptr() == self.embedding.untyped_storage().data_ptr()
+        pointers = [each.untyped_storage().data_ptr() for each in (weight_of(self.lm_head), self.embedding)]
+        return pointers[0] == pointers[1]
 
     @property
     def weights(self) -> list[Tensor]:
         """All that takes memory, but norms; a tied weight once."""
         linears = [each for layer in self.layers for each in (layer.qkv, layer.o, layer.gate_up, layer.down)]
         linears += [] if self.is_tied else [self.lm_head]
-        return [self.embedding, *(each for linear in linears for each in linear.parameters())]
+        return [self.embedding, *(each for linear in linears for each in tensors_of(linear))]
 
     @property
     def num_bytes(self) -> int:
         """Of its weights."""
         return sum(each.nbytes for each in self.weights)
-
-
-def part_of(
-    linears: Sequence[nn.Linear], parts: Sequence[range], dim: int, device: torch.device, *, biased: bool = True
-) -> FewRowsLinear:
-    """One layer of parts of several, side by side, copied to a device. biased: whether their biases come along."""
-    pairs = list(zip(linears, parts, strict=True))
-    weight = torch.cat([taken(each.weight.detach(), [part], dim).to(device) for each, part in pairs])
-    bias = None
-    if biased and linears[0].bias is not None:
-        whole = [taken(each.bias.detach(), [part]) if dim == 0 else each.bias.detach() for each, part in pairs]
-        bias = torch.cat([each.to(device) for each in whole])
-    return FewRowsLinear.of(weight, bias)
 
 
 def norm_on(norm: Norm, device: torch.device) -> Norm:
@@ -217,10 +241,14 @@ def layer_windows(model: PreTrainedModel) -> list[int]:
     return [(anatomy.window or 0) if kind == "sliding_attention" else 0 for kind in kinds]
 
 
-def cut_ends(embedding: nn.Module, lm_head: Any, share: Share, device: torch.device) -> tuple[Tensor, FewRowsLinear]:
+def cut_ends(
+    embedding: nn.Module, lm_head: Any, share: Share, device: torch.device, order: RowOrder
+) -> tuple[Tensor, PartLinear]:
     """(embedding [V, H], this rank's part of lm_head) of stock ones; a tied lm_head may be the embedding itself."""
     table: Any = embedding.weight
     table = table.detach().to(device, copy=True)
-    if are_tied(embedding, lm_head):
-        return table, FewRowsLinear.of(taken(table, [share.vocabulary]))
-    return table, part_of([lm_head], [share.vocabulary], 0, device)
+    if not are_tied(embedding, lm_head):
+        return table, part_of([lm_head], [share.vocabulary], ROWS, device, order)
+    tied = FewRowsLinear.of(taken(table, [share.vocabulary]))
+    tied.order = order
+    return table, tied

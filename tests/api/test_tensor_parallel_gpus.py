@@ -21,11 +21,11 @@ from eagle_fast.target.rank_files import cut_of
 NEW = 60
 GPUS = [0, 1]
 FUSED = ["llama", "llama3_rope", "qwen2", "qwen2_sliding", "qwen3", "mistral"]
-WIDE = {
-    "hidden_size": 512,
+WIDE = {  # 8 heads with 2 key heads, and 4 with 1
+    "hidden_size": 768,
     "intermediate_size": 1536,
     "head_dim": 64,
-    "num_attention_heads": 9,
+    "num_attention_heads": 12,
     "num_key_value_heads": 3,
 }
 pytestmark = pytest.mark.multi_gpu
@@ -97,6 +97,16 @@ def test_bits_of_two_ranks_in_16_bits(dtype):
               for model in (single, ranked)}  # fmt: skip
     far = (logits[single] - logits[ranked]).norm() / logits[single].norm()
     assert far < 0.05, "sums in another order, and no more"
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_bits_of_packed_weights(bits):
+    with pytest.warns(UserWarning, match="packed weights"):
+        _, ranked = pair("llama", WIDE, writer=write_random_head, dtype=torch.bfloat16, target_bits=bits)
+    assert ranked.exactness == "bitwise", ranked.exactness.reason
+    for batch, options in itertools.product((1, 3), ({}, {"temperature": 1.0, "seed": 7})):
+        options = {**prompts(batch, "cuda:0"), **options, "max_new_tokens": NEW}
+        assert torch.equal(ranked.eagenerate(**options), ranked.naivegenerate(**options))
 
 
 def test_trees_may_change(monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eagle_fast.layers.cuts import deal, deal_dimension, deal_heads, parts_of, taken
+from eagle_fast.layers.cuts import deal, deal_dimension, deal_groups, deal_heads, parts_of, taken
 
 
 @pytest.mark.parametrize("total", [1, 2, 7, 96, 131, 49152])
@@ -23,6 +23,17 @@ def test_a_dimension_is_dealt_whole(total, ranks):
 @pytest.mark.parametrize(("total", "ranks", "unit"), [(14336, 2, 128), (28672, 8, 128), (131, 3, 1)])
 def test_units_are_not_cut(total, ranks, unit):
     assert all(part.start % unit == 0 for part in deal_dimension(total, ranks))
+
+
+def test_groups_are_not_cut():
+    for total, ranks, unit in ((14336, 2, 128), (14336, 3, 128), (96, 2, 32), (64, 2, 32), (576, 4, 64)):
+        parts = deal_groups(total, ranks)
+        assert [row for part in parts for row in part] == list(range(total))
+        assert all(part.start % unit == 0 for part in parts)
+        assert max(map(len, parts)) - min(map(len, parts)) <= unit
+    for total, ranks in ((97, 2), (64, 4)):
+        with pytest.raises(ValueError, match=f"{total} columns cannot be dealt to {ranks} ranks in groups of 128 or"):
+            deal_groups(total, ranks)
 
 
 def test_sizes_are_as_equal_as_units_allow():

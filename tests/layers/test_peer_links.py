@@ -9,7 +9,7 @@ import eagle_fast.layers.peer_links as peer_links
 from eagle_fast.layers.links import Links, OutOfStepError
 from eagle_fast.layers.peer_links import MOST_ROWS
 
-WIDTH, EPS = 16, 1e-5
+WIDTH, EPS, CPU = 16, 1e-5, torch.device("cpu")
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def case(ranks, rows, seed, parts=2):
 
 def check_forward(links, ranks, rows, sites=4):
     """Some sums, as in a forward, are the reference's on all ranks."""
-    reference = Links([torch.device("cpu")] * ranks)
+    reference = Links([CPU] * ranks)
     with links.forward():
         for site in range(sites):
             given = case(ranks, rows, site)
@@ -38,21 +38,21 @@ def check_forward(links, ranks, rows, sites=4):
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_sums_of_forwards_of_many_sizes(machine, ranks):
-    links = links_on(machine, ranks, WIDTH)
+    links = links_on(machine, [CPU] * ranks, WIDTH)
     for rows in (1, 60, 2 * MOST_ROWS + 7, 60, 1):
         check_forward(links, ranks, rows)
     assert [int(each.base) for each in links.mailboxes] == [4 * 4 + 4 * 3] * ranks
 
 
 def test_an_odd_number_of_sums_leaves_the_turns_in_step(machine):
-    links = links_on(machine, 2, WIDTH)
+    links = links_on(machine, [CPU] * 2, WIDTH)
     for _ in range(3):
         check_forward(links, 2, 5, sites=3)
     assert [int(each.base) for each in links.mailboxes] == [12, 12]
 
 
 def test_after_the_first_no_forward_waits_for_a_device(machine):
-    links = links_on(machine, 2, WIDTH)
+    links = links_on(machine, [CPU] * 2, WIDTH)
     check_forward(links, 2, 60)
     before = machine.synchronized
     for rows in (60, 33):
@@ -61,21 +61,36 @@ def test_after_the_first_no_forward_waits_for_a_device(machine):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_an_interrupt_between_the_ranks_launches(machine, monkeypatch, rank):
-    links = links_on(machine, 2, WIDTH)
-    check_forward(links, 2, 5)
-    calls = iter(range(100))
+def test_one_rank_alone_may_need_another_kernel(machine, rank):
+    """Ranks whose parts of a product are uneven cut them into uneven numbers of parts: nothing is loaded too late."""
+    links = links_on(machine, [CPU] * 2, WIDTH)
+    reference = Links([CPU] * 2)
+    for parts in (2, 3):
+        products, residuals, weights = case(2, 5, parts)
+        products[rank] = case(2, 5, parts, parts)[0][rank]
+        with links.forward():
+            for _ in range(2):
+                found = links.add_rms_norm(products, residuals, weights, EPS)
+        for mine, theirs in zip(found, reference.add_rms_norm(products, residuals, weights, EPS), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
-    def interrupted(x, residual, weight, eps, mailbox, *more, **options):
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_interrupt_between_the_ranks_launches(machine, monkeypatch, rank):
+    links = links_on(machine, [CPU] * 2, WIDTH)
+    check_forward(links, 2, 5)
+    calls, exchange = iter(range(100)), peer_links.exchange_add_rms_norm
+
+    def interrupted(*args, **options):
         if next(calls) == 2 + rank:  # of the second exchange
             raise KeyboardInterrupt
-        machine.exchange(x, residual, weight, eps, mailbox, *more, **options)
+        exchange(*args, **options)
 
     monkeypatch.setattr(peer_links, "exchange_add_rms_norm", interrupted)
     with pytest.raises(KeyboardInterrupt):
         check_forward(links, 2, 5)
     assert links.broken
-    monkeypatch.setattr(peer_links, "exchange_add_rms_norm", machine.exchange)
+    monkeypatch.setattr(peer_links, "exchange_add_rms_norm", exchange)
     machine.runs_out = True  # waits are bounded
     links.settle()
     machine.runs_out = False
@@ -85,7 +100,7 @@ def test_an_interrupt_between_the_ranks_launches(machine, monkeypatch, rank):
 
 
 def test_a_wait_that_ran_out_is_told_with_names_and_then_over(machine):
-    links = links_on(machine, 2, WIDTH)
+    links = links_on(machine, [CPU] * 2, WIDTH)
     links.mailboxes[1].told.fill_(waiting(1, 0))
     with pytest.raises(OutOfStepError, match=r"rank 1 \(cpu\) waited in vain for rank 0 \(cpu\)"):
         links.check()
@@ -94,7 +109,7 @@ def test_a_wait_that_ran_out_is_told_with_names_and_then_over(machine):
 
 
 def test_what_rank_0_sends_and_what_it_gathers(machine):
-    links = links_on(machine, 3, WIDTH)
+    links = links_on(machine, [CPU] * 3, WIDTH)
     for batch in (1, 3, 2, 9):
         tokens, depths = torch.arange(batch * 4).view(batch, 4), torch.arange(batch)
         for found in links.send("tree", tokens, depths):
@@ -106,20 +121,21 @@ def test_what_rank_0_sends_and_what_it_gathers(machine):
 
 
 def test_what_arrives_stays_until_the_next_of_its_name(machine):
-    links = links_on(machine, 2, WIDTH)
+    links = links_on(machine, [CPU] * 2, WIDTH)
     (_, (tree,)), (_, (path,)) = links.send("tree", torch.arange(3)), links.send("path", torch.arange(3, 6))
     assert (tree.tolist(), path.tolist()) == ([0, 1, 2], [3, 4, 5])
 
 
 def test_an_interrupt_while_something_is_sent(machine, monkeypatch):
-    links = links_on(machine, 2, WIDTH)
+    links = links_on(machine, [CPU] * 2, WIDTH)
     links.send("tree", torch.arange(3))
 
     def interrupted(*_, **options):
         raise KeyboardInterrupt
 
+    await_pushes = peer_links.await_pushes
     monkeypatch.setattr(peer_links, "await_pushes", interrupted)
     with pytest.raises(KeyboardInterrupt):
         links.send("tree", torch.arange(3))
-    monkeypatch.setattr(peer_links, "await_pushes", machine.await_pushes)
+    monkeypatch.setattr(peer_links, "await_pushes", await_pushes)
     assert [each[0].tolist() for each in links.send("tree", torch.arange(4))] == [[0, 1, 2, 3]] * 2

@@ -232,6 +232,8 @@ def test_more_rows_have_the_bits_of_few(num_rows, columns, name, bias, rows):
     for many, few in pairs:
         expected = torch.cat([added_up(few(part, packed, bias=bias), x.dtype) for part in x.split(60)])
         assert torch.equal(added_up(many(x, packed, bias), x.dtype), expected), many.__name__
+    parts = torch.cat([packed_sums(part, packed, bias=bias) for part in x.split(60)], 1)
+    assert torch.equal(row_invariant_sums(x, packed, bias, rounded=False), parts), "before they are rounded"
 
 
 @pytest.mark.gpu

@@ -68,6 +68,7 @@ PRIVATE_NAMES = {
     "messages.py": {"_getframe"},
     "model.py": {"_tokenizer_options"},
     "target/formats/scheme.py": {"_replace"},
+    "target/rank_parts.py": {"_replace"},
     "train/trainer.py": {"_replace"},
 }  # fmt: skip
 

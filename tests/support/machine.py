@@ -1,47 +1,88 @@
 """GPUs that reach each other's memory, where there are none: the kernels of exchanges are played by a few lines each.
 
-After `machine = played(monkeypatch)` ranks on the CPU may be linked as GPUs are, by `links_on(machine, ...)`. What a
-kernel waits for may come later; a wait that the host itself would keep from ending is an error.
+After `machine = played(monkeypatch)` ranks on the CPU may be linked as GPUs are, by `links_on(machine, ...)`. The
+wrappers of kernels run as they are, with all that they check. What a kernel waits for may come later; a wait that the
+host itself would keep from ending is an error, and so is a kernel that is compiled while another one waits.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
+
 import torch
+from eagle_fast_kernels import exchange
 from eagle_fast_kernels.exchange import own_sum_ref, waiting
 from eagle_fast_kernels.rms_norm import rms_norm_ref
+from torch import Tensor
 
 import eagle_fast.layers.peer_links as peer_links
 from eagle_fast.layers.peer_links import PeerLinks
+
+
+class Kernel:
+    """What takes a kernel's place: `play` of its arguments by name, after Triton's rules say what is compiled anew."""
+
+    def __init__(self, machine: Machine, jitted, play):
+        self.machine, self.play, self.compiled = machine, play, set()
+        self.names = list(inspect.signature(jitted.fn).parameters)
+        interpreted = getattr(jitted, "kwargs", None)
+        self.unspecialized = (
+            {each.name for each in jitted.params if each.do_not_specialize}
+            if interpreted is None
+            else set(interpreted["do_not_specialize"])
+        )
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self._launch(*grid, {**dict(zip(self.names, args, strict=False)), **options})
+
+    def _launch(self, programs, given) -> None:
+        key = tuple((name, self._kind(name, value)) for name, value in sorted(given.items()))
+        if key not in self.compiled:
+            assert not self.machine.waiting, "a kernel is loaded while another one waits"
+            self.compiled.add(key)
+        self.play(given, programs)
+
+    def _kind(self, name: str, value):
+        """What a kernel is compiled for, of one argument."""
+        if isinstance(value, Tensor):
+            return value.dtype, value.data_ptr() % 16 == 0
+        if name.isupper() or not isinstance(value, int):
+            return value
+        kind = "int32" if -(2**31) <= value < 2**31 else "int64"
+        return kind if name in self.unspecialized else (kind, value == 1, value % 16 == 0)
 
 
 class Machine:
     """Kernels wait until what they wait for is there; a rank that waits may not be kept from it by the host."""
 
     def __init__(self):
-        self.boxes, self.waiting, self.loaded, self.runs_out, self.synchronized = [], [], set(), False, 0
+        self.boxes, self.waiting, self.runs_out, self.synchronized = [], [], False, 0
 
-    def exchange(self, x, residual, weight, eps, mailbox, index, out, base=None, looks=0):
-        kernel = x.shape[:-2], residual.dtype
-        assert kernel in self.loaded or base is not None, "a kernel is loaded while nobody waits"
-        self.loaded.add(kernel)
-        wanted, turn, rows = int(mailbox.base if base is None else base) + index + 1, index % 2, slice(len(residual))
-        for peer in self.boxes:
-            if peer is not mailbox:
-                assert not self.reads(peer, turn, wanted), "rows are pushed over rows that are still to be read"
-                peer.rows[mailbox.rank, turn, rows] = own_sum_ref(x, residual.dtype)
-                peer.flags[mailbox.rank, turn, rows] = wanted
+    def exchange(self, given, programs):
+        rank, index, x, residual = given["RANK"], given["index"], given["x_ptr"], given["residual_ptr"]
+        mailbox, dtype = self.boxes[rank], residual.dtype
+        wanted, turn, rows = int(given["base_ptr"]) + index + 1, index % 2, slice(len(residual))
+        mine = own_sum_ref(x, dtype) if given["PARTS"] > 1 else own_sum_ref(x[0], dtype)
+        if given["PUSH"]:
+            for peer in self.boxes:
+                if peer is not mailbox:
+                    assert not self.reads(peer, turn, wanted), "rows are pushed over rows that are still to be read"
+                    peer.rows[rank, turn, rows] = mine
+                    peer.flags[rank, turn, rows] = wanted
+        if not given["WAIT"]:
+            return
 
         def there():
-            flags = [mailbox.flags[source, turn, rows] for source in range(len(self.boxes)) if source != mailbox.rank]
+            flags = [mailbox.flags[source, turn, rows] for source in range(len(self.boxes)) if source != rank]
             return all(bool((each >= wanted).all()) for each in flags)
 
         def finish():
             total = torch.zeros_like(residual, dtype=torch.float32)
             for source in range(len(self.boxes)):
-                mine = source == mailbox.rank
-                total += own_sum_ref(x, residual.dtype) if mine else mailbox.rows[source, turn, rows]
-            out[1].copy_(total.to(residual.dtype) + residual)
-            out[0].copy_(rms_norm_ref(out[1], weight, eps))
+                total += mine if source == rank else mailbox.rows[source, turn, rows]
+            given["total_ptr"].copy_(total.to(dtype) + residual)
+            given["normed_ptr"].copy_(rms_norm_ref(given["total_ptr"], given["weight_ptr"], given["eps"]))
 
         self.launch(mailbox, there, finish, (turn, wanted))
 
@@ -49,14 +90,15 @@ class Machine:
         """Whether a rank has yet to read rows of an earlier exchange in these turns."""
         return any(each[0] is mailbox and each[3][0] == turn and each[3][1] < wanted for each in self.waiting)
 
-    def push(self, x, there, arrived):
-        there.copy_(x)
-        arrived += 3
+    def push(self, given, programs):
+        given["there_ptr"].copy_(given["x_ptr"])
+        given["arrived_ptr"].add_(programs)
         self.go_on()
-        return 3
 
-    def await_pushes(self, arrived, expected, count, mailbox, source, looks=0):
-        wanted = int(expected) + count
+    def await_pushes(self, given, programs):
+        arrived, expected = given["arrived_ptr"], given["expected_ptr"]
+        wanted = int(expected) + given["count"]
+        (mailbox,) = [each for each in self.boxes if each.told is given["told_ptr"]]
         self.launch(mailbox, lambda: int(arrived) >= wanted, lambda: expected.fill_(wanted), (None, 0))
 
     def launch(self, mailbox, there, finish, reads):
@@ -81,15 +123,16 @@ class Machine:
 
 def played(monkeypatch) -> Machine:
     machine = Machine()
+    for name, play in (("exchange", machine.exchange), ("push", machine.push), ("await", machine.await_pushes)):
+        kernel = getattr(exchange, f"_{name}_kernel")
+        monkeypatch.setattr(exchange, f"_{name}_kernel", Kernel(machine, kernel, play))
+    monkeypatch.setattr(exchange, "_check_gpu", lambda *_: None)
     monkeypatch.setattr(peer_links, "check_peers", lambda *_: None)
-    monkeypatch.setattr(peer_links, "exchange_add_rms_norm", machine.exchange)
-    monkeypatch.setattr(peer_links, "push", machine.push)
-    monkeypatch.setattr(peer_links, "await_pushes", machine.await_pushes)
     monkeypatch.setattr(torch.cuda, "synchronize", machine.synchronize)
     return machine
 
 
-def links_on(machine: Machine, ranks: int, width: int) -> PeerLinks:
-    links = PeerLinks([torch.device("cpu")] * ranks, width)
+def links_on(machine: Machine, devices: Sequence[torch.device], width: int) -> PeerLinks:
+    links = PeerLinks(devices, width)
     machine.boxes = links.mailboxes
     return links

@@ -4,16 +4,22 @@ import copy
 
 import pytest
 import torch
+from decoders import TREE
+from eagle_fast_kernels import many_rows
 from fake_devices import FakeDevices
 from machine import links_on, played
 from often_right import write_often_right_head, write_random_head
-from ranked import both, prompts
+from ranked import both, folders, prompts
 from trees import PARENTS, tree_step
 from zoo import make
 
 import eagle_fast.target.ranked
+from eagle_fast import EaModel
 from eagle_fast.layers.attention import TreeStep
 from eagle_fast.layers.links import OutOfStepError
+from eagle_fast.layers.slab import KVSlab
+from eagle_fast.loading import load_head
+from eagle_fast.loading_ranks import load_cut_target
 from eagle_fast.target.anatomy import UnsupportedModel
 from eagle_fast.target.rank_files import cut_model
 from eagle_fast.target.ranked import RankedTarget
@@ -131,6 +137,21 @@ def test_a_rank_holds_its_share():
     assert not pointers & {weight.untyped_storage().data_ptr() for weight in held}
 
 
+def test_what_a_rank_adds_to_a_sum_is_never_rounded_before(triton_kernels, monkeypatch):
+    """Of more rows than the kernel takes too, where the sum of its parts would be faster to have, but rounded."""
+    monkeypatch.setattr(many_rows, "_takes", lambda x, weight: x.shape[:-1].numel() > 64)
+    faster = {many_rows.EITHER: many_rows.Way(70, False)}
+    monkeypatch.setattr(many_rows, "exact_way", lambda shape, forms: faster.get(forms))
+    cut = cut_model(make("llama", dtype=torch.bfloat16), [torch.device("cpu")] * 2)
+    layer, cut.order.kept = cut.ranks[1].layers[0], True
+    slab, ones = KVSlab([layer.shape], 70, 64), torch.ones(70, 1, dtype=torch.long)
+    step, rows = TreeStep(0 * ones[:, 0], ones[..., None], 0 * ones), torch.randn(70, 64).bfloat16()
+    rotation = torch.ones(70, 16).bfloat16(), torch.zeros(70, 16).bfloat16()
+    for product in (layer.mlp(rows), layer.attend(rows, rotation, step, slab)):
+        assert product.dtype == torch.float32
+        assert product.shape[1:] == rows.shape
+
+
 def test_a_tied_lm_head_is_a_view_of_the_embedding():
     for rank in cut_model(make("qwen3", tie_word_embeddings=True), [torch.device("cpu")] * 2).ranks:
         assert rank.lm_head.weight.untyped_storage().data_ptr() == rank.embedding.untyped_storage().data_ptr()
@@ -150,7 +171,7 @@ def test_more_ranks_than_query_heads():
 def linked(monkeypatch):
     """What plays the kernels of ranks that are made from now on."""
     machine = played(monkeypatch)
-    made = lambda devices, width: links_on(machine, len(devices), width)  # noqa: E731
+    made = lambda devices, width: links_on(machine, devices, width)  # noqa: E731
     monkeypatch.setattr(eagle_fast.target.ranked, "links_between", made)
     return machine
 
@@ -168,6 +189,23 @@ def test_text_through_peer_links(ranks, monkeypatch):
     before = machine.synchronized
     pair.ranked.eagenerate(**options)
     assert machine.synchronized == before, "once all is loaded, nothing waits for a device"
+
+
+def test_rounds_over_devices_that_do_not_mix(monkeypatch, tmp_path):
+    """Whole rounds through the links of GPUs: between devices goes what kernels of exchanges push, and nothing else."""
+    linked(monkeypatch)
+    paths, fakes = folders(make("qwen3"), tmp_path), [torch.device("cpu", index) for index in range(2)]
+    single = EaModel.from_pretrained(**paths, **TREE)
+    with FakeDevices() as devices:
+        base = load_cut_target(paths["base_model_path"], fakes, {}, {})
+        ranked = EaModel(base, load_head(paths["ea_model_path"], base), tree=single.tree)
+        devices.between_devices()
+        for options in ({}, {"temperature": 1.0, "seed": 7}):
+            options = {**prompts(3), **options, "max_new_tokens": 12}
+            expected = single.naivegenerate(**options)
+            assert torch.equal(ranked.eagenerate(**options), expected)
+            assert torch.equal(ranked.naivegenerate(**options), expected)
+        assert {copy.where for copy in devices.between_devices()} == {"send", "gather", "_exchange"}
 
 
 def test_a_wait_that_ran_out_ends_the_call_and_no_other(monkeypatch):
