@@ -24,6 +24,22 @@ def where(base_model: Any) -> dict[str, Any]:
     return device_map_of(base_model) if cut_of(base_model) is None else dict(base_model.hf_device_map)
 
 
+class OfTree:
+    """An option of from_pretrained that is no attribute: assigning it says what is."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, model: Any, owner: type | None = None):
+        raise AttributeError(f"{self.name}: the tree is model.tree")
+
+    def __set__(self, model: Any, value: Any):
+        raise AttributeError(
+            f"{self.name}={value!r} would change nothing: assign model.tree = TreeConfig(total_token, depth, top_k), "
+            "or, in SafeAILab/EAGLE's words, total_tokens, depth and top_k of model.ea_layer"
+        )
+
+
 class PartsMixin:
     """For `EaModel`."""
 
@@ -38,6 +54,7 @@ class PartsMixin:
     _tree: TreeConfig
     generate: Callable
     _heard: tuple[int, int] = (0, 0)  # of which head, and how many of the words for its tree
+    total_token, depth, top_k = OfTree(), OfTree(), OfTree()
 
     @property
     def tree(self) -> TreeConfig:

@@ -6,6 +6,8 @@
     eagle-fast generate --file prompts.jsonl --json > answers.jsonl   # a line of JSON for each
     eagle-fast generate --compare "Why is the sky blue?"              # plainly too: same text? how much faster?
     eagle-fast generate --raw "Once upon a time"                      # goes on with the text, without a chat template
+    eagle-fast generate --file prompts.txt --batch 8                  # eight at a time; the texts are the same
+    eagle-fast generate --stop "2." "3." -- "List some birds."        # an answer ends behind one of these
 
 A file of prompts is .jsonl with an object a line (messages, turns, prompt or text), or has a prompt a line. Texts go to
 stdout, how fast they came to stderr. With --compare the exit code is 1 if a text differs from plain decoding's.
@@ -25,6 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--file", nargs="+", type=Path, default=[], metavar="FILE", dest="files", help="files of prompts"
     )
+    parser.add_argument(
+        "--batch", type=int, default=1, metavar="B", help="decode so many prompts at a time (default 1)"
+    )
+    parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="end an answer behind one of these texts")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each prompt, when it is answered")
     parser.add_argument("--compare", action="store_true", help="decode plainly as well, and compare texts and speed")
     parser.add_argument("--raw", action="store_true", help="continue prompts as they stand, without the chat template")

@@ -22,7 +22,7 @@ from eagle_fast.doctor.plan import (
     read_model,
     sizes,
 )
-from eagle_fast.doctor.plan_ranks import plan_ranks
+from eagle_fast.doctor.plan_ranks import model_to_cut, plan_ranks
 from eagle_fast.doctor.trees import Trees, examine_trees
 from eagle_fast.target.anatomy import Anatomy
 from eagle_fast.target.placement import STRATEGIES
@@ -86,7 +86,10 @@ def _plans(setting: Setting, model: PreTrainedModel, size: Sizes, head: HeadByte
     ]
     if ranks is not None:
         rows = setting.tree.total_token
-        found.append(plan_ranks(ranks, model, rows, size, machine.figures, links, head))
+        try:
+            found.append(plan_ranks(ranks, model_to_cut(setting), rows, size, machine.figures, links, head))
+        except ValueError as error:
+            found.append(Plan("tensor_parallel", problem=str(error)))
     return found
 
 

@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from eagle_fast.config import TreeConfig
 from eagle_fast.doctor.measure import GpuFigures, Link
@@ -28,7 +28,7 @@ from eagle_fast.loading_target import read_config
 from eagle_fast.target.anatomy import Anatomy, decoder_layers
 from eagle_fast.target.ends import are_tied, ends
 from eagle_fast.target.formats.arriving import num_parameters
-from eagle_fast.target.packing import Bits
+from eagle_fast.target.packing import Bits, Packing
 from eagle_fast.target.placement import place_of, plan_placement, skeleton
 
 
@@ -49,6 +49,10 @@ class Setting:
     def some(self, names: Collection[str]) -> dict[str, Any]:
         """Of the options, those of these names that were given."""
         return {name: self.options[name] for name in names if name in self.options}
+
+    @property
+    def trusted(self) -> bool:
+        return bool(self.options.get("trust_remote_code"))
 
 
 @dataclass(frozen=True)
@@ -109,15 +113,21 @@ class Shape(NamedTuple):
 
 def read_model(setting: Setting) -> Shape:
     """Of a hub name, or of a folder with a config.json. Raises ValueError."""
+    config, packing, reason = read_packing(setting)
+    if packing is not None:
+        return Shape(packing.model, packing.name)
+    return Shape(skeleton(config, trust_remote_code=setting.trusted), unpacked=reason)
+
+
+def read_packing(setting: Setting) -> tuple[PreTrainedConfig, Packing | None, str]:
+    """(the config; how weights are packed here, if they are; why they are not, where the file's are). Raises
+    ValueError."""
     path, options = known_path("--model", setting.model), modern_options(dict(setting.options))
     config = read_config(path, setting.some(CONFIG_OPTIONS), "--model")
     assert config is not None, "no gguf_file is among the options"
     config.dtype = setting.dtype or config.dtype or torch.bfloat16
     bits = Bits(options.get("target_bits"), options.get("lm_head_bits"))
-    packing, reason = packing_of(config, path, options, bits, f"--model {path!r}", None)
-    if packing is not None:
-        return Shape(packing.model, packing.name)
-    return Shape(skeleton(config, trust_remote_code=bool(options.get("trust_remote_code"))), unpacked=reason)
+    return config, *packing_of(config, path, options, bits, f"--model {path!r}", None)
 
 
 def sizes(model: PreTrainedModel, context: int) -> Sizes:

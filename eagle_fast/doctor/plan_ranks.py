@@ -13,9 +13,25 @@ from dataclasses import replace
 from transformers import PreTrainedModel
 
 from eagle_fast.doctor.measure import GpuFigures, Link
-from eagle_fast.doctor.plan import HeadBytes, Plan, Sizes, device_name, rate_of
+from eagle_fast.doctor.plan import HeadBytes, Plan, Setting, Sizes, device_name, rate_of, read_packing
 from eagle_fast.target.anatomy import Anatomy
+from eagle_fast.target.formats.arriving import make_room
+from eagle_fast.target.placement import skeleton
 from eagle_fast.target.ranks import cut_bytes, cuts_for
+
+
+def model_to_cut(setting: Setting) -> PreTrainedModel:
+    """On the meta device, with room for weights that are packed. Raises ValueError."""
+    config, packing, reason = read_packing(setting)
+    beside = sorted(setting.some(("device_map", "draft_device", "lm_head_bits")))
+    if beside:
+        raise ValueError(f"tensor_parallel does not go with {', '.join(beside)} yet")
+    if packing is None and Anatomy(config).is_quantized:
+        raise ValueError(f"its weights are packed, and {reason}")
+    model = skeleton(config, trust_remote_code=setting.trusted)
+    if packing is not None:
+        make_room(model, packing.format)
+    return model
 
 
 def plan_ranks(
@@ -27,7 +43,7 @@ def plan_ranks(
     links: Mapping[tuple[int, int], Link],
     head: HeadBytes,
 ) -> Plan:
-    """Of a number of GPUs, or of these. rows: of a round, that are exchanged."""
+    """Of a number of GPUs, or of these. model: as `model_to_cut` gives it; rows: of a round, that are exchanged."""
     places = [device_name(each) for each in (range(ranks) if isinstance(ranks, int) else ranks)]
     called = f"tensor_parallel={len(places)}"
     try:

@@ -130,6 +130,8 @@ def _plans(placements: Placements, free: dict[str, int]) -> Iterator[str]:
         + " and the keys and values once, at the"
     )
     yield "measured bandwidth, and copies the hidden rows at each crossing; launches and attention come on top."
+    if any(plan.strategy.startswith("tensor_parallel") for plan in plans):
+        yield "With tensor_parallel the GPUs read their parts at the same time, and exchange the rows twice a layer."
     yield from _problems(plans, free)
 
 

@@ -34,6 +34,10 @@ class TreeWords:
     topK_generate = Absent()
     stable_kv = Absent()
     tree_buffer = Absent()
+    sample = Absent()  # this one and those below of EAGLE's version 1
+    repeat_hidden = Absent()
+    repeat_kv = Absent()
+    reduce_kv = Absent()
     tree: TreeConfig | None = None
     asked: tuple[tuple[str, int], ...] = ()  # (field of TreeConfig, value) in the order of assignment
     heard: int = 0  # how many of them `tree` has

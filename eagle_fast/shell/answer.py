@@ -23,17 +23,34 @@ class Step(NamedTuple):
 
 
 def decode(
-    model: EaModel, prompt: list[int], settings: Settings, *, with_head: bool = True, reuse_cache: bool = False
+    model: EaModel, prompt: list[int], settings: Settings, *, with_head: bool = True, **more: Any
 ) -> Generator[Step, None, None]:
-    """Decode prompt, with the head or plainly. May be closed, or interrupted, at any moment."""
+    """Decode prompt, with the head or plainly. May be closed, or interrupted, at any moment. more: options of
+    `eagenerate`."""
     generate = model.ea_generate if with_head else model.naive_generate
-    options = settings.arguments(len(prompt))
+    options = settings.arguments(len(prompt)) | more
     count = len(prompt)
-    rounds: Any = generate(torch.tensor([prompt]), reuse_cache=reuse_cache, return_dict_in_generate=True, **options)
+    rounds: Any = generate(torch.tensor([prompt]), return_dict_in_generate=True, **options)
     with closing(rounds):
         for out in rounds:
             yield Step(out.sequences[0, count:].tolist(), out.statistics)
             count = out.sequences.shape[1]
+
+
+def decode_batch(
+    model: EaModel, prompts: list[list[int]], settings: Settings, *, with_head: bool = True, **more: Any
+) -> tuple[list[list[int]], Statistics]:
+    """(tokens of each answer, how it went) of prompts decoded together, each with the text that it would have alone."""
+    generate: Any = model.eagenerate if with_head else model.naivegenerate
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    options = settings.arguments(width) | more
+    if settings.seed is not None:
+        options["seed"] = [settings.seed] * len(prompts)
+    out = generate(ids, attention_mask=mask, return_dict_in_generate=True, **options)
+    rows = zip(out.sequences[:, width:].tolist(), out.statistics.new_tokens, strict=True)
+    return [row[:count] for row, count in rows], out.statistics
 
 
 def encode(tokenizer: Any, prompt: Prompt, raw: bool, template: dict[str, Any]) -> list[int]:

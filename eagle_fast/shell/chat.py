@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 
 from eagle_fast.demo import hardware
@@ -16,12 +16,15 @@ from eagle_fast.shell.settings import settings_of
 from eagle_fast.shell.slash import Next, obey
 from eagle_fast.text import TextStream, encode_chat
 
+ROOM = 4096  # tokens of a conversation that warming up makes room for, at the least
+
 
 def run(args: argparse.Namespace) -> int:
     conversation, screen = Conversation(settings_of(args), args.system), Screen(args.colors)
     model = load_pair(args)
     encode_chat(model.tokenizer, "hello", **args.chat_template_kwargs)  # before anybody types
     if screen.is_interactive:
+        warm_up(model, conversation.settings.max_new_tokens, screen)
         screen.note(f"{name_of(args)} on {hardware(model.target.device)}; /help says what a line can do")
     while True:
         try:
@@ -41,6 +44,18 @@ def run(args: argparse.Namespace) -> int:
                 reply(model, conversation, said, screen, args.chat_template_kwargs)
         except ValueError as error:
             screen.warn(str(error))
+
+
+def warm_up(model: EaModel, new_tokens: int, screen: Screen) -> None:
+    """On a GPU, compile and capture what the first answers need, before somebody waits for them. Ctrl-C skips it."""
+    if model.target.device.type != "cuda":
+        return
+    length, most = max(2 * new_tokens, ROOM), model.target.max_positions
+    with screen.busy("warming up: kernels, graphs and their times; Ctrl-C skips it"), suppress(KeyboardInterrupt):
+        try:
+            model.warmup(max_length=length if most is None else min(length, most))
+        except (ValueError, RuntimeError) as error:  # no room for so much: answers may be shorter
+            screen.warn(f"not warmed up: {error}")
 
 
 def reply(model: EaModel, conversation: Conversation, said: str, screen: Screen, template: dict[str, Any]) -> None:

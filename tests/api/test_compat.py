@@ -382,7 +382,13 @@ ea = EaModel.from_pretrained(
 )
 print(ea.eagenerate(ids, max_new_tokens=12)[0].tolist(), sys.argv[0])
 """
-RELATIVE = "from ..model.ea_model import EaModel\nfrom ..model.utils import *\nfrom .helper import NOTHING"
+RELATIVE = """
+from ..model.ea_model import EaModel
+from ..model.utils import *
+from ..model.kv_cache import initialize_past_key_values
+from ..model.choices import a_tree
+from .helper import NOTHING
+"""
 INSIDE = "from model.ea_model import EaModel\nfrom model.utils import *\nfrom model.choices import *\nassert a_tree"
 
 

@@ -77,7 +77,14 @@ def test_a_stream_under_way_goes_on_with_its_tree(model):
     assert all(each.state.tree in (model.tree, TreeConfig(1, 0, 1)) for each in model.states.idle)
 
 
-@pytest.mark.parametrize("name", ["topK_genrate", "stable_kv"])
+@pytest.mark.parametrize("name", ["total_token", "depth", "top_k"])
+def test_options_of_loading_are_no_attributes(name, model):
+    with pytest.raises(AttributeError, match=rf"{name}=3 would change nothing: assign model.tree"):
+        setattr(model, name, 3)
+    assert not hasattr(model, name)
+
+
+@pytest.mark.parametrize("name", ["topK_genrate", "stable_kv", "sample", "repeat_kv"])
 def test_hooks_that_would_never_be_called_are_refused(name, model):
     with pytest.raises(AttributeError, match=f"{name} would never be called"):
         setattr(model.ea_layer, name, lambda *args: None)

@@ -274,8 +274,30 @@ def test_layers_cut_over_ranks(overrides, folder, monkeypatch):
     other = make("gpt2", sharp=False)
     assert "is none of them" in plan_ranks(2, other, 16, sizes(other, 100), FIGURES, LINKS, HeadBytes()).problem
     monkeypatch.setattr(findings, "examine_machine", lambda rows: machine(figures=FIGURES, links=[*LINKS.values()]))
-    plans = findings.examine(Setting(str(folder), options={"tensor_parallel": 2}))[1].plans
-    assert [each.strategy for each in plans[-2:]] == ["sequential", "tensor_parallel=2"]
+    found = findings.examine(Setting(str(folder), options={"tensor_parallel": 2}))
+    assert [each.strategy for each in found[1].plans[-2:]] == ["sequential", "tensor_parallel=2"]
+    said = "\n".join(lines(*found))
+    assert re.search(r"^tensor_parallel=2 +0: 0.0 \+ 0.0 \(6\)   1: .* 0 +[\d.]+ ms", said, re.MULTILINE)
+    assert "exchange the rows twice a layer" in said
+
+
+def test_packed_layers_cut_over_ranks(tmp_path, monkeypatch):
+    model = make("llama", sharp=False, hidden_size=256, intermediate_size=512)
+    write_config(model, tmp_path)
+    monkeypatch.setattr(findings, "examine_machine", lambda rows: machine(figures=FIGURES, links=[*LINKS.values()]))
+
+    def ranked(**options):
+        setting = Setting(str(tmp_path), torch.bfloat16, 16, options={"tensor_parallel": 2, **options})
+        return findings.examine(setting)[1].plans[-1]
+
+    whole, packed = ranked(), ranked(target_bits=4)
+    assert packed.problem == ""
+    table = VOCAB * 256 * 2
+    for device in ("cuda:0", "cuda:1"):
+        left = [each.weights[device] - table - table // 2 for each in (packed, whole)]
+        assert 0.2 < left[0] / left[1] < 0.35
+    assert packed.verify_seconds < 0.5 * whole.verify_seconds
+    assert ranked(lm_head_bits=8).problem == "tensor_parallel does not go with lm_head_bits yet"
 
 
 def test_weights_rounded_at_load(tmp_path, capsys):

@@ -2,12 +2,16 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from shell_pairs import COMMAND, ENVIRONMENT, eagle_fast, write_pair
 from terminal import CTRL_C, CTRL_D, Terminal
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from eagle_fast.shell.chat import ROOM, warm_up
+from eagle_fast.shell.screen import Screen
 
 NEW = 24
 LONG = 30_000  # tokens: minutes
@@ -177,6 +181,29 @@ def test_out_of_a_pipe_every_line_is_a_turn(pair, expected):
     assert "\x1b" not in done.stdout + done.stderr
     assert len(re.findall(SUMMARY, done.stderr)) == 3
     assert "Loading" not in done.stderr
+
+
+def test_warming_up_on_a_gpu(capsys):
+    """Before the first question; what cannot be is said, and Ctrl-C skips it."""
+    asked = []
+    model = SimpleNamespace(target=SimpleNamespace(device=torch.device("cuda"), max_positions=None))
+    model.warmup = lambda max_length: asked.append(max_length)
+    warm_up(model, 1024, Screen())
+    warm_up(model, 8192, Screen())
+    model.target.max_positions = 1024
+    warm_up(model, 1024, Screen())
+    assert asked == [ROOM, 2 * 8192, 1024]
+    for error in (KeyboardInterrupt(), ValueError("no room")):
+
+        def fail(max_length, error=error):
+            raise error
+
+        model.warmup = fail
+        warm_up(model, 1024, Screen())
+    assert capsys.readouterr().err == "not warmed up: no room\n"
+    model.target.device = torch.device("cpu")  # where there is nothing to capture, and a round may take long
+    warm_up(model, 1024, Screen())
+    assert not capsys.readouterr().err
 
 
 def test_a_model_without_a_chat_template_is_refused_before_anybody_types(tmp_path):

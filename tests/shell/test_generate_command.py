@@ -1,11 +1,14 @@
 """`eagle-fast generate`: prompts as arguments, files and stdin; texts, JSON lines, and plain decoding beside."""
 
 import json
+import re
 
 import pytest
 import torch
 from shell_pairs import eagle_fast, write_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from eagle_fast.cli import main
 
 NEW = 20
 
@@ -82,8 +85,46 @@ def test_raw_text_is_continued_without_a_template(pair):
     assert run(pair, "--raw", "w5 w17").stdout == tokenizer.decode(out[0, 2:], skip_special_tokens=True) + "\n"
 
 
+def here(capsys, pair, *arguments):
+    """The same in this process: (exit code, stdout, stderr)."""
+    code = main(["generate", *map(str, arguments), *pair, "--max-new-tokens", str(NEW)])
+    return code, *capsys.readouterr()
+
+
+def test_several_prompts_at_once(pair, stock, tmp_path, capsys):
+    """Each with the text, and with the seed the sample, that it has alone."""
+    prompts = ["w5 w17 w40 w9", "w7", "w9 w30"]
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(prompts))
+    expected = [stock(prompt) for prompt in prompts]
+    code, out, error = here(capsys, pair, "--file", file, "--batch", 2)
+    assert code == 0
+    assert out.splitlines() == expected
+    assert re.findall(r"--- (\d) of 3", error) == ["1", "2", "3"]
+    assert error.count("2 together: ") == 1
+    sampled = ["--file", file, "--temperature", 1, "--top-k", 5, "--seed", 3]
+    code, out, _ = here(capsys, pair, *sampled, "--batch", 3, "--json", "--compare")
+    assert code == 0
+    records = [json.loads(line) for line in out.splitlines()]
+    assert [(each["prompt"], each["batch"], each["same"]) for each in records] == [(each, 3, True) for each in prompts]
+    assert "".join(each["text"] + "\n" for each in records) == here(capsys, pair, *sampled)[1]
+    assert max(each["tokens"] for each in records) <= NEW
+    assert len({each["tokens_per_second"] for each in records}) == 1, "of all together"
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_stop_strings(batch, stock, tmp_path, capsys):
+    words, other = (stock(prompt).split() for prompt in ("w5 w17", "w7"))
+    pair = write_pair(tmp_path, stop_strings=True)
+    arguments = ["w5 w17", "w7", "--batch", batch, "--compare", "--stop", words[6], "nowhere"]
+    code, out, error = here(capsys, pair, *arguments)
+    assert code == 0, error
+    first, second = out.splitlines()
+    assert first.split() == words[: words.index(words[6]) + 1]
+    assert second.split() == other[: other.index(words[6]) + 1 if words[6] in other else None]
+
+
 def test_texts_that_differ_are_told_by_the_exit_code(monkeypatch, capsys, pair):
-    from eagle_fast.cli import main
     from eagle_fast.shell import generate
 
     inner = generate.answer
@@ -104,12 +145,11 @@ def test_texts_that_differ_are_told_by_the_exit_code(monkeypatch, capsys, pair):
         (["w5", "--temperature", "-1"], "temperature=-1"), (["w5", "--dtype", "int"], "--dtype int"),
         (["w5", "--load", "nonsense=1"], "takes no 'nonsense'"), (["w5", "--load", "nonsense"], "write NAME=VALUE"),
         (["w5", "--load", "dtype=float16", "--dtype", "float32"], "--load dtype"),
+        (["w5", "--batch", "0"], "batch=0"), (["w5", "--stop", ""], "--stop: a text is empty"),
         (["w5", "--device-map", "{"], "--device-map {: not JSON"), (["w5", "--model", "absent/"], "--model 'absent/'"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_a_sentence(arguments, reason, capsys, pair):
-    from eagle_fast.cli import main
-
     assert main(["generate", *pair, *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("eagle-fast generate: ")
