@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device-map", default="auto", metavar="MAP", help='"auto" (default), "balanced", "balanced_low_0", '
         '"sequential", a device as "cuda:1" or "cpu", or {"module": device, ...} as JSON')  # fmt: skip
     add("--max-memory", metavar="LIST", help='of each GPU, as "70GiB,70GiB"; default: what is free')
+    add("--tensor-parallel", metavar="GPUS", help='cut every layer over GPUs that work together: their number, "all", a '
+        'list as "0,1", or "off"; default: for a model that no GPU holds, where --device-map is "auto"')  # fmt: skip
     add("--draft-device", metavar="DEVICE", help="of the head; default: where the lm_head is")
     add("--dtype", help="bfloat16, float16 or float32; default: the checkpoint's")
     add("--target-bits", type=int, choices=(4, 8), help="round the target's layers to so many bits")
@@ -80,6 +83,8 @@ def loading_options(args: argparse.Namespace) -> dict[str, Any]:
     found = {option: getattr(args, name) for name, option in PLAIN.items() if getattr(args, name) is not None}
     found |= {"total_token": nodes, "depth": depth, "top_k": top_k, "device_map": device_map(args.device_map)}
     found |= {"max_memory": memory_of(args.max_memory)}
+    if args.tensor_parallel is not None:
+        found["tensor_parallel"] = ranks_of(args.tensor_parallel)
     dtype = dtype_of(args.dtype)
     if dtype is None and is_demo and "dtype" not in more:  # its file is in float32
         on_cpu = found["device_map"] == "cpu" or not torch.cuda.is_available()
@@ -112,6 +117,19 @@ def device_map(text: str) -> Any:
         raise ValueError(f"--device-map {text}: not JSON ({error})") from error
 
 
+def ranks_of(text: str) -> bool | int | list[str]:
+    """What --tensor-parallel says: "all", "off", a number of GPUs, or a list of them."""
+    words = {"all": True, "off": False}
+    if text in words:
+        return words[text]
+    if text.isdigit():
+        return int(text)
+    devices = [each.strip() for each in text.split(",")]
+    if len(devices) < 2 or not all(devices):
+        raise ValueError(f"--tensor-parallel {text}: use a number of GPUs, all, off, or a list as 0,1")
+    return [f"cuda:{each}" if each.isdigit() else each for each in devices]
+
+
 def memory_of(listed: str | None) -> dict[int | str, int | str] | None:
     """What "70GiB,60GiB" says: {0: "70GiB", 1: "60GiB"}, and nothing on the CPU."""
     return None if listed is None else {index: size.strip() for index, size in enumerate(listed.split(","))}
@@ -127,7 +145,8 @@ def dtype_of(name: str | None) -> torch.dtype | None:
 
 def _as_written(message: str) -> str:
     """An error of loading, with the names that arguments have on the command line."""
-    return message.replace("base_model_path=", "--model ").replace("ea_model_path=", "--head ")
+    message = message.replace("base_model_path=", "--model ").replace("ea_model_path=", "--head ")
+    return re.sub(r"tensor_parallel=(?=[\[TF\d])", "--tensor-parallel ", message)
 
 
 def _assignment(text: str) -> tuple[str, Any]:

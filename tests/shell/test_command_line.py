@@ -46,7 +46,8 @@ def test_examples_can_be_parsed(name, capsys, monkeypatch):
 def test_loading_options_are_those_of_from_pretrained(name, capsys):
     text = helped(name, capsys)
     for option in ("model", "head", "device-map", "max-memory", "dtype", "target-bits", "lm-head-bits", "adaptive",
-                   "draft-int8", "draft-device", "trust-remote-code", "revision", "tree", "load"):  # fmt: skip
+                   "draft-int8", "draft-device", "trust-remote-code", "revision", "tree", "load",
+                   "tensor-parallel"):  # fmt: skip
         assert f"--{option}" in text
 
 
@@ -98,6 +99,27 @@ def test_options_arrive(loaded):
         "variant": "fp16", "feature_layers": [1, 2, 3],
     }  # fmt: skip
     assert loaded("--model", "a/b", "--head", "c/d", "--device-map", "1")["device_map"] == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [("2", 2), ("all", True), ("off", False), ("0,1", ["cuda:0", "cuda:1"]), ("cpu, cpu", ["cpu", "cpu"])],
+)
+def test_ranks_as_they_are_written(said, expected, loaded):
+    found = loaded("--model", "a/b", "--head", "c/d", "--tensor-parallel", said)
+    assert found["tensor_parallel"] == expected
+    assert found["device_map"] == "auto"
+
+
+@pytest.mark.parametrize("said", ["0,", "both", ""])
+def test_ranks_that_are_none(said, loaded, capsys):
+    assert loaded("--model", "a/b", "--head", "c/d", "--tensor-parallel", said) == {}
+    assert f"--tensor-parallel {said}: use a number of GPUs" in capsys.readouterr().err
+
+
+def test_an_error_about_ranks_names_the_option(capsys):
+    assert main(["generate", "w5", "--model", "a/b", "--head", "c/d", "--tensor-parallel", "1"]) == 2
+    assert "--tensor-parallel 1: give the number of GPUs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("named", [[], ["--model", "smollm2"]])
