@@ -40,8 +40,8 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device-map", default="auto", metavar="MAP", help='"auto" (default), "balanced", "balanced_low_0", '
         '"sequential", a device as "cuda:1" or "cpu", or {"module": device, ...} as JSON')  # fmt: skip
     add("--max-memory", metavar="LIST", help='of each GPU, as "70GiB,70GiB"; default: what is free')
-    add("--tensor-parallel", metavar="GPUS", help='cut every layer over GPUs that work together: their number, "all", a '
-        'list as "0,1", or "off"; default: for a model that no GPU holds, where --device-map is "auto"')  # fmt: skip
+    add("--tensor-parallel", metavar="GPUS", help='cut every layer over several: a number of GPUs, "all", '
+        'a list as "0,1", or "off"; default: for a model that no GPU holds, where --device-map is "auto"')  # fmt: skip
     add("--draft-device", metavar="DEVICE", help="of the head; default: where the lm_head is")
     add("--dtype", help="bfloat16, float16 or float32; default: the checkpoint's")
     add("--target-bits", type=int, choices=(4, 8), help="round the target's layers to so many bits")
