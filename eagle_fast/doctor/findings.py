@@ -10,6 +10,7 @@ import torch
 from eagle_fast.doctor.environment import Gpu, gpus, link_types, versions, why_no_gpu
 from eagle_fast.doctor.measure import SMALL_BYTES, GpuFigures, KernelCheck, Link, gpu_figures, kernel_check, link
 from eagle_fast.doctor.plan import HeadBytes, Plan, Setting, Sizes, found_head, head_bytes, plan, read_model, sizes
+from eagle_fast.doctor.rank_plan import rank_plan
 from eagle_fast.doctor.trees import Trees, examine_trees
 from eagle_fast.target.anatomy import Anatomy
 from eagle_fast.target.placement import STRATEGIES
@@ -61,6 +62,11 @@ def examine(setting: Setting | None) -> tuple[Machine, Placements | None]:
         plan(strategy, model, setting.max_memory, size, machine.figures, links, head)
         for strategy in (STRATEGIES if machine.gpus else ())
     ]
+    if setting.max_memory is None:
+        over_ranks = rank_plan(
+            model, size, machine.gpus, machine.figures, links, head, setting.tree.total_token
+        )  # fmt: skip
+        plans += [] if over_ranks is None else [over_ranks]
     trees = None if found is None else examine_trees(setting, found.config)
     quantized = Anatomy(model).is_quantized
     return machine, Placements(setting, size, head, quantized, plans, packed, unpacked, trees)

@@ -79,10 +79,11 @@ class Plan:
     copy_seconds: float | None = None
     draft_seconds: float | None = None
     problem: str = ""
+    sums: int = 0  # over the devices, where each has a part of every layer
 
     @property
     def crossings(self) -> int:
-        return max(len(self.devices) - 1, 0)
+        return 0 if self.sums else max(len(self.devices) - 1, 0)
 
     @property
     def round_seconds(self) -> float | None:
@@ -198,9 +199,9 @@ def plan(
     try:
         return replace(
             given,
-            verify_seconds=sum(count / _rate(device, figures) for device, count in [*read.items(), *cached]),
+            verify_seconds=sum(count / read_rate(device, figures) for device, count in [*read.items(), *cached]),
             copy_seconds=sum(_copy_seconds(before, after, links) for before, after in pairwise(devices)),
-            draft_seconds=head.read / _rate(last, figures),
+            draft_seconds=head.read / read_rate(last, figures),
         )
     except LookupError as error:
         return replace(given, problem=f"no time: {error.args[0]}")
@@ -221,7 +222,7 @@ def _by_device(counts: Mapping[str, int], device_map: Mapping[str, str]) -> dict
     return total
 
 
-def _rate(device: str, figures: Mapping[int, GpuFigures]) -> float:
+def read_rate(device: str, figures: Mapping[int, GpuFigures]) -> float:
     """Bytes a second at which a round reads what lies on a device."""
     if device == "disk":
         raise LookupError("the disk's speed is not measured")

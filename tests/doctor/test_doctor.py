@@ -13,7 +13,7 @@ from zoo import HIDDEN, LAYERS, VOCAB, make
 
 from eagle_fast import EaModel, TreeConfig
 from eagle_fast.cli import main
-from eagle_fast.doctor import environment, measure
+from eagle_fast.doctor import environment, findings, measure, rank_plan
 from eagle_fast.doctor import plan as planning
 from eagle_fast.doctor.environment import Gpu, parse_topology
 from eagle_fast.doctor.findings import Machine, Placements, as_json
@@ -23,6 +23,7 @@ from eagle_fast.doctor.report import lines
 from eagle_fast.head.checkpoint import note_acceptance
 from eagle_fast.loading import load_target
 from eagle_fast.target.placement import model_bytes
+from eagle_fast.target.rank_files import cut_model
 
 FIGURES = {0: GpuFigures(2e9, 1e8), 1: GpuFigures(1e9, 2e8)}  # bytes per second, all different
 LINKS = {
@@ -401,6 +402,64 @@ def test_plans_in_words_and_as_json(monkeypatch):
     assert as_json(machine(), packed)["model"]["format"] == "AWQ, 4 bits in groups of 128"
 
 
+# -- every layer over two GPUs ----------------------------------------------------------------------------------------
+
+
+def over_two(model, *, context=100, figures=FIGURES, links=LINKS, free=(50, 60), nodes=16):
+    size = sizes(model, context)
+    gpus = [Gpu(index, "GPU", "9.0", 80 * GIB, gib * GIB, "") for index, gib in enumerate(free)]
+    return rank_plan.rank_plan(model, size, gpus, figures, links, HeadBytes(1000, 5000), nodes)
+
+
+def test_ranks_read_at_once_and_push_their_sums():
+    model = make("qwen3", sharp=False, num_attention_heads=6, num_key_value_heads=3)
+    found = over_two(model)
+    ranks = cut_model(model, [torch.device("cpu")] * 2).ranks
+    norms = sum(p.nbytes for name, p in model.named_parameters() if "norm" in name)
+    assert list(found.weights.values()) == [rank.num_bytes + norms for rank in ranks]
+    row = 2 * 16 * 100 * 4  # keys and values of a head
+    assert found.cache == {"cuda:0": LAYERS * 2 * row, "cuda:1": LAYERS * row}
+    assert found.head == {"cuda:0": 1000}
+    table = VOCAB * HIDDEN * 4
+    read = [found.weights[gpu] - table + found.cache[gpu] for gpu in ("cuda:0", "cuda:1")]
+    assert found.verify_seconds == pytest.approx(max(read[0] / 2e9, read[1] / 1e9))
+    assert found.copy_seconds == pytest.approx(2 * LAYERS * 16 * HIDDEN * 4 / 4e11)
+    assert found.draft_seconds == pytest.approx(5000 / 2e9)
+    assert (found.sums, found.crossings) == (2 * LAYERS, 0)
+
+
+def test_ranks_of_packed_weights(tmp_path):
+    write_quantized(make("llama"), tmp_path, gptq())
+    packed = over_two(read_model(Setting(str(tmp_path))).model)
+    dense = over_two(make("llama", sharp=False))
+    assert not packed.problem
+    assert all(packed.weights[gpu] < dense.weights[gpu] for gpu in dense.weights)
+
+
+def test_why_ranks_would_not_run():
+    model = make("llama", sharp=False)
+    apart = {pair: Link(*pair, None, False, 8, 3e-5, 4e9, True) for pair in LINKS}
+    assert over_two(model, links=apart).problem == "cuda:0 and cuda:1 cannot reach each other's memory"
+    assert "no time: no copy from cuda:0 to cuda:1" in over_two(model, links={}).problem
+    assert "no time: cuda:0 was not measured" in over_two(model, figures={}).problem
+    assert "is none of them" in over_two(make("mixtral", sharp=False)).problem
+    assert over_two(model, free=(50,)) is None
+
+
+def test_ranks_in_words(folder, monkeypatch):
+    gpus = [Gpu(index, "GPU", "9.0", 80 * GIB, 50 * GIB, "") for index in range(2)]
+    two = machine(gpus=gpus, figures=FIGURES)
+    monkeypatch.setattr(planning, "plan_placement", lambda *args: {"": 0})
+    monkeypatch.setattr(findings, "examine_machine", lambda *_: two)
+    _, placements = findings.examine(Setting(str(folder)))
+    out = list(lines(two, placements))
+    (row,) = [line for line in out if line.startswith("tensor_parallel=2")]
+    assert re.search(r"0: 0\.0 \+ 0\.0 \(6\)   1: 0\.0 \+ 0\.0 \(6\) +12 sums +[\d.]+ ms, of it sums 0\.\d+$", row)
+    assert any("the GPUs read their parts at once" in line for line in out)
+    limited = findings.examine(Setting(str(folder), max_memory={0: "1GiB"}))[1]
+    assert len(limited.plans) == len(placements.plans) - 1
+
+
 # -- reports of the software -----------------------------------------------------------------------------------------
 
 TOPOLOGY = """\
@@ -503,6 +562,7 @@ def test_the_whole_of_it_on_gpus(folder, capsys):
     plans = {each["strategy"]: each for each in found["model"]["plans"]}
     assert plans["auto"]["crossings"] == 0
     assert plans["auto"]["round_seconds"] > 0
+    plans.pop(rank_plan.NAME, None)
     for each in plans.values():
         assert sum(each["weights"].values()) == found["model"]["weight_bytes"]
         assert sum(each["layers"].values()) == LAYERS
