@@ -21,7 +21,7 @@ names_of_dependencies := import importlib.metadata as m, re; \
     print(*{re.match("[A-Za-z0-9_-]+", each)[0] for each in m.requires("eagle-fast")})
 version_tests = $(foreach name,$(VERSION_TESTS),$(shell find tests -name 'test_$(name).py'))
 
-.PHONY: test check format demo bench oldest between newest help clean
+.PHONY: test check format demo bench oldest between newest lmeval help clean
 
 test: check # ruff, mypy and all tests, with the newest transformers that is promised
 	$(call run_tests,$(VENV))
@@ -57,6 +57,11 @@ newest: # all tests with the newest release of everything, promised or not
 	    $$(.venv-newest/bin/python -c '$(names_of_dependencies)')
 	.venv-newest/bin/python -m pip freeze --exclude-editable
 	$(call run_tests,.venv-newest)
+
+# Not among the test extra: 40 packages, 540 MB, whose newest takes no huggingface_hub as old as `make oldest` holds.
+lmeval: $(INSTALLED) # installs lm-eval into the environment of `make test`, and compares its figures with the target's
+	$(BIN)/python -m pip install --quiet --constraint constraints/held.txt lm_eval==0.4.13
+	$(call run_tests,$(VENV)) tests/api/test_lm_eval.py
 
 # An environment is completed when pyproject.toml or a constraint changes, and not otherwise: the install is editable.
 $(INSTALLED): HELD := constraints/held.txt

@@ -1,6 +1,7 @@
 """The command `eagle-fast`.
 
-Each subcommand is a module with `add_arguments(parser)` and `run(arguments)`, which returns the exit code.
+Each subcommand is a module of `commands` with its help and `add_arguments(parser)`, and another one with
+`run(arguments)`, which does it and returns the exit code.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 
-# name -> (module, imported only when it is asked for; what it does)
+# name -> (the module that does it, imported when it is to be done; what it does)
 COMMANDS = {
     "chat": ("eagle_fast.shell.chat", "talk to a model in the terminal"),
     "generate": ("eagle_fast.shell.generate", "answers to prompts, as text or JSON lines; beside plain decoding"),
@@ -30,15 +31,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] not in COMMANDS:
         return _usage(arguments)
     name = arguments[0]
-    module = import_module(COMMANDS[name][0])
+    asked = import_module(f"eagle_fast.commands.{name}")
     parser = argparse.ArgumentParser(
         prog=f"eagle-fast {name}",
-        description=module.__doc__,
+        description=asked.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    module.add_arguments(parser)
+    asked.add_arguments(parser)
     try:
-        return module.run(parser.parse_args(arguments[1:]))
+        given = parser.parse_args(arguments[1:])
+        return import_module(COMMANDS[name][0]).run(given)
     except ValueError as error:
         print(f"eagle-fast {name}: {error}", file=sys.stderr)
         return 2

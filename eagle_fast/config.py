@@ -44,6 +44,17 @@ def whole_number(value: Any) -> int | None:
     return number if isinstance(number, int) else None
 
 
+def check_positive(**numbers) -> list[int]:
+    """Counts and lengths, by the name of their argument; returns them as Python's integers."""
+    found = []
+    for name, value in numbers.items():
+        number = whole_number(value)
+        if number is None or number < 1:
+            raise ValueError(f"{name}={shown(value)}: use a positive integer")
+        found.append(number)
+    return found
+
+
 @dataclass(frozen=True)
 class TreeConfig:
     """The dynamic draft tree of EAGLE-2/3 (Li et al. 2024, section 4), with the meaning of SafeAILab/EAGLE: what every

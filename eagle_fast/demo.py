@@ -1,13 +1,4 @@
-"""`eagle-fast demo`: one prompt with and without speculation, and whether the two texts are the same.
-
-The target is SmolLM2-135M-Instruct (`pairs.smollm2_target`), the head the one that this package ships. The model comes
-into ~/.cache/eagle_fast on the first run (93 MB).
-
-    eagle-fast demo
-    eagle-fast demo "Write a haiku about rain." --temperature 0.8 --seed 3
-
-`eagle-fast generate --compare` does the same with any pair.
-"""
+"""`eagle-fast demo`: one prompt with and without speculation, on a small real model."""
 
 from __future__ import annotations
 
@@ -19,14 +10,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoTokenizer
 
-from eagle_fast.model import EaModel
-from eagle_fast.pairs import SMOLLM2, smollm2_head, smollm2_target
-from eagle_fast.target.placement import resolve_device
+from eagle_fast.loading_arguments import load_pair
+from eagle_fast.pairs import SMOLLM2
 from eagle_fast.text import TextStream
-
-PROMPT = "Give me five tips for learning a new language."
 
 
 class Run(NamedTuple):
@@ -57,25 +44,6 @@ def decode(rounds: Iterator[torch.Tensor], prompt_length: int, tokenizer: Any) -
     return Run(ids, count, ids.shape[1] - prompt_length - first, max(seconds, 1e-9))
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", nargs="?", default=PROMPT, help="what to ask (default: %(default)r)")
-    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="default %(default)s")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
-    parser.add_argument("--seed", type=int, default=0, help="for --temperature above 0 (default %(default)s)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N; default: the first GPU if there is one")
-
-
-def load(device_name: str) -> tuple[EaModel, Any]:
-    """The SmolLM2 pair: fp32 on a CPU, bfloat16 on a GPU."""
-    device = resolve_device(device_name)
-    folder = smollm2_target()
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    model = EaModel.from_pretrained(
-        base_model_path=str(folder), ea_model_path=str(smollm2_head()), device_map=device, dtype=dtype
-    )
-    return model, AutoTokenizer.from_pretrained(folder)
-
-
 def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -85,7 +53,8 @@ def hardware(device: torch.device) -> str:
 def run(args: argparse.Namespace) -> int:
     """Returns 0 if both texts are the same."""
     started = time.perf_counter()
-    model, tokenizer = load(args.device)
+    model = load_pair(args)
+    tokenizer = model.tokenizer
     chat = [{"role": "user", "content": args.prompt}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
         "input_ids"

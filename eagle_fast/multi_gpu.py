@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 
-from eagle_fast.config import SamplingParams
-from eagle_fast.decoding.validate import check_positive
+from eagle_fast.config import SamplingParams, check_positive
 from eagle_fast.loading import names_options
 from eagle_fast.messages import shown
 from eagle_fast.model import EaModel

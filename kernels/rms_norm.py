@@ -148,18 +148,24 @@ def rms_norm(
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """(RMSNorm of x + residual, x + residual), both [R, H] as residual is; x [R, H] or parts of it, fp32 [S, R, H]."""
-    num_rows, width = _summands(x, residual)
+    _, width = _summands(x, residual)
     eps = _eps(eps, width, ("residual", residual))
     _check_weight(weight, (width,), ("residual", residual))
+    return run_add_rms_norm(x, residual, weight, eps)
+
+
+def run_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`add_rms_norm` of arguments that are known to fit: nothing is checked."""
     if not use_triton(x, residual, weight):
         return add_rms_norm_ref(x, residual, weight, eps)
-    parts = x if x.dim() == 3 else x[None]
-    normed, total = residual.new_empty(2, num_rows, width)
+    num_rows, width = residual.shape
+    num_parts, stride_s = (x.shape[0], x.stride(0)) if x.dim() == 3 else (1, 0)
+    normed, total = residual.new_empty(num_rows, width), residual.new_empty(num_rows, width)
     block = triton.next_power_of_2(width)
     with device_guard(x):
         _add_rms_norm_kernel[(num_rows,)](
-            x, residual, weight, normed, total, eps, *parts.stride()[:2], residual.stride(0),
-            H=width, BLOCK=block, PARTS=len(parts), num_warps=num_warps(block), enable_fp_fusion=False,
+            x, residual, weight, normed, total, eps, stride_s, x.stride(-2), residual.stride(0),
+            H=width, BLOCK=block, PARTS=num_parts, num_warps=num_warps(block), enable_fp_fusion=False,
             **dependent_launch(x.device),
         )  # fmt: skip
     return normed, total

@@ -29,12 +29,17 @@ def _silu_mul_kernel(
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, [R, I], of gate_up [R, 2I] = gate | up."""
-    num_rows, both = tensor("gate_up", gate_up, "R 2I", FLOATS, layout=BY_ROWS, empty=True)
+    _, both = tensor("gate_up", gate_up, "R 2I", FLOATS, layout=BY_ROWS, empty=True)
     if both % 2:
         raise ValueError(f"gate_up has rows of {both}; expected 2I, an even number: gate | up")
+    return run_silu_mul(gate_up)
+
+
+def run_silu_mul(gate_up: Tensor) -> Tensor:
+    """`silu_mul` of an argument that is known to fit: nothing is checked."""
     if not use_triton(gate_up):
         return silu_mul_ref(gate_up)
-    width = both // 2
+    num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(num_rows, width)
     block = min(1024, triton.next_power_of_2(width))
     with device_guard(gate_up):

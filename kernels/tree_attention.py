@@ -39,7 +39,7 @@ from .launch import device_guard, resources, upcast, use_triton
 from .overlap import dependent_launch
 from .tree_attention_inputs import check_inputs, check_options
 from .tree_attention_kernels import attend_kernel, combine_kernel
-from .tree_attention_order import MOST_COLUMNS, SPLITS, UNIT
+from .tree_attention_order import AHEAD, MOST_COLUMNS, SPLITS, UNIT
 from .tree_attention_ref import tree_attention_ref
 
 # Gluon is experimental: other releases of Triton use `attend_kernel` only.
@@ -69,8 +69,9 @@ TILES = {
     (4, 16): (32, 64), (4, 32): (32, 64), (4, 64): (32, 32), (4, 128): (32, 16), (4, 256): (16, 16),
 }  # fmt: skip
 LEAST_ROWS = {2: 64, 4: 16}  # of a product, by the bytes of an element: see `tree_attention_order.py`
-SHORT_CACHE = SPLITS.value * UNIT.value  # rows up to which all splits are of one unit
+SHORT_CACHE = SPLITS.value * UNIT.value - AHEAD.value  # rows up to which all splits are of one unit
 COMBINED_ROWS = 8  # of a program of the second kernel
+WARPS = 8  # of `attend_kernel` at once on a multiprocessor, by its registers
 LONG_CACHE = 4096  # rows from which on `tree_attention_hopper` attends, and the first kernel does not start early
 
 
@@ -153,11 +154,16 @@ def tree_attention(
         G=num_heads // num_kv_heads, D=head_dim, BLOCK_D=_padded(head_dim), WINDOW=window, CHUNK=chunk, SLOTS=slots,
         BLOCK_N=tile.block_n, enable_fp_fusion=False,
     )  # fmt: skip
-    parts = 1 if tile.fold else slots + _padded(head_dim) // columns
+    tiles = triton.cdiv(packed_rows, tile.block_m)
+    programs = 1
+    if not tile.fold:
+        programs = _padded(head_dim) // columns
+        at_once = resources(q.device).num_sms * WARPS // tile.num_warps // (tiles * groups)
+        programs += slots if by_hopper else max(1, min(slots, at_once - programs))
     with device_guard(q):
         if by_hopper:
             hopper.attend(q, k, v, lengths, ancestors, *partials, scale=scale, first=first, **late)
-        attend_kernel[(parts, triton.cdiv(packed_rows, tile.block_m), groups)](
+        attend_kernel[(programs, tiles, groups)](
             q, k, v, lengths, ancestors, depths, sinks, out, *partials, num_queries, num_kv_heads, first, scale,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *ancestors.stride()[:2], by_depth,
             **shared, SOFTCAP=softcap, FOLD=tile.fold, BLOCK_M=tile.block_m, BLOCK_T=tile.block_t, COLUMNS=columns,

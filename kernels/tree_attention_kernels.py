@@ -3,9 +3,10 @@
 B sequences, T queries, Hq/Hkv heads, G = Hq/Hkv, D head size; slots of partial results, fp32, [B Hkv, slots, T G, D].
 
     attend_kernel     tiles of the T G rows that share a KV head. With FOLD a program does all that its rows need. Else
-                      it takes one split and leaves its sum in the split's slot, or the last keys, some columns of D,
-                      and leaves theirs in the slot behind those of splits. With RESUME the sums of the splits' whole
-                      blocks are in the slots already, by `tree_attention_hopper`: it goes on from there.
+                      it takes a split, or several where there are more than programs, and leaves their sums in their
+                      slots, or the last keys, some columns of D, and leaves theirs in the slot behind those of splits.
+                      With RESUME the sums of the splits' whole blocks are in the slots already, by
+                      `tree_attention_hopper`: it goes on from there.
     combine_kernel    adds up what the rows' programs left. It starts while the other still runs.
 """
 
@@ -95,7 +96,8 @@ def attend_kernel(
     BLOCK_T: tl.constexpr, COLUMNS: tl.constexpr, ONE: tl.constexpr, FINE: tl.constexpr, UPCAST: tl.constexpr,
     NUM_STAGES: tl.constexpr, RESUME: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """With FOLD one program for each tile, else SLOTS of them for splits behind BLOCK_D / COLUMNS for the last keys."""
+    """With FOLD one program for each tile, else some for splits behind BLOCK_D / COLUMNS for the last keys; with RESUME
+    one for each of the SLOTS."""
     if PDL:  # in this order: the kernel that follows counts on what earlier ones wrote
         gdc_wait()
         gdc_launch_dependents()
@@ -144,35 +146,36 @@ def attend_kernel(
     acc, peak, total = _nothing(BLOCK_M, BLOCK_D)
     width_of_row, last = units(position, WINDOW, CHUNK), tl.minimum(position - LAST, length - 1)
     for wider in range(0, 1 if FOLD else widest - narrowest + 1):
-        low, high = begin, end
-        if not FOLD:
-            low, high = _split(slot, narrowest + wider, begin, end, BLOCK_N)
-            acc, peak, total = _nothing(BLOCK_M, BLOCK_D)
         mask = row_mask & (width_of_row == narrowest + wider)
-        if RESUME:
-            acc, peak, total = _fetch(partials, at + slot * num_queries * G, mask & (low < whole), d, D)
-            low = tl.maximum(low, whole)
-        for ragged in tl.static_range(2):  # blocks of which rows see all, and of which they do not
-            begins, ends = tl.maximum(low, whole) if ragged else low, high if ragged else tl.minimum(whole, high)
-            for block in tl.range(begins, ends, num_stages=1 if ragged else NUM_STAGES):
-                if FOLD and (block > low) & ((widest > narrowest) | (block % (narrowest * (UNIT // BLOCK_N)) == 0)):
-                    ended = block % (width_of_row * (UNIT // BLOCK_N)) == 0
-                    ended_peak = tl.where(ended, peak, float("-inf"))
-                    done_acc, done_peak, done_total = add(done_acc, done_peak, done_total, acc, ended_peak, total)
-                    peak = tl.where(ended, float("-inf"), peak)
-                keys, live = block * BLOCK_N + n, None
-                if ragged:
-                    live = keys < length
-                k = load(tile(k_base, block * BLOCK_N, n, stride_kl, d), live, d, D, BLOCK_D, UPCAST)
-                v = load(tile(v_base, block * BLOCK_N, n, stride_vl, d), live, d, D, BLOCK_D, UPCAST)
-                scores, factor = scores_of(q, k, scale, SOFTCAP, FINE)
-                if ragged or WINDOW > 0 or CHUNK > 0:
-                    visible = keys[None, :] <= last[:, None]
-                    visible = in_reach(visible, logical[:, None], keys[None, :], WINDOW, CHUNK)
-                    scores = tl.where(visible, scores, float("-inf"))
-                acc, peak, total = add_block(acc, peak, total, scores, factor, v, FINE)
-        if not FOLD and low < high:
-            _store(partials, at + slot * num_queries * G, acc, peak, total, mask, d, D)
+        for split in range(slot, slot + 1 if FOLD else SLOTS, 1 if FOLD else tl.num_programs(0) - PARTS):
+            low, high = begin, end
+            if not FOLD:
+                low, high = _split(split, narrowest + wider, begin, end, BLOCK_N)
+                acc, peak, total = _nothing(BLOCK_M, BLOCK_D)
+            if RESUME:
+                acc, peak, total = _fetch(partials, at + split * num_queries * G, mask & (low < whole), d, D)
+                low = tl.maximum(low, whole)
+            for ragged in tl.static_range(2):  # blocks of which rows see all, and of which they do not
+                begins, ends = tl.maximum(low, whole) if ragged else low, high if ragged else tl.minimum(whole, high)
+                for block in tl.range(begins, ends, num_stages=1 if ragged else NUM_STAGES):
+                    if FOLD and (block > low) & ((widest > narrowest) | (block % (narrowest * (UNIT // BLOCK_N)) == 0)):
+                        ended = block % (width_of_row * (UNIT // BLOCK_N)) == 0
+                        ended_peak = tl.where(ended, peak, float("-inf"))
+                        done_acc, done_peak, done_total = add(done_acc, done_peak, done_total, acc, ended_peak, total)
+                        peak = tl.where(ended, float("-inf"), peak)
+                    keys, live = block * BLOCK_N + n, None
+                    if ragged:
+                        live = keys < length
+                    k = load(tile(k_base, block * BLOCK_N, n, stride_kl, d), live, d, D, BLOCK_D, UPCAST)
+                    v = load(tile(v_base, block * BLOCK_N, n, stride_vl, d), live, d, D, BLOCK_D, UPCAST)
+                    scores, factor = scores_of(q, k, scale, SOFTCAP, FINE)
+                    if ragged or WINDOW > 0 or CHUNK > 0:
+                        visible = keys[None, :] <= last[:, None]
+                        visible = in_reach(visible, logical[:, None], keys[None, :], WINDOW, CHUNK)
+                        scores = tl.where(visible, scores, float("-inf"))
+                    acc, peak, total = add_block(acc, peak, total, scores, factor, v, FINE)
+            if not FOLD and low < high:
+                _store(partials, at + split * num_queries * G, acc, peak, total, mask, d, D)
     if FOLD:
         acc, peak, total = add(done_acc, done_peak, done_total, acc, peak, total)
         _finish(

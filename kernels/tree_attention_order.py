@@ -4,9 +4,11 @@ A row at position p sees keys at positions 0 to p: the prefix, then its own path
 the positions behind it. From left to right these are
 
     splits  keys up to p - LAST, cut at multiples of `units(p)` times UNIT: at most SPLITS of them (one more in a window
-            or chunk, which begins anywhere). Each is one chain of matrix instructions, in blocks of BLOCK_N keys from a
-            multiple of that on. Weights are relative to the largest so far; where a block has a larger one, what is
-            summed up before it is rescaled. The sum of a block's weights is one of fixed-point numbers, exact.
+            or chunk, which begins anywhere). `units` rises at p = 1,408 + 2,048 n, where no round number of tokens is:
+            the tree of a round there takes the prefix twice. Each split is one chain of matrix instructions, in blocks
+            of BLOCK_N keys from a multiple of that on. Weights are relative to the largest so far; where a block has a
+            larger one, what is summed up before it is rescaled. The sum of a block's weights is one of fixed-point
+            numbers, exact.
     last    the LAST keys behind them, one by one, each by a matrix instruction of its own. Weights are relative to the
             largest of these keys, and added up in fixed point as well.
 
@@ -35,6 +37,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 UNIT = tl.constexpr(128)  # keys, a multiple of every BLOCK_N
 SPLITS = tl.constexpr(16)
+AHEAD = tl.constexpr(640)  # keys by which splits are wider before there would be more than SPLITS of them
 LAST = tl.constexpr(17)  # keys, the nodes of the longest path
 NEAR = tl.constexpr(16)  # of them may lie in the prefix
 MOST_COLUMNS = tl.constexpr(32)  # of D, that a program of the last keys takes where others take the splits
@@ -53,13 +56,13 @@ def first_key(length, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def units(position, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
-    """Of a split of the row at this position, at least one."""
+    """Of a split of the row at this position."""
     span = position + 1
     if WINDOW > 0:
         span = tl.minimum(span, WINDOW)
     if CHUNK > 0:
         span = tl.minimum(span, CHUNK)
-    return tl.maximum((span + SPLITS * UNIT - 1) // (SPLITS * UNIT), 1)
+    return (span + AHEAD + SPLITS * UNIT - 1) // (SPLITS * UNIT)
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from eagle_fast.config import MAX_DEPTH
 from eagle_fast.decoding.tree import bit_masks
 from eagle_fast.layers.attention import TreeStep
 from eagle_fast.target import Target
@@ -35,9 +36,16 @@ class Compared(NamedTuple):
 
 
 def random_parents(num_nodes: int, rng: random.Random) -> list[int]:
-    """A tree from a chain to a star: every node's parent is one of the few, or of all, before it."""
+    """A tree from the longest chain to a star: a node's parent is one of the few, or of all, before it, of those that
+    are less than MAX_DEPTH deep; there are no deeper trees while decoding."""
     reach = rng.choice((1, 2, 3, 8, num_nodes))
-    return [-1, *(node - rng.randint(1, min(reach, node)) for node in range(1, num_nodes))]
+    parents, depths = [-1], [0]
+    for node in range(1, num_nodes):
+        near = [each for each in range(max(0, node - reach), node) if depths[each] < MAX_DEPTH]
+        parent = rng.choice(near or [each for each in range(node) if depths[each] < MAX_DEPTH])
+        parents.append(parent)
+        depths.append(depths[parent] + 1)
+    return parents
 
 
 def paths_of(parents: Sequence[int]) -> list[list[int]]:

@@ -231,7 +231,8 @@ class Round:
     def begin_row(self, row: int, text: Sequence[int], end: int, start: int = 0) -> None:
         """`begin` of one sequence with the prompt `text`; the others stay as they are."""
         cache, drafter = self._place(row, text, end)
-        tokens = torch.tensor([text], device=HOST).to(self.target.device)
+        device = self.target.device
+        tokens = torch.tensor([text], device=HOST, pin_memory=device.type == "cuda").to(device, non_blocking=True)
         prefix = len(text) - 1
         if prefix == 0:
             drafter.start_without_prefix(tokens[:, 0].to(drafter.device))

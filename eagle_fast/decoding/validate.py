@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import Cache
 
-from eagle_fast.config import TreeConfig, whole_number
+from eagle_fast.config import TreeConfig, check_positive, whole_number
 from eagle_fast.messages import shown
 from eagle_fast.target import Target
 
@@ -147,17 +147,6 @@ def token_budgets(
         )
     limit = max_length if max_positions is None else min(max_length, max_positions + 1)
     return [min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
-
-
-def check_positive(**numbers) -> list[int]:
-    """Counts and lengths, by the name of their argument; returns them as Python's integers."""
-    found = []
-    for name, value in numbers.items():
-        number = whole_number(value)
-        if number is None or number < 1:
-            raise ValueError(f"{name}={shown(value)}: use a positive integer")
-        found.append(number)
-    return found
 
 
 def check_flags(**flags) -> list[bool]:

@@ -8,7 +8,7 @@ command       the subcommand
 findings      all that the doctor says, before it is put in words
 environment   versions and GPUs, as reported
 measure       bandwidth, copies and a kernel, as measured
-plan          placements of a model, its memory, and a round's time from the measured figures
+plan, plan_ranks   placements of a model, its memory, and a round's time from the measured figures
 trees         what trees of a head's drafts are worth, and what rounds under them take
 report        the findings as text
 """

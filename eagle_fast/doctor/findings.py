@@ -6,13 +6,26 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from eagle_fast.doctor.environment import Gpu, gpus, link_types, versions, why_no_gpu
 from eagle_fast.doctor.measure import SMALL_BYTES, GpuFigures, KernelCheck, Link, gpu_figures, kernel_check, link
-from eagle_fast.doctor.plan import HeadBytes, Plan, Setting, Sizes, found_head, head_bytes, plan, read_model, sizes
-from eagle_fast.doctor.rank_plan import rank_plan
+from eagle_fast.doctor.plan import (
+    HeadBytes,
+    Plan,
+    Setting,
+    Sizes,
+    device_name,
+    found_head,
+    head_bytes,
+    plan,
+    read_model,
+    sizes,
+)
+from eagle_fast.doctor.plan_ranks import plan_ranks
 from eagle_fast.doctor.trees import Trees, examine_trees
 from eagle_fast.target.anatomy import Anatomy
+from eagle_fast.target.devices import MOST_RANKS
 from eagle_fast.target.placement import STRATEGIES
 
 
@@ -57,19 +70,29 @@ def examine(setting: Setting | None) -> tuple[Machine, Placements | None]:
     found = found_head(setting, model)
     size, head = sizes(model, setting.context), head_bytes(setting, model, found)
     machine = examine_machine(setting.tree.total_token * size.row_bytes)
-    links = {(each.source, each.target): each for each in machine.links}
-    plans = [
-        plan(strategy, model, setting.max_memory, size, machine.figures, links, head)
-        for strategy in (STRATEGIES if machine.gpus else ())
-    ]
-    if setting.max_memory is None:
-        over_ranks = rank_plan(
-            model, size, machine.gpus, machine.figures, links, head, setting.tree.total_token
-        )  # fmt: skip
-        plans += [] if over_ranks is None else [over_ranks]
+    plans = _plans(setting, model, size, head, machine) if machine.gpus else []
     trees = None if found is None else examine_trees(setting, found.config)
     quantized = Anatomy(model).is_quantized
     return machine, Placements(setting, size, head, quantized, plans, packed, unpacked, trees)
+
+
+def _plans(setting: Setting, model: PreTrainedModel, size: Sizes, head: HeadBytes, machine: Machine) -> list[Plan]:
+    """Of the device_map that was given, or of each strategy; and of the ranks that were, or of two."""
+    links = {(each.source, each.target): each for each in machine.links}
+    maps, ranks, there = (setting.options.get(name) for name in ("device_map", "tensor_parallel", "draft_device"))
+    home = None if there is None else device_name(there)
+    found = [
+        plan(each, model, setting.max_memory, size, machine.figures, links, head, home)
+        for each in (STRATEGIES if maps is None else [maps])
+    ]
+    if ranks is None and maps is None and setting.max_memory is None and len(machine.gpus) >= MOST_RANKS:
+        ranks = MOST_RANKS
+    if ranks is True:
+        ranks = len(machine.gpus)
+    if ranks:
+        rows = setting.tree.total_token
+        found.append(plan_ranks(ranks, model, rows, size, machine.figures, links, head))
+    return found
 
 
 def examine_machine(small_bytes: int) -> Machine:

@@ -11,30 +11,31 @@ config.json alone, on the meta device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from eagle_fast.config import TreeConfig
 from eagle_fast.doctor.measure import GpuFigures, Link
 from eagle_fast.head import HeadCheckpoint, read_head
-from eagle_fast.loading import known_path
+from eagle_fast.loading import CONFIG_OPTIONS, HEAD_OPTIONS, HUB_OPTIONS, known_path, modern_options
+from eagle_fast.loading_packed import packing_of
+from eagle_fast.loading_target import read_config
 from eagle_fast.target.anatomy import Anatomy, decoder_layers
 from eagle_fast.target.ends import are_tied, ends
 from eagle_fast.target.formats.arriving import num_parameters
-from eagle_fast.target.formats.scheme import Unreadable
-from eagle_fast.target.packing import packing_of_file
+from eagle_fast.target.packing import Bits
 from eagle_fast.target.placement import place_of, plan_placement, skeleton
 
 
 @dataclass(frozen=True)
 class Setting:
     """What is to be placed. context: tokens in the cache; head: a head's folder or hub name, if there is one;
-    batches: numbers of sequences whose rounds are to be timed."""
+    batches: numbers of sequences whose rounds are to be timed; options: all else that from_pretrained would be told."""
 
     model: str
     dtype: torch.dtype | None = None
@@ -43,6 +44,11 @@ class Setting:
     head: str | None = None
     max_memory: Mapping[int | str, int | str] | None = None
     batches: tuple[int, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def some(self, names: Collection[str]) -> dict[str, Any]:
+        """Of the options, those of these names that were given."""
+        return {name: self.options[name] for name in names if name in self.options}
 
 
 @dataclass(frozen=True)
@@ -79,11 +85,10 @@ class Plan:
     copy_seconds: float | None = None
     draft_seconds: float | None = None
     problem: str = ""
-    sums: int = 0  # over the devices, where each has a part of every layer
 
     @property
     def crossings(self) -> int:
-        return 0 if self.sums else max(len(self.devices) - 1, 0)
+        return max(len(self.devices) - 1, 0)
 
     @property
     def round_seconds(self) -> float | None:
@@ -104,18 +109,15 @@ class Shape(NamedTuple):
 
 def read_model(setting: Setting) -> Shape:
     """Of a hub name, or of a folder with a config.json. Raises ValueError."""
-    try:
-        config = AutoConfig.from_pretrained(known_path("--model", setting.model))
-    except OSError as error:
-        raise ValueError(f"--model {setting.model}: {str(error).splitlines()[0]}") from error
+    path, options = known_path("--model", setting.model), modern_options(dict(setting.options))
+    config = read_config(path, setting.some(CONFIG_OPTIONS), "--model")
+    assert config is not None, "no gguf_file is among the options"
     config.dtype = setting.dtype or config.dtype or torch.bfloat16
-    if not Anatomy(config).is_quantized:
-        return Shape(skeleton(config))
-    try:
-        packing = packing_of_file(config)
+    bits = Bits(options.get("target_bits"), options.get("lm_head_bits"))
+    packing, reason = packing_of(config, path, options, bits, f"--model {path!r}", None)
+    if packing is not None:
         return Shape(packing.model, packing.name)
-    except Unreadable as reason:
-        return Shape(skeleton(config), unpacked=str(reason))
+    return Shape(skeleton(config, trust_remote_code=bool(options.get("trust_remote_code"))), unpacked=reason)
 
 
 def sizes(model: PreTrainedModel, context: int) -> Sizes:
@@ -155,6 +157,8 @@ def found_head(setting: Setting, model: PreTrainedModel) -> HeadCheckpoint | Non
         target_hidden_size=anatomy.hidden_size,
         target_vocab_size=anatomy.vocab_size,
         num_target_layers=anatomy.num_layers,
+        revision=setting.options.get("ea_revision"),
+        **setting.some((*HEAD_OPTIONS, *HUB_OPTIONS)),
     )
 
 
@@ -172,26 +176,32 @@ def head_bytes(setting: Setting, model: PreTrainedModel, found: HeadCheckpoint |
 
 
 def plan(
-    strategy: str,
+    strategy: Any,
     model: PreTrainedModel,
     max_memory: Mapping[int | str, int | str] | None,
     size: Sizes,
     figures: Mapping[int, GpuFigures],
     links: Mapping[tuple[int, int], Link],
     head: HeadBytes = HeadBytes(),  # noqa: B008  # immutable
+    home: str | None = None,
 ) -> Plan:
-    """One strategy's placement with its memory and, from figures and links, its times."""
+    """One placement with its memory and, from figures and links, its times.
+
+    strategy: or any other device_map. home: the head's device; None: that of the lm_head.
+    """
+    called = strategy if isinstance(strategy, str) else "as given"
     try:
         placed = plan_placement(model, strategy, None if max_memory is None else dict(max_memory))
     except ValueError as error:  # no GPU, or none that is large enough
-        return Plan(strategy, problem=str(error))
+        return Plan(called, problem=str(error))
     device_map = {name: device_name(device) for name, device in placed.items()}
     on_the_way = [place_of(device_map, name) for name in size.path]
     first, *of_layers, last = on_the_way
     devices = (first, *(after for before, after in pairwise(on_the_way) if after != before))
+    home = last if home is None else home
     given = Plan(
-        strategy, devices, _by_device(size.weights, device_map), _by_device(size.cache, device_map),
-        {last: head.resident} if head.resident else {},
+        called, devices, _by_device(size.weights, device_map), _by_device(size.cache, device_map),
+        {home: head.resident} if head.resident else {},
         {device: of_layers.count(device) for device in dict.fromkeys(of_layers)},
     )  # fmt: skip
     read = _by_device({name: count for name, count in size.weights.items() if name != size.unread}, device_map)
@@ -199,9 +209,9 @@ def plan(
     try:
         return replace(
             given,
-            verify_seconds=sum(count / read_rate(device, figures) for device, count in [*read.items(), *cached]),
+            verify_seconds=sum(count / rate_of(device, figures) for device, count in [*read.items(), *cached]),
             copy_seconds=sum(_copy_seconds(before, after, links) for before, after in pairwise(devices)),
-            draft_seconds=head.read / read_rate(last, figures),
+            draft_seconds=head.read / rate_of(home, figures) if head.read else 0.0,
         )
     except LookupError as error:
         return replace(given, problem=f"no time: {error.args[0]}")
@@ -222,7 +232,7 @@ def _by_device(counts: Mapping[str, int], device_map: Mapping[str, str]) -> dict
     return total
 
 
-def read_rate(device: str, figures: Mapping[int, GpuFigures]) -> float:
+def rate_of(device: str, figures: Mapping[int, GpuFigures]) -> float:
     """Bytes a second at which a round reads what lies on a device."""
     if device == "disk":
         raise LookupError("the disk's speed is not measured")

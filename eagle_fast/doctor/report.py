@@ -122,7 +122,7 @@ def _plans(placements: Placements, free: dict[str, int]) -> Iterator[str]:
         return
     rows = [["strategy", "GiB of weights + cache and head (layers), by GPU", "crossings", "a round, at least"]]
     for plan in plans:
-        rows.append([plan.strategy, _memory(plan) or "-", _ways(plan), _time(plan)])
+        rows.append([plan.strategy, _memory(plan) or "-", str(plan.crossings), _time(plan)])
     yield from table(rows)
     yield (
         "A round reads the weights"
@@ -130,8 +130,6 @@ def _plans(placements: Placements, free: dict[str, int]) -> Iterator[str]:
         + " and the keys and values once, at the"
     )
     yield "measured bandwidth, and copies the hidden rows at each crossing; launches and attention come on top."
-    if any(plan.sums for plan in plans):
-        yield "With tensor_parallel the GPUs read their parts at once, and push rows to each other for each sum."
     yield from _problems(plans, free)
 
 
@@ -176,12 +174,7 @@ def _memory(plan: Plan) -> str:
     return "   ".join(parts)
 
 
-def _ways(plan: Plan) -> str:
-    return f"{plan.sums} sums" if plan.sums else str(plan.crossings)
-
-
 def _time(plan: Plan) -> str:
     if plan.round_seconds is None or plan.copy_seconds is None:
         return "not known"
-    what = "sums" if plan.sums else "copies"
-    return f"{plan.round_seconds * 1e3:.2f} ms, of it {what} {plan.copy_seconds * 1e3:.3f}"
+    return f"{plan.round_seconds * 1e3:.2f} ms, of it copies {plan.copy_seconds * 1e3:.3f}"

@@ -82,8 +82,9 @@ def _timed(setting: Setting) -> Iterator[tuple[int, dict[TreeConfig, float]]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that timing decides: here nothing else is wanted
         model = EaModel.from_pretrained(
-            base_model_path=setting.model, ea_model_path=setting.head, device_map="auto", dtype=setting.dtype or "auto",
-            total_token=tree.total_token, depth=tree.depth, top_k=tree.top_k, adaptive=True,
+            base_model_path=setting.model, ea_model_path=setting.head, dtype=setting.dtype or "auto", adaptive=True,
+            total_token=tree.total_token, depth=tree.depth, top_k=tree.top_k, max_memory=setting.max_memory,
+            **{"device_map": "auto"} | dict(setting.options),
         )  # fmt: skip
     on_cpu = model.target.device.type == "cpu"
     for batch in setting.batches:

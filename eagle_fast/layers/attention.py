@@ -39,10 +39,14 @@ class PrefillStep:
     start: int
     count: int
     masks: dict = field(default_factory=dict)
+    firsts: dict = field(default_factory=dict)
 
     def first_rows(self, batch: int, device: torch.device) -> Tensor:
-        """[B] cache row of each sequence's first row."""
-        return torch.full((batch,), self.start, device=device)
+        """[B] cache row of each sequence's first row: one tensor for all layers of a device."""
+        key = batch, device
+        if key not in self.firsts:
+            self.firsts[key] = torch.full((batch,), self.start, device=device)
+        return self.firsts[key]
 
     def positions(self, device: torch.device) -> Tensor:
         """[1, T] of the rows."""
@@ -143,7 +147,7 @@ def prefill_attention(
     if not explicit and not local:
         whole: dict[str, Any] = {"scale": scale, "enable_gqa": grouped}
         if start == 0 and not (q.is_cuda and grouped and q.dtype == torch.float32):
-            out = F.scaled_dot_product_attention(q, k[:, :, :end], v[:, :, :end], is_causal=True, **whole)
+            out = F.scaled_dot_product_attention(q, k.narrow(2, 0, end), v.narrow(2, 0, end), is_causal=True, **whole)
             return out.transpose(1, 2).contiguous()
         if start and _takes_flash(q, k, v, grouped):
             aligned = causal_lower_right(step.count, end)

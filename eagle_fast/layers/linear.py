@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Sequence
 
 import torch
-from eagle_fast_kernels.linear import few_rows_matmul, few_rows_sums, gated_matmul, streams
+from eagle_fast_kernels.linear import few_rows_matmul, run_gated, run_sums, streams
 from eagle_fast_kernels.many_rows import row_invariant_gated, row_invariant_matmul, row_invariant_sums
 from torch import Tensor, nn
 
@@ -65,13 +65,13 @@ class FewRowsLinear(nn.Linear):
         same bits once they are rounded to the input's dtype, or, with an order kept, before."""
         if self._keeps_order:
             return row_invariant_sums(input, self.weight, self.bias, rounded=rounded)
-        return few_rows_sums(input, self.weight, bias=self.bias)
+        return run_sums(input, self.weight, None, self.bias)
 
     def gated(self, input: Tensor) -> Tensor:
         """silu(gate) * up, [..., N / 2], where the weight is gate | up."""
         if self._keeps_order:
             return row_invariant_gated(input, self.weight, self.bias)
-        return gated_matmul(input, self.weight, bias=self.bias)
+        return run_gated(input, self.weight, None, self.bias)
 
     def cut(self, bounds: Sequence[int], axis: int) -> list[FewRowsLinear]:
         """Parts of the weight from each bound to the next, copies. Of rows (axis 0) their outputs lie side by side; of
@@ -103,11 +103,11 @@ class QuantizedLinear(nn.Module):
 
     def sums(self, input: Tensor) -> Tensor:
         """See `FewRowsLinear`."""
-        return few_rows_sums(input, self.weight, scale=self.scale, bias=self.bias)
+        return run_sums(input, self.weight, self.scale, self.bias)
 
     def gated(self, input: Tensor) -> Tensor:
         """See `FewRowsLinear`."""
-        return gated_matmul(input, self.weight, scale=self.scale, bias=self.bias)
+        return run_gated(input, self.weight, self.scale, self.bias)
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,22 +38,27 @@ class KVSlab:
         indices: dict[LayerShape, list[int]] = {}
         for index, shape in enumerate(layers):
             indices.setdefault(shape, []).append(index)
-        self.slabs: list[torch.Tensor] = []
-        self.keys: dict[int, torch.Tensor] = {}
-        self.values: dict[int, torch.Tensor] = {}
+        self.members = list(indices.values())  # of each slab
+        slabs: list[torch.Tensor] = []
         for shape, members in indices.items():
             size = (2 * len(members), batch, shape.num_heads, capacity, shape.head_dim)
-            slab = torch.zeros(size, dtype=shape.dtype, device=shape.device)
-            self.slabs.append(slab)
-            for place, index in enumerate(members):
-                self.keys[index], self.values[index] = slab[2 * place], slab[2 * place + 1]
+            slabs.append(torch.zeros(size, dtype=shape.dtype, device=shape.device))
+        self._set_slabs(slabs)
+
+    def _set_slabs(self, slabs: list[torch.Tensor]) -> None:
+        """Make these the memory of all layers."""
+        self.slabs = slabs
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
+        for slab, members in zip(slabs, self.members, strict=True):
+            parts = slab.unbind()
+            self.keys.update(zip(members, parts[::2], strict=True))
+            self.values.update(zip(members, parts[1::2], strict=True))
 
     def row(self, index: int) -> KVSlab:
         """One sequence of this slab, in the same memory: a slab of batch 1."""
-        one, view = slice(index, index + 1), copy.copy(self)
-        view.slabs = [slab[:, one] for slab in self.slabs]
-        view.keys = {layer: keys[one] for layer, keys in self.keys.items()}
-        view.values = {layer: values[one] for layer, values in self.values.items()}
+        view = copy.copy(self)
+        view._set_slabs([slab[:, index : index + 1] for slab in self.slabs])
         return view
 
     def compact(self, path: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor, transfers: Transfers) -> None:

@@ -1,56 +1,20 @@
-"""Talk to a model in the terminal, decoded with its draft head.
-
-    eagle-fast chat                                      # a small model, made on the first run
-    eagle-fast chat --model meta-llama/Llama-3.1-8B-Instruct --head yuhuili/EAGLE3-LLaMA3.1-Instruct-8B
-    eagle-fast chat --colors                             # what the head guessed right is green
-    eagle-fast chat --temperature 0.7 --top-p 0.9 --system "Answer in one sentence."
-    printf 'Name a bird.\\nAnother one.\\n' | eagle-fast chat > answers.txt
-
-After each answer a line says how fast it came, how many tokens a round of the target brought (tau), and which share of
-the drafts was right, by depth. Each turn goes on from what the turns before left in the cache. Ctrl-C stops an answer,
-Ctrl-D leaves; /help lists what else a line can say: /set temperature 0.7, /retry, /undo, /colors, /plain and others.
-
-Out of a pipe, every line is a turn. Answers go to stdout, everything else to stderr.
-"""
+"""`eagle-fast chat`: a conversation in the terminal, or out of a pipe."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from contextlib import closing
 from typing import Any
 
 from eagle_fast.demo import hardware
-from eagle_fast.loading_arguments import add_loading_arguments, load_pair, name_of
+from eagle_fast.loading_arguments import load_pair, name_of
 from eagle_fast.model import EaModel
 from eagle_fast.shell.answer import decode, summary
 from eagle_fast.shell.conversation import Conversation
 from eagle_fast.shell.screen import Screen
-from eagle_fast.shell.settings import add_sampling_arguments, settings_of
+from eagle_fast.shell.settings import settings_of
 from eagle_fast.shell.slash import Next, obey
 from eagle_fast.text import TextStream, encode_chat
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--system", metavar="TEXT", help="a system message")
-    parser.add_argument("--colors", action="store_true", help="show accepted drafts in green; /colors switches")
-    add_template_argument(parser)
-    add_sampling_arguments(parser, max_new_tokens=1024, seed=None)
-    add_loading_arguments(parser)
-
-
-def add_template_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--chat-template-kwargs", type=_object, default={}, metavar="JSON",
-        help="""options of the model's chat template, as '{"enable_thinking": false}'""",
-    )  # fmt: skip
-
-
-def _object(text: str) -> dict[str, Any]:
-    found = json.loads(text)
-    if not isinstance(found, dict):
-        raise ValueError(f"{text} is no JSON object")
-    return found
 
 
 def run(args: argparse.Namespace) -> int:

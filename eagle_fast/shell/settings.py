@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import warnings
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from eagle_fast.config import SamplingParams, whole_number
-from eagle_fast.decoding.validate import check_positive
+from eagle_fast.config import SamplingParams, check_positive, whole_number
 
 MEANINGS = {
     "temperature": "0 is greedy",
@@ -69,3 +69,17 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, max_new_tokens: int,
 
 def settings_of(args: argparse.Namespace) -> Settings:
     return Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
+
+
+def add_template_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--chat-template-kwargs", type=_object, default={}, metavar="JSON",
+        help="""options of the model's chat template, as '{"enable_thinking": false}'""",
+    )  # fmt: skip
+
+
+def _object(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(f"{text} is no JSON object")
+    return found

@@ -11,6 +11,10 @@ stock layer.
 
 The norm that reads a layer's output (the next layer's, or the final one) is computed along with the output, by the
 kernel that adds the residual; a `Handover` brings it to its reader.
+
+A prompt's layers are launched one by one, so host time counts. What comes from outside is checked where it comes in:
+weights of norms when a layer is made, hidden states by the norm that reads them, unless they were handed over, rotary
+tables in the first layer that gets them. What a layer made itself goes to kernels unchecked (`run_...`).
 """
 
 from __future__ import annotations
@@ -19,12 +23,13 @@ from collections import Counter
 from typing import Any
 
 import torch
-from eagle_fast_kernels.draft_head import rope_append
-from eagle_fast_kernels.rms_norm import add_parts, add_rms_norm, rms_norm
+from eagle_fast_kernels.check import FLOATS, HUGE, number, tensor
+from eagle_fast_kernels.draft_head import rope_append, run_rope_append
+from eagle_fast_kernels.rms_norm import add_parts, rms_norm, run_add_rms_norm
 from torch import nn
 
 from eagle_fast.target.anatomy import LlamaLayer, Norm, llama_layer, llama_norm
-from eagle_fast.target.interface import binding_of
+from eagle_fast.target.interface import Rotation, binding_of
 from eagle_fast.target.merged import can_be_read, merged, single, weight_of
 
 
@@ -74,11 +79,14 @@ class FusedLayer(nn.Module):
         self.qkv, self.gate_up = merged(stock.q, stock.k, stock.v), merged(stock.gate, stock.up)
         self.o, self.down = single(stock.o), single(stock.down)
         self.num_heads, self.num_kv_heads = (each.out_features // self.head_dim for each in (stock.q, stock.k))
-        self.input_norm, self.post_norm = FusedNorm(stock.input_norm, handover), stock.post_norm
+        hidden_size, norms = stock.o.out_features, (stock.input_norm, stock.post_norm)
+        input_norm, self.post_norm = (checked_norm(each, hidden_size) for each in norms)
+        self.input_norm = FusedNorm(input_norm, handover)
         self.next_norm: FusedNorm | None = None  # what reads the output, as far as that is known
         self.head_norms: dict[str, Any] = {}  # of q and k, as `rope_append` takes them
         if stock.q_norm is not None and stock.k_norm is not None:
-            self.head_norms = {"q_norm": stock.q_norm.weight, "k_norm": stock.k_norm.weight, "eps": stock.q_norm.eps}
+            q_norm, k_norm = (checked_norm(each, self.head_dim) for each in (stock.q_norm, stock.k_norm))
+            self.head_norms = {"q_norm": q_norm.weight, "k_norm": k_norm.weight, "eps": q_norm.eps}
         self.binding = binding_of(stock.attention)
 
     @property
@@ -89,28 +97,40 @@ class FusedLayer(nn.Module):
         """hidden_states [B, T, H] -> [B, T, H]. Step and slab come from the binding, whatever else the model passes."""
         shape = hidden_states.shape
         residual = hidden_states.reshape(-1, shape[-1])
+        if residual.stride(1) != 1:
+            residual = residual.contiguous()
         attended = self._attend(self.qkv.sums(self.input_norm(hidden_states)), position_embeddings)
-        attended = self.o.sums(attended.view(len(residual), -1))
-        normed, residual = add_rms_norm(attended, residual, *self.post_norm)
+        attended = self.o.sums(attended.view(residual.shape[0], -1))
+        normed, residual = run_add_rms_norm(attended, residual, *self.post_norm)
         out = self.down.sums(self.gate_up.gated(normed))
         if self.next_norm is None:
             return add_parts(out, residual).view(shape)
         following = self.next_norm
-        normed, out = (each.view(shape) for each in add_rms_norm(out, residual, following.weight, following.eps))
-        following.handover.give(out, normed)
+        normed, out = run_add_rms_norm(out, residual, following.weight, following.eps)
+        out = out.view(shape)
+        following.handover.give(out, normed.view(shape))
         return out
 
     def _attend(self, qkv: torch.Tensor, position_embeddings) -> torch.Tensor:
         """Attention of rows qkv [B, T, (Hq + 2 Hkv) D], or parts, written to the slab first -> [B, T, Hq, D]."""
         batch, count, _ = qkv.shape[-3:]
-        cos, sin = (each.expand(batch, -1, -1).reshape(batch * count, -1) for each in position_embeddings)
-        step, slab = self.binding.step, self.binding.slab
+        step, slab, rotation = self.binding.step, self.binding.slab, self.binding.context.rotation
         keys, values = slab.keys[self.layer_index], slab.values[self.layer_index]
-        query = rope_append(
-            qkv, None, cos, sin, keys, values, step.first_rows(batch, qkv.device), self.num_heads, self.num_kv_heads,
-            **self.head_norms,
+        known = rotation is not None and rotation.is_of(position_embeddings)
+        if rotation is None or not known:
+            rotation = self.binding.context.rotation = Rotation.of(position_embeddings, batch, count)
+        append = run_rope_append if known else rope_append
+        query = append(
+            qkv, None, *rotation.tables, keys, values, step.first_rows(batch, qkv.device), self.num_heads,
+            self.num_kv_heads, **self.head_norms,
         )  # fmt: skip
         return step.attend(query, keys, values, scale=self.scale, window=self.binding.window)
+
+
+def checked_norm(norm: Norm, width: int) -> Norm:
+    """A norm over rows of `width` that kernels can read, see `run_add_rms_norm`. ValueError for others."""
+    tensor("weight", norm.weight, "H", FLOATS, (width,))
+    return Norm(norm.weight, number("eps", norm.eps, 0, HUGE))
 
 
 def can_fuse(stock: LlamaLayer, owners: Counter[int]) -> bool:

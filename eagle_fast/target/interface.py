@@ -35,12 +35,32 @@ _BINDING, _CALLS = "eagle_binding", "eagle_calls"  # attributes of attention mod
 # -- what layers know of the running forward ---------------------------------------------------------------------------
 
 
+class Rotation(NamedTuple):
+    """Rotary cos and sin as layers are given them, [1 or B, T, R], and as tables [B T, R] of the rows of a forward."""
+
+    given: tuple[torch.Tensor, torch.Tensor]
+    tables: tuple[torch.Tensor, torch.Tensor]
+
+    @classmethod
+    def of(cls, given: tuple[torch.Tensor, torch.Tensor], batch: int, count: int) -> Rotation:
+        cos, sin = (each.expand(batch, -1, -1).reshape(batch * count, -1) for each in given)
+        return cls(given, (cos, sin))
+
+    def is_of(self, given: tuple[torch.Tensor, torch.Tensor]) -> bool:
+        """Whether these are the very tensors."""
+        return given[0] is self.given[0] and given[1] is self.given[1]
+
+
 @dataclass
 class AttentionContext:
-    """What the layers of one device are running: set and taken back by `Target.forward`."""
+    """What the layers of one device are running: set and taken back by `Target.forward`.
+
+    rotation: what the fused layers were given last; mostly the same for all.
+    """
 
     step: Step | None = None
     slab: KVSlab | None = None
+    rotation: Rotation | None = None
 
 
 @dataclass(frozen=True)

@@ -306,7 +306,7 @@ class Target:
 
     def _take_back(self) -> None:
         for context in self.contexts.values():
-            context.step = context.slab = None
+            context.step = context.slab = context.rotation = None
         for rope in self.long_ropes:
             rope.long_rows = None
         self.transfers.forget()

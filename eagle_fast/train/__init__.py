@@ -15,7 +15,14 @@ fresh, vocabulary a head to begin with, and the tokens that it can propose
 evaluate, card, progress            how it does in decoding, its card, the lines that are printed
 """
 
+from typing import TYPE_CHECKING
+
+from eagle_fast.lazy import names_on_demand as _names_on_demand
 from eagle_fast.train.options import TrainOptions
-from eagle_fast.train.run import Result, train
+
+if TYPE_CHECKING:
+    from eagle_fast.train.run import Result, train
+else:  # when they are asked for: the command's help needs the options alone
+    __getattr__ = _names_on_demand(__name__, dict.fromkeys(("Result", "train"), "eagle_fast.train.run"))
 
 __all__ = ["Result", "TrainOptions", "train"]

@@ -1,105 +1,27 @@
-"""Train an EAGLE-3 draft head for a causal language model, without a data set.
-
-The model asks itself questions, from its own chat template, and answers them; the head learns to guess
-those answers. Give --prompts to train for the questions that your users ask.
-
-    eagle-fast train --model Qwen/Qwen3-0.6B --out qwen-head --minutes 60
-    eagle-fast train --model smollm2 --out smollm2-head --draft-vocab 20480 --minutes 30
-
-The folder --out then works as ea_model_path of EaModel.from_pretrained, and in SGLang and vLLM as an
-EAGLE-3 head of SpecForge. A run that was stopped goes on with --resume and the same arguments.
-
-What to expect: agreement is the share of tokens that the head guesses right, given the right ones before,
-for the first drafted token, the second and so on. "A chain would get" says how many tokens a round would
-yield without a tree; the tree of EaModel yields about a third more. Longer is better, for hours.
-"""
+"""`eagle-fast train`: the target and its tokenizer loaded, then `train`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from dataclasses import fields
+from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import PreTrainedModel
 
-from eagle_fast.loading import load_target
-from eagle_fast.pairs import smollm2_target
+from eagle_fast.loading import TOKENIZER_OPTIONS, load_target, load_tokenizer, modern_options
+from eagle_fast.loading_arguments import as_written, given, target_path
 from eagle_fast.prompts import read_prompts
-from eagle_fast.target.placement import resolve_device
+from eagle_fast.target.placement import STRATEGIES, resolve_device
 from eagle_fast.train.options import TrainOptions
 from eagle_fast.train.run import train
-
-# option of TrainOptions -> what it is
-BUDGET = {
-    "minutes": "wall-clock minutes of writing texts and training",
-    "updates": "train this many updates instead; 0: go by the minutes",
-    "pause_after": "stop after so many minutes, to be resumed; 0: do not",
-    "save_minutes": "minutes between two saves that --resume can go on from",
-}
-HEAD = {
-    "draft_vocab": "tokens that the head can propose: the most frequent ones of the answers",
-    "intermediate": "width of its MLP; 0: the model's",
-    "kv_heads": "key and value heads of its attention; 0: the model's",
-}
-LEARNING = {
-    "learning_rate": "peak of the schedule: warm-up, then a cosine",
-    "steps": "drafted tokens that are trained for (training-time test)",
-    "decay": "weight of each drafted token's loss over the one before",
-    "batch_tokens": "padded tokens per update; less needs less memory",
-    "passes": "times the texts are gone through before new ones are written",
-    "seed": "of the head's first weights, the order of texts, and the texts",
-}
-TEXTS = {
-    "prompt_share": "of the questions, from --prompts; the rest is the model's own",
-    "opening_share": "of the model's own questions that begin with given words, to vary the topics",
-    "greedy_share": "of the answers, decoded at temperature 0; the rest at 1",
-    "max_question": "tokens of a question of its own",
-    "max_answer": "tokens of an answer",
-    "pool_tokens": "tokens of answers written at a time",
-    "writing_share": "of the minutes, at most, for each writing",
-    "rows": "texts written side by side; 0: what the memory allows",
-    "held_out": "texts kept for measuring",
-}
-GROUPS = {"how long": BUDGET, "the head": HEAD, "learning": LEARNING, "the texts": TEXTS}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="hub name or folder of the target; 'smollm2' for the demo's")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the head goes")
-    parser.add_argument(
-        "--prompts", metavar="FILE", help="users' prompts: .jsonl (messages, turns, prompt), or one per line"
-    )
-    parser.add_argument(
-        "--initial", metavar="HEAD", help="begin with this head, of the same target, instead of a fresh one"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on with the run that --out holds, if it holds one")
-    parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu; auto takes the first GPU if there is one")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16, float32 on a CPU")
-    parser.add_argument("--revision", help="of the model on the hub")
-    for title, group in GROUPS.items():
-        section = parser.add_argument_group(title)
-        for name, meaning in group.items():
-            default = getattr(TrainOptions, name)
-            section.add_argument(
-                f"--{name.replace('_', '-')}", type=type(default), default=default, metavar="N",
-                help=f"{meaning} (default {default:,})",
-            )  # fmt: skip
-    parser.add_argument(
-        "--share-lm-head", action="store_true",
-        help="use the model's lm_head untrained: a far smaller file, which eagle_fast reads and others may not",
-    )  # fmt: skip
-    parser.add_argument("--log-seconds", type=float, default=TrainOptions.log_seconds, help=argparse.SUPPRESS)
 
 
 def run(arguments: argparse.Namespace) -> int:
     options = TrainOptions(**{field.name: getattr(arguments, field.name) for field in fields(TrainOptions)})
     prompts = read_prompts(arguments.prompts) if arguments.prompts else []
-    device = resolve_device(arguments.device)
-    name = str(smollm2_target()) if arguments.model == "smollm2" else arguments.model
-    dtype = getattr(torch, arguments.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
-    model = load_target(name, device, {"dtype": dtype, "revision": arguments.revision}, name="--model")
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=arguments.revision)
+    model, tokenizer = load(arguments)
     files = {"prompts": prompts, "initial": arguments.initial}
     try:
         result = train(model, tokenizer, arguments.out, options, resume=arguments.resume, **files)
@@ -109,3 +31,17 @@ def run(arguments: argparse.Namespace) -> int:
     if not result.finished:
         print("paused: the same command with --resume goes on")
     return 0
+
+
+def load(arguments: argparse.Namespace) -> tuple[PreTrainedModel, Any]:
+    """(target on one device, its tokenizer). Raises ValueError."""
+    path, options = target_path(arguments), modern_options(given(arguments))
+    device_map = options.pop("device_map", "auto")
+    if device_map in STRATEGIES[1:] or (isinstance(device_map, dict) and set(device_map) != {""}):
+        raise ValueError(f"--device-map {arguments.device_map}: training takes one device: auto, cpu, cuda or cuda:N")
+    device = resolve_device(device_map, "--device-map")
+    options.setdefault("dtype", torch.float32 if device.type == "cpu" else torch.bfloat16)
+    bits = {name: options.pop(name, None) for name in ("target_bits", "lm_head_bits")}
+    with as_written():
+        model = load_target(path, device, options, name="--model", **bits)
+        return model, load_tokenizer(path, {name: options[name] for name in TOKENIZER_OPTIONS if name in options})

@@ -33,7 +33,7 @@ def pair(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(pair, tmp_path_factory):
     place = tmp_path_factory.mktemp("attached") / "both"
-    assert main(["attach", *map(str, pair), str(place), "--total-token", "16", "--depth", "3", "--top-k", "4"]) == 0
+    assert main(["attach", *map(str, pair), str(place), "--tree", "16", "3", "4"]) == 0
     return place
 
 
@@ -93,6 +93,27 @@ def test_what_the_head_is_of_no_use_for_is_decoded_without(loaded, plain):
     assert torch.equal(found, plain.generate(IDS, **options))
 
 
+def test_options_of_the_command(pair, tmp_path, monkeypatch):
+    """What is said of decoding stands in the folder; names on the hub are fetched with their options."""
+    fetched = {}
+
+    def snapshot(name, **options):
+        fetched[name] = options
+        return str(pair[name == "its/head"])
+
+    monkeypatch.setattr("eagle_fast.attach.snapshot_download", snapshot)
+    hub = ["--revision", "v2", "--head-revision", "v3", "--cache-dir", "here", "--local-files-only"]
+    decoding = ["--no-adaptive", "--no-draft-int8", "--tree", "8", "3", "2"]
+    assert main(["attach", "its/model", "its/head", str(tmp_path / "both"), *hub, *decoding]) == 0
+    for name, revision in (("its/model", "v2"), ("its/head", "v3")):
+        options = {"revision": revision, "cache_dir": "here", "local_files_only": True}
+        assert fetched[name].items() >= options.items()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "both", trust_remote_code=True)
+    model.generate(IDS, max_new_tokens=2)
+    assert model._eagle_fast.model.tree == TreeConfig(8, 3, 2)
+    assert not model._eagle_fast.model.adaptive
+
+
 def test_an_error_on_the_way_is_not_decoded_again(loaded):
     def fails(ids, scores, **kwargs):
         raise ValueError("mine")
@@ -145,7 +166,7 @@ def test_what_cannot_be_attached(which, message, pair, folder, tmp_path, capsys)
     given = {
         "full": [target, head, folder], "no target": ["/no/such", head, place],
         "empty target": [tmp_path / "empty", head, place], "empty head": [target, tmp_path / "empty", place],
-        "tree": [target, head, place, "--total-token", "1"],
+        "tree": [target, head, place, "--tree", "1", "7", "10"],
     }[which]  # fmt: skip
     assert main(["attach", *map(str, given)]) == 2
     assert re.search(message, capsys.readouterr().err)

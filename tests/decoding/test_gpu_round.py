@@ -11,16 +11,17 @@ from zoo import FAMILIES, make
 
 from eagle_fast import EaModel
 from eagle_fast.decoding.graph import GraphedStep
+from eagle_fast.decoding.round import Round
 from eagle_fast.head import DraftHead
 from eagle_fast.head.config import HeadConfig, default_feature_layers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:the model caps its attention scores")]
 
 
-def decoder(name, folder):
+def decoder(name, folder, **options):
     model = make(name)
     write_often_right_head(copy.deepcopy(model), folder)
-    return EaModel.from_pretrained(base_model_path=model.cuda(), ea_model_path=str(folder))
+    return EaModel.from_pretrained(base_model_path=model.cuda(), ea_model_path=str(folder), **options)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -68,6 +69,16 @@ def test_no_host_sync_in_the_loop(method, temperature, batch, tmp_path):
     assert len(seen) == most if method == "naive_generate" else len(seen) < most
 
 
+def test_no_host_sync_between_prompts(tmp_path):
+    """The host launches a prompt while the device runs the one before."""
+    model = decoder("llama", tmp_path)
+    texts = [[3 + token % 100 for token in range(length)] for length in (9, 80, 19)]
+    state = Round(model.target, model.ea_layer, model.tree, len(texts), 128)
+    state.begin(texts, [100] * len(texts))  # compiles
+    with host_syncs_forbidden():
+        state.begin(texts, [100] * len(texts))
+
+
 ROWS = {"output_scores": True, "output_logits": True}
 
 
@@ -108,7 +119,7 @@ def test_rounds_that_record_are_captured(name, batch, records, tmp_path):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_logprobs_cost_no_host_sync(batch, tmp_path):
     """They travel with the reports, two rounds under way."""
-    model = decoder("llama", tmp_path)
+    model = decoder("llama", tmp_path, adaptive=False)  # so that both calls have the same rounds
     ids = torch.randint(3, 130, (batch, 19), generator=torch.Generator().manual_seed(1))
     options = {"max_new_tokens": 128, "return_dict_in_generate": True, "output_logprobs": True}
     expected = list(model.ea_generate(ids, **options))  # captures

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from importlib.metadata import version
 from itertools import pairwise
 
@@ -13,17 +14,17 @@ from zoo import HIDDEN, LAYERS, VOCAB, make
 
 from eagle_fast import EaModel, TreeConfig
 from eagle_fast.cli import main
-from eagle_fast.doctor import environment, findings, measure, rank_plan
+from eagle_fast.doctor import environment, findings, measure
 from eagle_fast.doctor import plan as planning
 from eagle_fast.doctor.environment import Gpu, parse_topology
 from eagle_fast.doctor.findings import Machine, Placements, as_json
 from eagle_fast.doctor.measure import GpuFigures, KernelCheck, Link
 from eagle_fast.doctor.plan import HeadBytes, Setting, found_head, head_bytes, plan, read_model, sizes
+from eagle_fast.doctor.plan_ranks import plan_ranks
 from eagle_fast.doctor.report import lines
 from eagle_fast.head.checkpoint import note_acceptance
 from eagle_fast.loading import load_target
 from eagle_fast.target.placement import model_bytes
-from eagle_fast.target.rank_files import cut_model
 
 FIGURES = {0: GpuFigures(2e9, 1e8), 1: GpuFigures(1e9, 2e8)}  # bytes per second, all different
 LINKS = {
@@ -235,6 +236,97 @@ def test_nothing_is_assumed_where_nothing_was_measured(monkeypatch):
     assert plan("auto", model, None, size, FIGURES, LINKS).problem == "cuda:0 has room for 3 GiB"
 
 
+def test_a_placement_that_was_named(folder, monkeypatch):
+    """In place of the strategies, with the head where it would be."""
+    model, halves = make("llama", sharp=False), placed([0, 0, 0, 1, 1, 1])
+    size = sizes(model, context=100)
+    monkeypatch.setattr(planning, "plan_placement", lambda model, device_map, memory: device_map)
+    monkeypatch.setattr(findings, "examine_machine", lambda rows: machine(figures=FIGURES, links=[*LINKS.values()]))
+    setting = Setting(str(folder), context=100, options={"device_map": halves, "draft_device": "cuda:0"})
+    monkeypatch.setattr(findings, "found_head", lambda *args: None)
+    monkeypatch.setattr(findings, "head_bytes", lambda *args: HeadBytes(1000, 5000))
+    (found,) = findings.examine(setting)[1].plans
+    assert (found.strategy, found.devices, found.head) == ("as given", ("cuda:0", "cuda:1"), {"cuda:0": 1000})
+    assert found.draft_seconds == pytest.approx(5000 / 2e9)
+    by_lm_head = plan(halves, model, None, size, FIGURES, LINKS, HeadBytes(1000, 5000))
+    assert by_lm_head.head == {"cuda:1": 1000}
+    assert by_lm_head.verify_seconds == found.verify_seconds
+
+
+@pytest.mark.parametrize("overrides", [{}, {"tie_word_embeddings": True}], ids=["untied", "tied"])
+def test_layers_cut_over_ranks(overrides, folder, monkeypatch):
+    model = make("llama", sharp=False, **overrides)
+    size = sizes(model, context=100)
+    found = plan_ranks(["cuda:0", "cuda:1"], model, 16, size, FIGURES, LINKS, HeadBytes(1000, 5000))
+    table, parts = VOCAB * HIDDEN * 4, [(VOCAB + 1) // 2 * HIDDEN * 4, VOCAB // 2 * HIDDEN * 4]
+    layers = sum(linear.weight.nbytes for linear in model.model.layers.modules() if isinstance(linear, torch.nn.Linear))
+    each = [layers // 2 + table + (0 if overrides else part) for part in parts]
+    assert found.weights == {"cuda:0": each[0], "cuda:1": each[1]}
+    cache = LAYERS * 2 * 2 * 16 * 100 * 4 // 2
+    assert found.cache == {"cuda:0": cache, "cuda:1": cache}
+    assert (found.head, found.crossings) == ({"cuda:0": 1000}, 0)
+    assert found.verify_seconds == pytest.approx((layers // 2 + parts[1] + cache) / 1e9), "the slower one's"
+    assert found.copy_seconds == pytest.approx(2 * LAYERS * 16 * HIDDEN * 4 / 4e11)
+    assert found.draft_seconds == pytest.approx(5000 / 2e9)
+    lost = {(0, 1): LINKS[0, 1]}
+    assert "cuda:1 to cuda:0" in plan_ranks(2, model, 16, size, FIGURES, lost, HeadBytes()).problem
+    assert "cuda:2 was not measured" in plan_ranks(3, model, 16, size, FIGURES, LINKS, HeadBytes()).problem
+    other = make("gpt2", sharp=False)
+    assert "is none of them" in plan_ranks(2, other, 16, sizes(other, 100), FIGURES, LINKS, HeadBytes()).problem
+    monkeypatch.setattr(findings, "examine_machine", lambda rows: machine(figures=FIGURES, links=[*LINKS.values()]))
+    for options in ({"tensor_parallel": 2}, {"tensor_parallel": True}, {}):
+        plans = findings.examine(Setting(str(folder), options=options))[1].plans
+        assert [each.strategy for each in plans[-2:]] == ["sequential", "tensor_parallel=2"]
+    for setting in ({"options": {"tensor_parallel": False}}, {"max_memory": {0: "1GiB"}}):
+        assert findings.examine(Setting(str(folder), **setting))[1].plans[-1].strategy == "sequential"
+    apart = {pair: Link(*pair, None, False, 8, 3e-5, 4e9, True) for pair in LINKS}
+    found = plan_ranks(2, model, 16, size, FIGURES, apart, HeadBytes())
+    assert found.problem == "cuda:0 and cuda:1 cannot reach each other's memory"
+
+
+def test_ranks_of_packed_weights(tmp_path):
+    write_quantized(make("llama"), tmp_path, gptq())
+    model, dense = read_model(Setting(str(tmp_path))).model, make("llama", sharp=False)
+    packed, plain = (plan_ranks(2, each, 16, sizes(each, 100), FIGURES, LINKS, HeadBytes()) for each in (model, dense))
+    assert not packed.problem
+    assert all(packed.weights[gpu] < plain.weights[gpu] for gpu in plain.weights)
+
+
+def test_weights_rounded_at_load(tmp_path, capsys):
+    """In the plan, and where rounds are timed."""
+    model = make("llama", sharp=False, hidden_size=256, intermediate_size=512)
+    model.save_pretrained(tmp_path / "model")
+    write_random_head(model, tmp_path / "head")
+    bits = ["--target-bits", "8", "--lm-head-bits", "8"]
+    arguments = ["doctor", "--model", str(tmp_path / "model"), "--dtype", "bfloat16", "--context", "256", "--json"]
+    assert main([*arguments, *bits]) == 0
+    found = json.loads(capsys.readouterr().out)["model"]
+    assert found["packed"]
+    assert found["weight_bytes"] < 0.6 * 2 * found["parameters"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert main([*arguments, *bits, "--head", str(tmp_path / "head"), "--batch", "1"]) == 0
+    trees = json.loads(capsys.readouterr().out)["model"]["trees"]
+    assert any(trees["seconds"]["1"])
+
+
+def test_options_of_loading_arrive(folder, monkeypatch, capsys):
+    seen = {}
+    for module, name in ((planning, "read_config"), (planning, "read_head"), (EaModel, "from_pretrained")):
+        inner = getattr(module, name)
+
+        def watched(*args, inner=inner, name=name, **options):
+            seen[name] = (*args, options)
+            return inner(*args, **options)
+
+        monkeypatch.setattr(module, name, watched)
+    hub = ["--revision", "v2", "--head-revision", "v3", "--local-files-only", "--cache-dir", str(folder)]
+    assert main(["doctor", "--model", str(folder), "--head", str(folder), *hub, "--batch", "1"]) == 2
+    assert seen["read_config"][1] == {"revision": "v2", "local_files_only": True, "cache_dir": str(folder)}
+    assert seen["read_head"][-1].items() >= {"revision": "v3", "local_files_only": True}.items()
+    assert "--head" not in capsys.readouterr().out
+
+
 # -- what it says ----------------------------------------------------------------------------------------------------
 
 
@@ -402,64 +494,6 @@ def test_plans_in_words_and_as_json(monkeypatch):
     assert as_json(machine(), packed)["model"]["format"] == "AWQ, 4 bits in groups of 128"
 
 
-# -- every layer over two GPUs ----------------------------------------------------------------------------------------
-
-
-def over_two(model, *, context=100, figures=FIGURES, links=LINKS, free=(50, 60), nodes=16):
-    size = sizes(model, context)
-    gpus = [Gpu(index, "GPU", "9.0", 80 * GIB, gib * GIB, "") for index, gib in enumerate(free)]
-    return rank_plan.rank_plan(model, size, gpus, figures, links, HeadBytes(1000, 5000), nodes)
-
-
-def test_ranks_read_at_once_and_push_their_sums():
-    model = make("qwen3", sharp=False, num_attention_heads=6, num_key_value_heads=3)
-    found = over_two(model)
-    ranks = cut_model(model, [torch.device("cpu")] * 2).ranks
-    norms = sum(p.nbytes for name, p in model.named_parameters() if "norm" in name)
-    assert list(found.weights.values()) == [rank.num_bytes + norms for rank in ranks]
-    row = 2 * 16 * 100 * 4  # keys and values of a head
-    assert found.cache == {"cuda:0": LAYERS * 2 * row, "cuda:1": LAYERS * row}
-    assert found.head == {"cuda:0": 1000}
-    table = VOCAB * HIDDEN * 4
-    read = [found.weights[gpu] - table + found.cache[gpu] for gpu in ("cuda:0", "cuda:1")]
-    assert found.verify_seconds == pytest.approx(max(read[0] / 2e9, read[1] / 1e9))
-    assert found.copy_seconds == pytest.approx(2 * LAYERS * 16 * HIDDEN * 4 / 4e11)
-    assert found.draft_seconds == pytest.approx(5000 / 2e9)
-    assert (found.sums, found.crossings) == (2 * LAYERS, 0)
-
-
-def test_ranks_of_packed_weights(tmp_path):
-    write_quantized(make("llama"), tmp_path, gptq())
-    packed = over_two(read_model(Setting(str(tmp_path))).model)
-    dense = over_two(make("llama", sharp=False))
-    assert not packed.problem
-    assert all(packed.weights[gpu] < dense.weights[gpu] for gpu in dense.weights)
-
-
-def test_why_ranks_would_not_run():
-    model = make("llama", sharp=False)
-    apart = {pair: Link(*pair, None, False, 8, 3e-5, 4e9, True) for pair in LINKS}
-    assert over_two(model, links=apart).problem == "cuda:0 and cuda:1 cannot reach each other's memory"
-    assert "no time: no copy from cuda:0 to cuda:1" in over_two(model, links={}).problem
-    assert "no time: cuda:0 was not measured" in over_two(model, figures={}).problem
-    assert "is none of them" in over_two(make("mixtral", sharp=False)).problem
-    assert over_two(model, free=(50,)) is None
-
-
-def test_ranks_in_words(folder, monkeypatch):
-    gpus = [Gpu(index, "GPU", "9.0", 80 * GIB, 50 * GIB, "") for index in range(2)]
-    two = machine(gpus=gpus, figures=FIGURES)
-    monkeypatch.setattr(planning, "plan_placement", lambda *args: {"": 0})
-    monkeypatch.setattr(findings, "examine_machine", lambda *_: two)
-    _, placements = findings.examine(Setting(str(folder)))
-    out = list(lines(two, placements))
-    (row,) = [line for line in out if line.startswith("tensor_parallel=2")]
-    assert re.search(r"0: 0\.0 \+ 0\.0 \(6\)   1: 0\.0 \+ 0\.0 \(6\) +12 sums +[\d.]+ ms, of it sums 0\.\d+$", row)
-    assert any("the GPUs read their parts at once" in line for line in out)
-    limited = findings.examine(Setting(str(folder), max_memory={0: "1GiB"}))[1]
-    assert len(limited.plans) == len(placements.plans) - 1
-
-
 # -- reports of the software -----------------------------------------------------------------------------------------
 
 TOPOLOGY = """\
@@ -562,7 +596,7 @@ def test_the_whole_of_it_on_gpus(folder, capsys):
     plans = {each["strategy"]: each for each in found["model"]["plans"]}
     assert plans["auto"]["crossings"] == 0
     assert plans["auto"]["round_seconds"] > 0
-    plans.pop(rank_plan.NAME, None)
+    plans.pop("tensor_parallel=2", None)  # embedding twice
     for each in plans.values():
         assert sum(each["weights"].values()) == found["model"]["weight_bytes"]
         assert sum(each["layers"].values()) == LAYERS

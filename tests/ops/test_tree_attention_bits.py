@@ -4,16 +4,20 @@ Whatever else the launch holds: other nodes, other sequences, more cache rows, o
 interpreted, sums of splits are held against each other.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from eagle_fast_kernels import tree_attention as module
 from eagle_fast_kernels.tree_attention import tree_attention
-from eagle_fast_kernels.tree_attention_order import LAST
+from eagle_fast_kernels.tree_attention_order import AHEAD, LAST, LOG2E, SPLITS, UNIT
 
 from eagle_fast.config import MAX_DEPTH
 from eagle_fast.decoding.tree import bit_masks
 
-CONTEXTS = [5, 63, 64, 65, 127, 1000, 2020, 2047, 4095, 6100, 32000]
+WIDER = SPLITS.value * UNIT.value  # positions from which to which splits get wider
+FIRST_WIDER = WIDER - AHEAD.value  # position whose splits are the first of two units
+CONTEXTS = [5, 63, 64, 65, 127, 1000, FIRST_WIDER - 4, 2020, 2047, FIRST_WIDER + WIDER - 4, 4095, 6100, 32000]
 OPTIONS = {
     "plain": {},
     "window": {"window": 1000},
@@ -134,9 +138,9 @@ def test_every_capacity(length):
 
 @pytest.mark.gpu
 def test_paths_where_the_width_of_splits_changes():
-    """Nodes before and behind a multiple of 2,048 in one tree, by either kernel."""
+    """Nodes before and behind such a position in one tree, by either kernel."""
     for spare in (10, 3000):
-        for length in (2040, 4080, 4096):
+        for length in (FIRST_WIDER - 8, FIRST_WIDER + WIDER - 16, FIRST_WIDER + WIDER):
             assert not Problem([length], random_paths(60, 59), spare=spare).differing(range(60))
 
 
@@ -150,16 +154,46 @@ def test_the_comparison_can_fail(monkeypatch):
 
 
 @pytest.mark.usefixtures("triton_kernels")
-@pytest.mark.parametrize("length", [0, 100, 300, 2045, 2050, 2064])
+@pytest.mark.parametrize("length", [0, 100, 300, FIRST_WIDER - 3, FIRST_WIDER + 2, FIRST_WIDER + 16])
 @pytest.mark.parametrize("options", [{}, {"window": 200}], ids=str)
 def test_one_program_for_all_splits_gives_the_bits_of_one_for_each(length, options, monkeypatch):
     problem = Problem([length], random_paths(9, 5), (2, 1), 16, torch.float32, **options)
     outs = []
-    for fold in (True, False):
+    for fold, warps in ((True, 8), (False, 10**6), (False, 0)):  # the last: one program, for one split after the other
         monkeypatch.setattr(module, "_tile", lambda *a, tile=module._tile, fold=fold: tile(*a)._replace(fold=fold))
+        monkeypatch.setattr(module, "WARPS", warps)
         outs.append(problem.tree())
         monkeypatch.undo()
         monkeypatch.setenv("EAGLE_FAST_KERNELS", "triton")
-    assert torch.equal(*outs)
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
     monkeypatch.setenv("EAGLE_FAST_KERNELS", "ref")
     torch.testing.assert_close(outs[0], problem.tree(), atol=5e-6, rtol=1e-5)
+
+
+def whole_blocks_of_splits(q, k, v, lengths, ancestors, acc, peak, total, *, scale, first, **_):
+    """What `tree_attention_hopper.attend` leaves, in plain PyTorch."""
+    block, groups = 64, q.shape[1] // k.shape[1]
+    for sequence, length in enumerate(lengths.tolist()):
+        seen = max(length + 1 - LAST.value, 0) // block * block
+        for node, words in enumerate(ancestors[sequence]):
+            position = length + sum(int(word).bit_count() for word in words) - 1
+            width = (position + AHEAD.value + WIDER) // WIDER * UNIT.value
+            for head in range(q.shape[1]):
+                group, row = sequence * k.shape[1] + head // groups, node * groups + head % groups
+                for slot, begin in enumerate(range(0, seen, width)):
+                    keys = slice(begin, min(begin + width, seen))
+                    logits = k[sequence, head // groups, keys] @ q[sequence, head, node] * scale * LOG2E.value
+                    weights = (logits - logits.max()).exp2()
+                    peak[group, slot, row], total[group, slot, row] = logits.max(), weights.sum()
+                    acc[group, slot, row] = weights @ v[sequence, head // groups, keys]
+
+
+@pytest.mark.usefixtures("triton_kernels")
+@pytest.mark.parametrize("length", [0, 17, 300, FIRST_WIDER - 3])
+def test_the_first_kernel_goes_on_where_the_one_for_long_caches_ends(length, monkeypatch):
+    problem = Problem([length, 40], random_paths(9, 5), (2, 1), 16, torch.float32, spare=2000)
+    expected = problem.tree()
+    monkeypatch.setattr(module, "_by_hopper", lambda *a: True)
+    monkeypatch.setattr(module, "hopper", SimpleNamespace(attend=whole_blocks_of_splits), raising=False)
+    torch.testing.assert_close(problem.tree(), expected, atol=5e-6, rtol=1e-5)

@@ -1,7 +1,10 @@
 """The command as a whole: help that teaches, versions, and the options of loading."""
 
 import importlib.metadata
+import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,11 +14,23 @@ from shell_pairs import eagle_fast
 
 from eagle_fast import EaModel, loading_arguments
 from eagle_fast.cli import COMMANDS, main
+from eagle_fast.commands import loading
+from eagle_fast.loading_options import transformers_options
 from eagle_fast.pairs import smollm2_head
 from eagle_fast.shell import slash
 from eagle_fast.shell.screen import Screen
 
-LOADERS = ("chat", "generate", "bench")
+LOADERS = ("chat", "generate", "bench")  # a pair, with all that can be said of it
+OF_HUB = {"--revision", "--cache-dir", "--local-files-only"}
+OF_TARGET = {"--device-map", "--dtype", "--target-bits", "--lm-head-bits", "--load"}
+OF_HEAD = {"--draft-int8", "--tree"}
+PLACED = {"--max-memory", "--tensor-parallel", "--draft-device"}
+OF_PAIR = OF_HUB | OF_TARGET | OF_HEAD | PLACED | {"--model", "--head", "--head-revision", "--trust-remote-code"}
+TAKEN = {  # command -> options of loading that make sense there
+    **dict.fromkeys(LOADERS, OF_PAIR | {"--adaptive", "--attn-implementation"}),
+    "doctor": OF_PAIR, "train": OF_HUB | OF_TARGET | {"--model", "--trust-remote-code", "--attn-implementation"},
+    "demo": OF_TARGET | OF_HEAD | PLACED | {"--adaptive"}, "attach": OF_HUB | OF_HEAD | {"--head-revision"},
+}  # fmt: skip
 
 
 def helped(name, capsys):
@@ -33,7 +48,7 @@ def test_help_teaches_with_examples(name, capsys):
     assert max(map(len, text.splitlines())) <= 120
 
 
-@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_examples_can_be_parsed(name, capsys, monkeypatch):
     """Every option that an example names is one."""
     text = helped(name, capsys)
@@ -42,13 +57,52 @@ def test_examples_can_be_parsed(name, capsys, monkeypatch):
     assert set(re.findall(r"(?<![\w-])--[a-z-]+", examples)) <= options
 
 
-@pytest.mark.parametrize("name", LOADERS)
+def test_every_command_is_looked_at():
+    assert TAKEN.keys() == COMMANDS.keys()
+
+
+@pytest.mark.parametrize("name", TAKEN)
 def test_loading_options_are_those_of_from_pretrained(name, capsys):
-    text = helped(name, capsys)
-    for option in ("model", "head", "device-map", "max-memory", "dtype", "target-bits", "lm-head-bits", "adaptive",
-                   "draft-int8", "draft-device", "trust-remote-code", "revision", "tree", "load",
-                   "tensor-parallel"):  # fmt: skip
-        assert f"--{option}" in text
+    options = set(re.findall(r"(?<![\w-])--[a-z0-9-]+", helped(name, capsys)))
+    assert options >= TAKEN[name]
+    own = {f"--{each.replace('_', '-')}" for each in loading.OPTIONS}
+    known = {*inspect.signature(EaModel.from_pretrained).parameters, *transformers_options()}
+    for each in own & options - {"--model", "--head", "--head-revision", "--tree", "--load"}:
+        assert each.removeprefix("--").replace("-", "_") in known | {"cache_dir", "local_files_only", "revision"}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)])
+def test_help_is_there_at_once(arguments):
+    """Without torch and transformers, which take seconds."""
+    code = f"""
+import sys
+from eagle_fast.cli import main
+try:
+    main({arguments!r})
+except SystemExit:
+    pass
+print(*({{"torch", "transformers", "rich"}} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == ""
+
+
+def test_names_of_the_package_are_imported_when_they_are_asked_for():
+    code = """
+import sys
+import eagle_fast
+assert "torch" not in sys.modules
+assert {*eagle_fast.__all__} <= {*dir(eagle_fast)}
+from eagle_fast import TreeConfig
+assert "torch" not in sys.modules
+assert eagle_fast.TreeConfig is TreeConfig
+assert not hasattr(eagle_fast, "no_such_name")
+from eagle_fast import *
+assert EaModel is eagle_fast.model.EaModel is vars(eagle_fast)["EaModel"]
+import eagle_fast.train
+assert eagle_fast.train.train.__module__ == "eagle_fast.train.run"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_python_m_and_versions():
@@ -83,8 +137,8 @@ def loaded(monkeypatch):
 
 def test_options_arrive(loaded):
     assert loaded("--model", "a/b", "--head", "c/d") == {
-        "base_model_path": "a/b", "ea_model_path": "c/d", "device_map": "auto", "max_memory": None, "total_token": 60,
-        "depth": 7, "top_k": 10,
+        "base_model_path": "a/b", "ea_model_path": "c/d", "device_map": "auto",
+        "total_token": 60, "depth": 7, "top_k": 10,
     }  # fmt: skip
     found = loaded(
         *("--model", "a/b", "--head", "c/d", "--device-map", '{"": 1}', "--max-memory", "7GiB, 8GiB"),
@@ -99,27 +153,11 @@ def test_options_arrive(loaded):
         "variant": "fp16", "feature_layers": [1, 2, 3],
     }  # fmt: skip
     assert loaded("--model", "a/b", "--head", "c/d", "--device-map", "1")["device_map"] == 1
-
-
-@pytest.mark.parametrize(
-    ("said", "expected"),
-    [("2", 2), ("all", True), ("off", False), ("0,1", ["cuda:0", "cuda:1"]), ("cpu, cpu", ["cpu", "cpu"])],
-)
-def test_ranks_as_they_are_written(said, expected, loaded):
-    found = loaded("--model", "a/b", "--head", "c/d", "--tensor-parallel", said)
-    assert found["tensor_parallel"] == expected
-    assert found["device_map"] == "auto"
-
-
-@pytest.mark.parametrize("said", ["0,", "both", ""])
-def test_ranks_that_are_none(said, loaded, capsys):
-    assert loaded("--model", "a/b", "--head", "c/d", "--tensor-parallel", said) == {}
-    assert f"--tensor-parallel {said}: use a number of GPUs" in capsys.readouterr().err
-
-
-def test_an_error_about_ranks_names_the_option(capsys):
-    assert main(["generate", "w5", "--model", "a/b", "--head", "c/d", "--tensor-parallel", "1"]) == 2
-    assert "--tensor-parallel 1: give the number of GPUs" in capsys.readouterr().err
+    assert loaded("--model", "a/b", "--head", "c/d", "--tensor-parallel", "2")["tensor_parallel"] == 2
+    found = loaded("--model", "a/b", "--head", "c/d", "--tensor-parallel", "cuda:1, cuda:3")
+    assert found["tensor_parallel"] == ["cuda:1", "cuda:3"]
+    for said, value in (("all", True), ("off", False)):
+        assert loaded("--model", "a/b", "--head", "c/d", "--tensor-parallel", said)["tensor_parallel"] is value
 
 
 @pytest.mark.parametrize("named", [[], ["--model", "smollm2"]])

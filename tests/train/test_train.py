@@ -249,6 +249,27 @@ def test_a_packed_target(with_lm_head, tmp_path, capsys):
     assert torch.equal(decoder.eagenerate(ids, max_new_tokens=12), decoder.naivegenerate(ids, max_new_tokens=12))
 
 
+def test_options_of_loading(tmp_path, capsys):
+    """A target whose weights are rounded while it is loaded, and what training cannot take."""
+    model, target = make("llama", eos_token_id=END, num_hidden_layers=3, vocab_size=136), tmp_path / "target"
+    model.save_pretrained(target)
+    make_tokenizer().save_pretrained(target)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    arguments = ["train", "--model", str(target), "--out", str(tmp_path / "head"), "--device-map", "cpu"]
+    arguments += ["--prompts", str(tmp_path / "prompts.txt"), "--updates", "2", "--draft-vocab", "60", "--steps", "2"]
+    arguments += ["--batch-tokens", "128", "--pool-tokens", "300", "--max-question", "8", "--max-answer", "12"]
+    with pytest.warns(UserWarning, match="runs from its packed weights|rounded"):
+        assert main([*arguments, "--held-out", "4", "--target-bits", "8", "--local-files-only"]) == 0
+    assert "held out" in capsys.readouterr().out
+    for wrong, message in (
+        (["--device-map", "balanced"], "--device-map balanced: training takes one device"),
+        (["--dtype", "float16"], "too small for float16"),
+        (["--load", "nonsense=1"], "--load: "),
+    ):
+        assert main([*arguments, *wrong, "--resume"]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_the_commands_usage(capsys):
     assert main(["--help"]) == 0
     assert "train" in capsys.readouterr().out

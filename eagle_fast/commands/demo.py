@@ -1,0 +1,27 @@
+"""`eagle-fast demo`: one prompt with and without speculation, and whether the two texts are the same.
+
+The target is SmolLM2-135M-Instruct (`pairs.smollm2_target`), the head the one that this package ships. The model comes
+into ~/.cache/eagle_fast on the first run (93 MB).
+
+    eagle-fast demo
+    eagle-fast demo "Write a haiku about rain." --temperature 0.8 --seed 3
+
+`eagle-fast generate --compare` does the same with any pair.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from eagle_fast.commands.loading import OF_HUB, PAIR, add_loading_arguments
+
+PROMPT = "Give me five tips for learning a new language."
+NOT_ASKED = ("model", "head", "trust_remote_code", *OF_HUB)  # the pair comes from nowhere else
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", nargs="?", default=PROMPT, help="what to ask (default: %(default)r)")
+    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="default %(default)s")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    parser.add_argument("--seed", type=int, default=0, help="for --temperature above 0 (default %(default)s)")
+    add_loading_arguments(parser, [name for name in PAIR if name not in NOT_ASKED])
