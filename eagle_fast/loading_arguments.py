@@ -94,8 +94,11 @@ def dtype_of(name: str) -> torch.dtype:
     return dtype
 
 
-def ranks_of(text: str) -> int | list[str]:
-    """What --tensor-parallel says: a number of GPUs, or which."""
+def ranks_of(text: str) -> bool | int | list[str]:
+    """What --tensor-parallel says: a number of GPUs, which, "all", or "off", whatever --device-map is."""
+    words = {"all": True, "off": False}
+    if text.strip() in words:
+        return words[text.strip()]
     return int(text) if text.strip().isdigit() else [each.strip() for each in text.split(",")]
 
 

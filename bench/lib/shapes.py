@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -106,22 +107,25 @@ def build_spread_target(name: str, placement: Placement, dtype: torch.dtype = to
     return model.eval()
 
 
-def build_cut_target(name: str, ranks: int, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
-    """The same cut over the first GPUs, as a skeleton: no GPU holds more than its share and a layer."""
-    settings = dict(SHAPES[name])
-    model = skeleton(AutoConfig.for_model(settings.pop("model_type"), **settings), dtype)
-    devices = [torch.device("cuda", index) for index in range(ranks)]
+def build_cut_target(
+    name: str, devices: Sequence[torch.device], target_bits: int | None = None, dtype: torch.dtype = torch.bfloat16
+) -> PreTrainedModel:
+    """The same cut over devices, as a skeleton: none holds more than its share and a layer."""
+    model = stored = _skeleton(name, dtype)
+    if target_bits is not None:
+        stored = _skeleton(name, dtype)
+        make_room(stored, Rounding(target_bits))
 
     def filled(module: torch.nn.Module) -> torch.nn.Module:
-        made = copy.deepcopy(module).to_empty(device=devices[0])
-        for parameter in made.parameters():
-            if parameter.dim() == 1:
-                torch.nn.init.ones_(parameter)
-            else:
-                torch.nn.init.normal_(parameter, std=0.02)
+        made = copy.deepcopy(module)
+        for part in list(made.modules()):
+            for key, parameter in list(part.named_parameters(recurse=False)):
+                weight = torch.empty_like(parameter, device=devices[0])
+                weight = weight.fill_(1) if weight.dim() == 1 else weight.normal_(std=0.02)
+                setattr(part, key, torch.nn.Parameter(weight, requires_grad=False))
         return made
 
-    return attached(model, cut_model(model, devices, filled))
+    return attached(model, cut_model(stored, devices, filled))
 
 
 def plan_target(name: str, text: str, dtype: torch.dtype = torch.bfloat16) -> Placement:
@@ -145,10 +149,11 @@ def build_head(target: PreTrainedModel, *, int8: bool | None = None) -> DraftHea
         num_target_layers=config.num_hidden_layers, feature_layers=default_feature_layers(config.num_hidden_layers),
     )  # fmt: skip
     cut, (embedding, lm_head) = cut_of(target), ends(target)
-    matrices = (matrix(embedding), dtype_of(embedding), device_of(lm_head))
-    if cut is not None:
+    if cut is None:
+        matrices = matrix(embedding), dtype_of(embedding), device_of(lm_head)
+    else:
         first = cut.ranks[0].embedding
-        matrices = (first, first.dtype, first.device)
+        matrices = first, first.dtype, first.device
     head = DraftHead.random(head_config, embedding=matrices[0], dtype=matrices[1], device=matrices[2])
     if runs_in_int8(head, int8):
         head.quantize()
@@ -157,7 +162,10 @@ def build_head(target: PreTrainedModel, *, int8: bool | None = None) -> DraftHea
 
 def target_bytes(target: PreTrainedModel) -> int:
     """Weight bytes that one forward reads: everything but the embedding, once where it is also the lm_head."""
-    embedding, lm_head = ends(target)
+    cut, (embedding, lm_head) = cut_of(target), ends(target)
+    if cut is not None:
+        whole = cut.ranks[0].embedding.nbytes
+        return sum(rank.num_bytes - whole for rank in cut.ranks) + whole * cut.ranks[0].is_tied
     total = _num_bytes(target)
     return total if are_tied(embedding, lm_head) else total - _num_bytes(embedding)
 

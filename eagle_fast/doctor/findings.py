@@ -25,6 +25,7 @@ from eagle_fast.doctor.plan import (
 from eagle_fast.doctor.plan_ranks import model_to_cut, plan_ranks
 from eagle_fast.doctor.trees import Trees, examine_trees
 from eagle_fast.target.anatomy import Anatomy
+from eagle_fast.target.devices import MOST_RANKS
 from eagle_fast.target.placement import STRATEGIES
 
 
@@ -76,7 +77,7 @@ def examine(setting: Setting | None) -> tuple[Machine, Placements | None]:
 
 
 def _plans(setting: Setting, model: PreTrainedModel, size: Sizes, head: HeadBytes, machine: Machine) -> list[Plan]:
-    """Of the device_map that was given, or of each strategy, and of the ranks that were."""
+    """Of the device_map that was given, or of each strategy; and of the ranks that were, or of two."""
     links = {(each.source, each.target): each for each in machine.links}
     maps, ranks, there = (setting.options.get(name) for name in ("device_map", "tensor_parallel", "draft_device"))
     home = None if there is None else device_name(there)
@@ -84,7 +85,11 @@ def _plans(setting: Setting, model: PreTrainedModel, size: Sizes, head: HeadByte
         plan(each, model, setting.max_memory, size, machine.figures, links, head, home)
         for each in (STRATEGIES if maps is None else [maps])
     ]
-    if ranks is not None:
+    if ranks is None and maps is None and setting.max_memory is None and len(machine.gpus) >= MOST_RANKS:
+        ranks = MOST_RANKS
+    if ranks is True:
+        ranks = len(machine.gpus)
+    if ranks:
         rows = setting.tree.total_token
         try:
             found.append(plan_ranks(ranks, model_to_cut(setting), rows, size, machine.figures, links, head))

@@ -1,7 +1,7 @@
 """What tensor_parallel would give: every layer cut over several GPUs, which read their parts at the same time.
 
 round >= the slowest rank's weights, keys and values / read bandwidth
-       + two exchanges of the rows a layer, at the bandwidth between the GPUs
+       + two exchanges of the rows a layer, in float32, at the bandwidth between the GPUs
        + passes * head / read bandwidth, on the first of them
 """
 
@@ -18,6 +18,8 @@ from eagle_fast.target.anatomy import Anatomy
 from eagle_fast.target.formats.arriving import make_room
 from eagle_fast.target.placement import skeleton
 from eagle_fast.target.ranks import cut_bytes, cuts_for
+
+WIDE = 4  # bytes of a number that is exchanged
 
 
 def model_to_cut(setting: Setting) -> PreTrainedModel:
@@ -63,21 +65,29 @@ def plan_ranks(
     read = dict.fromkeys(places, -table)  # a few rows of the embedding are read, and where it is tied a part as lm_head
     for place, share in zip(places, cuts.vocabulary, strict=True):
         read[place] += weights[place] + cache[place] + (0 if size.unread else len(share) * size.row_bytes)
-    exchanged = 2 * anatomy.num_layers * rows * size.row_bytes
+    exchanged = 2 * anatomy.num_layers * rows * size.hidden_size * WIDE
+    pairs = [(a, b) for a in places for b in places if a != b]
+    apart = [pair for pair in pairs if (found := _link(*pair, links)) is not None and not found.peer]
+    if apart:
+        return replace(given, problem=f"{' and '.join(apart[0])} cannot reach each other's memory")
     try:
         return replace(
             given,
             verify_seconds=max(count / rate_of(place, figures) for place, count in read.items()),
-            copy_seconds=exchanged / min(_link_rate(a, b, links) for a in places for b in places if a != b),
+            copy_seconds=exchanged / min(_link_rate(*pair, links) for pair in pairs),
             draft_seconds=head.read / rate_of(places[0], figures) if head.read else 0.0,
         )
     except LookupError as error:
         return replace(given, problem=f"no time: {error.args[0]}")
 
 
+def _link(source: str, target: str, links: Mapping[tuple[int, int], Link]) -> Link | None:
+    return links.get((int(source.partition(":")[2] or 0), int(target.partition(":")[2] or 0)))
+
+
 def _link_rate(source: str, target: str, links: Mapping[tuple[int, int], Link]) -> float:
     """Bytes a second from one GPU to another."""
-    found = links.get((int(source.partition(":")[2] or 0), int(target.partition(":")[2] or 0)))
+    found = _link(source, target, links)
     if found is None or found.rate is None:
         raise LookupError(f"no copy from {source} to {target} was measured")
     return found.rate

@@ -76,6 +76,7 @@ def describe(args: argparse.Namespace, model: EaModel) -> dict[str, Any]:
         "bench": "eagle-fast bench", "model": name_of(args), "head": args.head or "shipped", "tree": args.tree,
         "adaptive": model.adaptive, "dtype": str(model.target.dtype).removeprefix("torch."),
         "exactness": str(model.exactness), "max_new_tokens": args.max_new_tokens,
+        "tensor_parallel": model.target.links and len(model.target.links.devices),
         "hardware": hardware(model.target.device), "eagle_fast": version("eagle-fast"), "torch": torch.__version__,
         "transformers": transformers.__version__,
     }  # fmt: skip
@@ -84,6 +85,9 @@ def describe(args: argparse.Namespace, model: EaModel) -> dict[str, Any]:
 def measure(model: EaModel, prompts: list[Prompt], ids: list[list[int]], args, screen: Screen) -> list[dict[str, Any]]:
     """A row for every prompt and temperature."""
     num_stock = len(prompts) if args.stock is None else args.stock
+    if num_stock and model.target.links is not None:
+        screen.note("no stock generate: base_model's layers are cut over several GPUs, and only this engine runs them")
+        num_stock = 0
     if model.target.device.type == "cuda":
         with screen.busy("compiling, and timing the trees"):
             model.warmup(max_length=max(map(len, ids)) + args.max_new_tokens)

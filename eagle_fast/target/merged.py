@@ -46,7 +46,7 @@ def can_be_read(linear: Any) -> bool:
 
 def weight_of(linear: Any) -> Tensor:
     """The tensor that a layer's weight consists of, for the most part."""
-    return linear.words if isinstance(linear, PackedLinear) else linear.weight
+    return linear.words if hasattr(linear, "words") else linear.weight
 
 
 def single(linear: Any) -> FewRowsLinear | PackedLinear:

@@ -58,6 +58,8 @@ def _plain(
 
 
 def _packed(linear: PackedLinear, part: range, axis: int, biased: bool) -> PackedLinear:
+    if axis != ROWS and linear.columns is not None:
+        raise ValueError("o_proj has its columns in an order of their own (act-order), across the heads of all ranks")
     cut, bias = (cut_rows, cut_columns)[axis], linear.bias if biased else None
     if bias is not None:
         bias = (bias[part.start : part.stop] if axis == ROWS else bias).clone()

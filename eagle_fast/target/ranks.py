@@ -36,11 +36,11 @@ from eagle_fast.target.anatomy import (
     rotary_of,
 )
 from eagle_fast.target.ends import are_tied, dtype_of, ends
-from eagle_fast.target.formats.arriving import ArrivingLinear
+from eagle_fast.target.formats.arriving import ArrivingLinear, Unloaded
 from eagle_fast.target.merged import weight_of
 from eagle_fast.target.rank_parts import PartLinear, part_of, tensors_of
 
-KNOWN = nn.Linear, ArrivingLinear, PackedLinear
+PACKED = ArrivingLinear, PackedLinear, Unloaded
 INSTEAD = "leave tensor_parallel out: device_map='balanced' spreads layers over GPUs"
 
 
@@ -82,7 +82,7 @@ def cuts_for(model: PreTrainedModel, ranks: int) -> Cuts:
 
 def is_packed(model: PreTrainedModel) -> bool:
     """Whether some linear layers of a decoder are packed, or will be."""
-    return any(isinstance(each, (ArrivingLinear, PackedLinear)) for each in linears_of(model))
+    return any(isinstance(each, PACKED) for each in linears_of(model))
 
 
 def linears_of(model: PreTrainedModel) -> list[Any]:
@@ -120,7 +120,7 @@ def stored_bytes(linear: Any) -> int:
     """Of a weight, or about as many as it will take once it is packed."""
     if isinstance(linear, ArrivingLinear):
         return linear.scheme.num_bytes(linear.out_features, linear.in_features)
-    return linear.num_bytes if isinstance(linear, PackedLinear) else linear.weight.nbytes
+    return linear.num_bytes if isinstance(linear, PackedLinear) else weight_of(linear).nbytes
 
 
 def check_family(model: PreTrainedModel) -> None:
@@ -136,7 +136,7 @@ def check_family(model: PreTrainedModel) -> None:
     tied = are_tied(*ends(model))
     if tied and getattr(ends(model)[1], "bias", None) is not None:
         raise UnsupportedModel(f"tensor_parallel does not know a tied lm_head with a bias yet: {INSTEAD}")
-    foreign = {type(each).__name__ for each in linears_of(model) if type(each) not in KNOWN}
+    foreign = {type(each).__name__ for each in linears_of(model) if type(each) not in (nn.Linear, *PACKED)}
     if foreign:
         raise UnsupportedModel(f"tensor_parallel does not cut layers of a library ({', '.join(foreign)}): {INSTEAD}")
     kinds, odd = set(anatomy.layer_kinds), {"longrope", "dynamic"} & anatomy.rope_types

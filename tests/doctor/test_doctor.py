@@ -279,6 +279,14 @@ def test_layers_cut_over_ranks(overrides, folder, monkeypatch):
     said = "\n".join(lines(*found))
     assert re.search(r"^tensor_parallel=2 +0: 0.0 \+ 0.0 \(6\)   1: .* 0 +[\d.]+ ms", said, re.MULTILINE)
     assert "exchange the rows twice a layer" in said
+    for options in ({"tensor_parallel": 2}, {"tensor_parallel": True}, {}):
+        plans = findings.examine(Setting(str(folder), options=options))[1].plans
+        assert [each.strategy for each in plans[-2:]] == ["sequential", "tensor_parallel=2"]
+    for setting in ({"options": {"tensor_parallel": False}}, {"max_memory": {0: "1GiB"}}):
+        assert findings.examine(Setting(str(folder), **setting))[1].plans[-1].strategy == "sequential"
+    apart = {pair: Link(*pair, None, False, 8, 3e-5, 4e9, True) for pair in LINKS}
+    found = plan_ranks(2, model, 16, size, FIGURES, apart, HeadBytes())
+    assert found.problem == "cuda:0 and cuda:1 cannot reach each other's memory"
 
 
 def test_packed_layers_cut_over_ranks(tmp_path, monkeypatch):
@@ -298,6 +306,14 @@ def test_packed_layers_cut_over_ranks(tmp_path, monkeypatch):
         assert 0.2 < left[0] / left[1] < 0.35
     assert packed.verify_seconds < 0.5 * whole.verify_seconds
     assert ranked(lm_head_bits=8).problem == "tensor_parallel does not go with lm_head_bits yet"
+
+
+def test_ranks_of_packed_weights(tmp_path):
+    write_quantized(make("llama"), tmp_path, gptq())
+    model, dense = read_model(Setting(str(tmp_path))).model, make("llama", sharp=False)
+    packed, plain = (plan_ranks(2, each, 16, sizes(each, 100), FIGURES, LINKS, HeadBytes()) for each in (model, dense))
+    assert not packed.problem
+    assert all(packed.weights[gpu] < plain.weights[gpu] for gpu in plain.weights)
 
 
 def test_weights_rounded_at_load(tmp_path, capsys):
@@ -604,6 +620,7 @@ def test_the_whole_of_it_on_gpus(folder, capsys):
     plans = {each["strategy"]: each for each in found["model"]["plans"]}
     assert plans["auto"]["crossings"] == 0
     assert plans["auto"]["round_seconds"] > 0
+    plans.pop("tensor_parallel=2", None)  # embedding twice
     for each in plans.values():
         assert sum(each["weights"].values()) == found["model"]["weight_bytes"]
         assert sum(each["layers"].values()) == LAYERS

@@ -27,6 +27,17 @@ def prompts(tmp_path_factory):
     return file
 
 
+def test_ranks_have_no_stock_generate(pair, prompts):
+    """Their base_model is a skeleton."""
+    given = [*pair[:-2], "--tensor-parallel", "cpu,cpu", "--prompts", prompts, "--limit", 1, "--max-new-tokens", NEW]
+    done = eagle_fast("bench", *given, "--json")
+    assert done.returncode == 0, done.stderr
+    assert "no stock generate: base_model's layers are cut over several GPUs" in " ".join(done.stderr.split())
+    (row,) = json.loads(done.stdout)["rows"]
+    assert row["same"]
+    assert "stock" not in row
+
+
 def test_table_and_record(pair, prompts, tmp_path):
     out = tmp_path / "bench.json"
     given = ["--prompts", prompts, "--temperature", 0, 1, "--stock", 2, "--max-new-tokens", NEW, "--out", out]

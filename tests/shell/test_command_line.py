@@ -156,6 +156,8 @@ def test_options_arrive(loaded):
     assert loaded("--model", "a/b", "--head", "c/d", "--tensor-parallel", "2")["tensor_parallel"] == 2
     found = loaded("--model", "a/b", "--head", "c/d", "--tensor-parallel", "cuda:1, cuda:3")
     assert found["tensor_parallel"] == ["cuda:1", "cuda:3"]
+    for said, value in (("all", True), ("off", False)):
+        assert loaded("--model", "a/b", "--head", "c/d", "--tensor-parallel", said)["tensor_parallel"] is value
 
 
 @pytest.mark.parametrize("named", [[], ["--model", "smollm2"]])

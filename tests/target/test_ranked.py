@@ -191,13 +191,15 @@ def test_text_through_peer_links(ranks, monkeypatch):
     assert machine.synchronized == before, "once all is loaded, nothing waits for a device"
 
 
-def test_rounds_over_devices_that_do_not_mix(monkeypatch, tmp_path):
+@pytest.mark.filterwarnings("ignore:.*packed weights")
+@pytest.mark.parametrize("bits", [None, 8])
+def test_rounds_over_devices_that_do_not_mix(bits, monkeypatch, tmp_path):
     """Whole rounds through the links of GPUs: between devices goes what kernels of exchanges push, and nothing else."""
     linked(monkeypatch)
     paths, fakes = folders(make("qwen3"), tmp_path), [torch.device("cpu", index) for index in range(2)]
-    single = EaModel.from_pretrained(**paths, **TREE)
+    single = EaModel.from_pretrained(**paths, target_bits=bits, **TREE)
     with FakeDevices() as devices:
-        base = load_cut_target(paths["base_model_path"], fakes, {}, {})
+        base = load_cut_target(paths["base_model_path"], fakes, {}, {}, bits)
         ranked = EaModel(base, load_head(paths["ea_model_path"], base), tree=single.tree)
         devices.between_devices()
         for options in ({}, {"temperature": 1.0, "seed": 7}):

@@ -90,7 +90,7 @@ class Unloaded(nn.Module):
 
     def __init__(self, linear: ArrivingLinear):
         super().__init__()
-        rows, columns = linear.out_features, linear.in_features
+        rows, columns = self.out_features, self.in_features = linear.out_features, linear.in_features
         self.num_weights, size = rows * columns, linear.scheme.num_bytes(rows, columns)
         words = torch.empty(size, dtype=torch.uint8, device="meta")
         self.words, self.bias = nn.Parameter(words, requires_grad=False), linear.bias
