@@ -7,7 +7,15 @@ import itertools
 from collections.abc import Sequence
 
 import torch
-from eagle_fast_kernels.linear import few_rows_matmul, few_rows_sums, gated_matmul, streams
+from eagle_fast_kernels.launch import use_triton
+from eagle_fast_kernels.linear import (
+    few_rows_matmul,
+    few_rows_matmul_ref,
+    few_rows_sums,
+    gated_matmul,
+    gated_matmul_ref,
+    streams,
+)
 from eagle_fast_kernels.many_rows import row_invariant_gated, row_invariant_matmul, row_invariant_sums
 from torch import Tensor, nn
 
@@ -62,12 +70,16 @@ class FewRowsLinear(nn.Linear):
 
     def sums(self, input: Tensor) -> Tensor:
         """The product [..., N], or parts of it [S, ..., N] in fp32: see `few_rows_sums`."""
+        if not use_triton(input):
+            return few_rows_matmul_ref(input, self.weight, bias=self.bias)
         if self._keeps_order:
             return row_invariant_sums(input, self.weight, self.bias)
         return few_rows_sums(input, self.weight, bias=self.bias)
 
     def gated(self, input: Tensor) -> Tensor:
         """silu(gate) * up, [..., N / 2], where the weight is gate | up."""
+        if not use_triton(input):
+            return gated_matmul_ref(input, self.weight, bias=self.bias)
         if self._keeps_order:
             return row_invariant_gated(input, self.weight, self.bias)
         return gated_matmul(input, self.weight, bias=self.bias)

@@ -16,16 +16,31 @@ kernel that adds the residual; a `Handover` brings it to its reader.
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from eagle_fast_kernels.draft_head import rope_append
-from eagle_fast_kernels.rms_norm import add_parts, add_rms_norm, rms_norm
+from eagle_fast_kernels.draft_head import rope_append, rope_append_ref
+from eagle_fast_kernels.launch import use_triton
+from eagle_fast_kernels.rms_norm import add_parts, add_parts_ref, add_rms_norm, add_rms_norm_ref, rms_norm
 from torch import nn
 
 from eagle_fast.target.anatomy import LlamaLayer, Norm, llama_layer, llama_norm
 from eagle_fast.target.interface import binding_of
 from eagle_fast.target.merged import can_be_read, merged, single, weight_of
+
+
+class Ops(NamedTuple):
+    """What a layer is computed by: kernels, which check their arguments, or their twins. On a CPU the checks of a layer
+    would take as long as a tenth of its products."""
+
+    rope_append: Callable[..., torch.Tensor]
+    add_rms_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    add_parts: Callable[..., torch.Tensor]
+
+
+KERNELS = Ops(rope_append, add_rms_norm, add_parts)
+TWINS = Ops(rope_append_ref, add_rms_norm_ref, add_parts_ref)
 
 
 class Handover:
@@ -88,25 +103,30 @@ class FusedLayer(nn.Module):
     def forward(self, hidden_states: torch.Tensor, *_, position_embeddings, **options) -> torch.Tensor:
         """hidden_states [B, T, H] -> [B, T, H]. Step and slab come from the binding, whatever else the model passes."""
         shape = hidden_states.shape
+        ops = KERNELS if use_triton(hidden_states) else TWINS
         residual = hidden_states.reshape(-1, shape[-1])
-        attended = self._attend(self.qkv.sums(self.input_norm(hidden_states)), position_embeddings)
+        attended = self._attend(self.qkv.sums(self.input_norm(hidden_states)), position_embeddings, ops)
         attended = self.o.sums(attended.view(len(residual), -1))
-        normed, residual = add_rms_norm(attended, residual, *self.post_norm)
+        normed, residual = ops.add_rms_norm(attended, residual, *self.post_norm)
         out = self.down.sums(self.gate_up.gated(normed))
         if self.next_norm is None:
-            return add_parts(out, residual).view(shape)
+            return ops.add_parts(out, residual).view(shape)
         following = self.next_norm
-        normed, out = (each.view(shape) for each in add_rms_norm(out, residual, following.weight, following.eps))
+        normed, out = (each.view(shape) for each in ops.add_rms_norm(out, residual, following.weight, following.eps))
         following.handover.give(out, normed)
         return out
 
-    def _attend(self, qkv: torch.Tensor, position_embeddings) -> torch.Tensor:
+    def _attend(self, qkv: torch.Tensor, position_embeddings, ops: Ops) -> torch.Tensor:
         """Attention of rows qkv [B, T, (Hq + 2 Hkv) D], or parts, written to the slab first -> [B, T, Hq, D]."""
         batch, count, _ = qkv.shape[-3:]
-        cos, sin = (each.expand(batch, -1, -1).reshape(batch * count, -1) for each in position_embeddings)
+        cos, sin = position_embeddings
+        if cos.shape[0] == batch:
+            cos, sin = cos.reshape(batch * count, -1), sin.reshape(batch * count, -1)
+        else:
+            cos, sin = (each.expand(batch, -1, -1).reshape(batch * count, -1) for each in (cos, sin))
         step, slab = self.binding.step, self.binding.slab
         keys, values = slab.keys[self.layer_index], slab.values[self.layer_index]
-        query = rope_append(
+        query = ops.rope_append(
             qkv, None, cos, sin, keys, values, step.first_rows(batch, qkv.device), self.num_heads, self.num_kv_heads,
             **self.head_norms,
         )  # fmt: skip
