@@ -13,7 +13,7 @@ from importlib import import_module
 # name -> (module, imported only when it is asked for; what it does)
 COMMANDS = {
     "attach": ("eagle_fast.attach", "a model's folder with a draft head, for transformers serve, lm-eval and others"),
-    "demo": ("eagle_fast.demo", "a prompt with and without speculation, side by side, on a small real model"),
+    "demo": ("eagle_fast.demo", "a prompt with and without speculation and by stock generate, on a small real model"),
     "doctor": ("eagle_fast.doctor.command", "what this machine can do, measured, and where a model would go on it"),
     "train": ("eagle_fast.train.command", "train a draft head for any causal language model"),
 }
