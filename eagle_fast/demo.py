@@ -23,7 +23,7 @@ from eagle_fast.pairs import SMOLLM2, smollm2_head, smollm2_target
 from eagle_fast.target.placement import resolve_device
 from eagle_fast.typewriter import DRAFTED, PLAIN, Typewriter, takes_colour
 
-PROMPT = "Give me five tips for learning a new language."
+PROMPT = "Explain why the sky is blue in three sentences."
 EAGLE, WITHOUT, STOCK = "EAGLE", "plain", "transformers"  # columns of the table
 
 
