@@ -16,6 +16,7 @@ COMMANDS = {
     "demo": ("eagle_fast.demo", "a prompt with and without speculation and by stock generate, on a small real model"),
     "doctor": ("eagle_fast.doctor.command", "what this machine can do, measured, and where a model would go on it"),
     "train": ("eagle_fast.train.command", "train a draft head for any causal language model"),
+    "web": ("eagle_fast.web", "a chat in the browser that marks accepted tokens; needs the extra web"),
 }
 
 

@@ -19,43 +19,56 @@ def takes_colour(out: TextIO) -> bool:
     return out.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
+class Pieces:
+    """Cuts a text that grows into new pieces; what does not end a whole character waits."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.count, self.text = 0, ""
+
+    def take(self, ids: list[int]) -> list[tuple[str, bool]]:
+        """All tokens so far, of which the new ones are those of one round: (text, drafted) of what is new."""
+        found = [(self._grow(ids[:-1]), True)] if len(ids) - self.count > 1 else []
+        found.append((self._grow(ids), False))
+        self.count = len(ids)
+        return [piece for piece in found if piece[0]]
+
+    def _grow(self, ids: list[int]) -> str:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        if text.endswith("\ufffd") or not text.startswith(self.text):
+            return ""
+        new, self.text = text[len(self.text) :], text
+        return new
+
+
 class Typewriter:
-    """Prints a text as it grows, by whole words on a terminal; what does not end a whole character waits.
+    """Prints a text as it grows, by whole words on a terminal.
 
     coloured: mark drafted tokens. tokenizer: has `decode`.
     """
 
     def __init__(self, tokenizer: Any, out: TextIO | None = None, coloured: bool | None = None):
-        self.tokenizer, self.out = tokenizer, out or sys.stdout
+        self.pieces, self.out = Pieces(tokenizer), out or sys.stdout
         self.coloured = takes_colour(self.out) if coloured is None else coloured
         self.width = min(shutil.get_terminal_size().columns, WIDEST) if self.out.isatty() else 0  # 0: never break lines
-        self.count, self.shown, self.column = 0, "", 0
+        self.column = 0
         self.word: list[tuple[str, bool]] = []  # characters that wait for the end of their word, drafted or not
 
     def show(self, ids: list[int]) -> None:
         """All tokens so far; the new ones are those of one round."""
-        if len(ids) - self.count > 1:
-            self._grow(ids[:-1], drafted=True)
-        self._grow(ids, drafted=False)
-        self.count = len(ids)
+        for text, drafted in self.pieces.take(ids):
+            for character in text:
+                if character.isspace() or not self.width:
+                    self._flush()
+                    self._put(character, drafted)
+                else:
+                    self.word.append((character, drafted))
         self.out.flush()
 
     def end(self) -> None:
         """Whatever still waits, and a line of its own for what comes next."""
         self._flush()
         print(file=self.out, flush=True)
-
-    def _grow(self, ids: list[int], drafted: bool) -> None:
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        if text.endswith("\ufffd") or not text.startswith(self.shown):
-            return
-        for character in text[len(self.shown) :]:
-            if character.isspace() or not self.width:
-                self._flush()
-                self._put(character, drafted)
-            else:
-                self.word.append((character, drafted))
-        self.shown = text
 
     def _flush(self) -> None:
         if self.width and self.column and self.column + len(self.word) > self.width:
