@@ -21,7 +21,7 @@ names_of_dependencies := import importlib.metadata as m, re; \
     print(*{re.match("[A-Za-z0-9_-]+", each)[0] for each in m.requires("eagle-fast")})
 version_tests = $(foreach name,$(VERSION_TESTS),$(shell find tests -name 'test_$(name).py'))
 
-.PHONY: test check format demo bench oldest between newest help clean
+.PHONY: test check format demo docs bench oldest between newest help clean
 
 test: check # ruff, mypy and all tests, with the newest transformers that is promised
 	$(call run_tests,$(VENV))
@@ -37,6 +37,13 @@ format: $(INSTALLED) # what ruff can mend by itself
 
 demo: $(INSTALLED) # one prompt in three ways; downloads a model once (98 MB, of which 517 MB are made in ~/.cache/eagle_fast)
 	$(BIN)/eagle-fast demo
+
+docs: $(VENV)/docs-installed # the site into build/site, strictly: a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+$(VENV)/docs-installed: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints/held.txt --no-build-isolation --editable '.[test,docs]'
+	touch $@
 
 # The pair is measured too where the demo has run before and prompt files are named: PROMPTS="a.jsonl b.jsonl". BENCH
 # holds more options of bench/suite.py.
