@@ -49,7 +49,12 @@ def read_prompts(path: str | Path) -> list[Any]:
     Returns what `encode_prompt` takes. Of `turns` the first is used, of `messages` all up to the last of the user.
     """
     path, prompts = Path(path), []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise ValueError(f"the file of prompts {path} cannot be read: {reason}") from error
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         prompts.append(_prompt(line, f"{path}, line {number}") if path.suffix == ".jsonl" else line)

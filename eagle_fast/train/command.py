@@ -30,65 +30,71 @@ from eagle_fast.train.chat import read_prompts
 from eagle_fast.train.options import TrainOptions
 from eagle_fast.train.run import train
 
-# option of TrainOptions -> what it is
-BUDGET = {
-    "minutes": "wall-clock minutes of writing texts and training",
-    "updates": "train this many updates instead; 0: go by the minutes",
-    "pause_after": "stop after so many minutes, to be resumed; 0: do not",
-    "save_minutes": "minutes between two saves that --resume can go on from",
+# Who needs an option: group -> option of TrainOptions -> (what stands for its value, what it is).
+GROUPS = {
+    "how long": {
+        "minutes": ("MINUTES", "of all of it: writing texts, training, measuring the head"),
+        "updates": ("N", "train this many updates instead, however long that takes; 0: go by the minutes"),
+        "pause_after": ("MINUTES", "stop after so many, to go on with --resume; 0: do not"),
+        "save_minutes": ("MINUTES", "between two saves that --resume can go on from"),
+    },
+    "a smaller or larger head": {
+        "draft_vocab": ("TOKENS", "that the head can propose: the most frequent ones of the answers"),
+        "intermediate": ("WIDTH", "of its MLP; 0: the model's"),
+        "kv_heads": ("N", "key and value heads of its attention; 0: the model's"),
+    },
+    "if memory runs out": {
+        "batch_tokens": ("TOKENS", "padded ones per update; fewer need less memory"),
+        "rows": ("N", "texts written side by side; 0: what the memory allows"),
+        "pool_tokens": ("TOKENS", "of answers written at a time, kept in the host's memory"),
+    },
+    "what it learns from": {
+        "prompt_share": ("SHARE", "of the questions, from --prompts; the rest is the model's own"),
+        "opening_share": ("SHARE", "of the model's own questions that begin with given words, to vary the topics"),
+        "greedy_share": ("SHARE", "of the answers, decoded at temperature 0; the rest at 1"),
+        "max_question": ("TOKENS", "of a question of its own"),
+        "max_answer": ("TOKENS", "of an answer"),
+        "writing_share": ("SHARE", "of the minutes, at most, for each writing"),
+        "held_out": ("N", "texts kept for measuring"),
+    },
+    "for experiments": {
+        "learning_rate": ("RATE", "peak of the schedule: warm-up, then a cosine"),
+        "steps": ("N", "drafted tokens that are trained for (training-time test)"),
+        "decay": ("FACTOR", "weight of each drafted token's loss over the one before"),
+        "passes": ("N", "times the texts are gone through before new ones are written"),
+        "seed": ("N", "of the head's first weights, the order of texts, and the texts"),
+    },
 }
-HEAD = {
-    "draft_vocab": "tokens that the head can propose: the most frequent ones of the answers",
-    "intermediate": "width of its MLP; 0: the model's",
-    "kv_heads": "key and value heads of its attention; 0: the model's",
-}
-LEARNING = {
-    "learning_rate": "peak of the schedule: warm-up, then a cosine",
-    "steps": "drafted tokens that are trained for (training-time test)",
-    "decay": "weight of each drafted token's loss over the one before",
-    "batch_tokens": "padded tokens per update; less needs less memory",
-    "passes": "times the texts are gone through before new ones are written",
-    "seed": "of the head's first weights, the order of texts, and the texts",
-}
-TEXTS = {
-    "prompt_share": "of the questions, from --prompts; the rest is the model's own",
-    "opening_share": "of the model's own questions that begin with given words, to vary the topics",
-    "greedy_share": "of the answers, decoded at temperature 0; the rest at 1",
-    "max_question": "tokens of a question of its own",
-    "max_answer": "tokens of an answer",
-    "pool_tokens": "tokens of answers written at a time",
-    "writing_share": "of the minutes, at most, for each writing",
-    "rows": "texts written side by side; 0: what the memory allows",
-    "held_out": "texts kept for measuring",
-}
-GROUPS = {"how long": BUDGET, "the head": HEAD, "learning": LEARNING, "the texts": TEXTS}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="hub name or folder of the target; 'smollm2' for the demo's")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the head goes")
-    parser.add_argument(
+    needed = parser.add_argument_group("needed")
+    needed.add_argument("--model", required=True, help="hub name or folder of the target; 'smollm2' for the demo's")
+    needed.add_argument("--out", required=True, metavar="FOLDER", help="where the head goes")
+    often = parser.add_argument_group("often used")
+    often.add_argument(
         "--prompts", metavar="FILE", help="users' prompts: .jsonl (messages, turns, prompt), or one per line"
     )
-    parser.add_argument(
-        "--initial", metavar="HEAD", help="begin with this head, of the same target, instead of a fresh one"
+    often.add_argument("--resume", action="store_true", help="go on with the run that --out holds, if it holds one")
+    often.add_argument(
+        "--initial", metavar="HEAD", help="begin with this head, of the same target, not with a fresh one"
     )
-    parser.add_argument("--resume", action="store_true", help="go on with the run that --out holds, if it holds one")
-    parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu; auto takes the first GPU if there is one")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16, float32 on a CPU")
-    parser.add_argument("--revision", help="of the model on the hub")
+    often.add_argument("--device", default="auto", help="cuda, cuda:1, cpu; auto takes the first GPU if there is one")
+    often.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16, float32 on a CPU")
+    often.add_argument("--revision", help="of the model on the hub")
     for title, group in GROUPS.items():
         section = parser.add_argument_group(title)
-        for name, meaning in group.items():
+        for name, (value, meaning) in group.items():
             default = getattr(TrainOptions, name)
             section.add_argument(
-                f"--{name.replace('_', '-')}", type=type(default), default=default, metavar="N",
+                f"--{name.replace('_', '-')}", type=type(default), default=default, metavar=value,
                 help=f"{meaning} (default {default:,})",
             )  # fmt: skip
-    parser.add_argument(
-        "--share-lm-head", action="store_true",
-        help="use the model's lm_head untrained: a far smaller file, which eagle_fast reads and others may not",
-    )  # fmt: skip
+        if "draft_vocab" in group:
+            section.add_argument(
+                "--share-lm-head", action="store_true",
+                help="use the model's lm_head untrained: a far smaller file, which eagle_fast reads and others may not",
+            )  # fmt: skip
     parser.add_argument("--log-seconds", type=float, default=TrainOptions.log_seconds, help=argparse.SUPPRESS)
 
 

@@ -16,7 +16,7 @@ from eagle_fast.head import DraftHead
 from eagle_fast.loading import load_head
 from eagle_fast.train import TrainOptions, train
 from eagle_fast.train.fresh import head_config
-from eagle_fast.train.progress import Budget
+from eagle_fast.train.progress import Budget, duration
 from eagle_fast.train.setting import Setting
 from eagle_fast.train.trainer import Trainer
 
@@ -258,3 +258,53 @@ def test_the_commands_usage(capsys):
         main(["train", "--help"])
     assert stopped.value.code == 0
     assert "--draft-vocab" in capsys.readouterr().out
+
+
+def test_time_is_kept_for_the_end_and_told():
+    now = 0.0
+    budget = Budget(TrainOptions(minutes=10), lambda: now)
+    budget.reserve = 60.0
+    now = 270.0
+    assert (budget.fraction, budget.left) == (0.5, 270.0)
+    now = 541.0
+    assert budget.spent
+    assert budget.left == 0
+    by_updates = Budget(TrainOptions(updates=10), lambda: now)
+    assert by_updates.left is None, "nobody can tell before the first update"
+    now, by_updates.updates = 551.0, 4
+    assert by_updates.left == pytest.approx(15.0)
+    assert [duration(seconds) for seconds in (3, 100, 7200)] == ["3s", "2m", "2.0h"]
+
+
+def test_a_run_without_an_update_is_no_success(tmp_path, monkeypatch):
+    """Its minutes are over when the texts are written: an error that says so, and no head."""
+    monkeypatch.setattr(Budget, "spent", True)
+    options = replace(OPTIONS, updates=0, pool_tokens=300, held_out=4)
+    with pytest.raises(ValueError, match=r"no update was made in .* give it more minutes"):
+        train(make("llama", eos_token_id=END), make_tokenizer(), tmp_path / "head", options, prompts=PROMPTS)
+    assert not (tmp_path / "head" / "model.safetensors").exists()
+
+
+def test_minutes_that_no_answer_fits_into(tmp_path):
+    options = replace(OPTIONS, updates=0, minutes=1e-6, max_answer=300, batch_tokens=1024)
+    with pytest.raises(ValueError, match=r"answers were finished in .* too few to learn from"):
+        train(make("llama"), make_tokenizer(), tmp_path / "head", options, prompts=PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--prompts", "/nowhere/questions.jsonl"], "file of prompts /nowhere/questions.jsonl cannot be read"),
+        (["--out", "/dev/null/head"], "no folder /dev/null/head"),
+        (["--model", "/nowhere/model"], "there is no such folder"),
+        (["--initial", "/nowhere/head"], "no folder /nowhere/head"),
+    ],
+)
+def test_wrong_names_end_in_one_line(change, message, tmp_path, capsys):
+    make("llama", num_hidden_layers=3).save_pretrained(tmp_path / "target")
+    make_tokenizer().save_pretrained(tmp_path / "target")
+    arguments = ["train", "--model", str(tmp_path / "target"), "--out", str(tmp_path / "head"), "--device", "cpu"]
+    assert main([*arguments, *change]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eagle-fast train:")]
+    assert len(said) == 1
+    assert message in said[0]
