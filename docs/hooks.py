@@ -1,12 +1,21 @@
-"""For mkdocs: the table of supported models, written from the models that the tests run (`tests/support/zoo.py`)."""
+"""For mkdocs: the table of models, from those that the tests run (`tests/support/zoo.py`), and bench/results' plots."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
+from mkdocs.structure.files import File
+
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "<!-- families -->"
+
+
+def on_files(files, config):
+    """The plots of bench/results, as plots/NAME.png."""
+    for path in sorted((ROOT / "bench" / "results").glob("*.png")):
+        files.append(File.generated(config, f"plots/{path.name}", abs_src_path=str(path)))
+    return files
 
 
 def on_page_markdown(markdown: str, page, **_) -> str:

@@ -100,8 +100,8 @@ class Trainer:
         passed = clock() - started
         if not self.held_out and len(wanted) < 2:
             raise ValueError(
-                f"{len(wanted)} answers were finished in {passed:.0f} s, too few to learn from: give it more minutes, or "
-                f"shorter texts (max_answer is {options.max_answer}, max_question {options.max_question})"
+                f"{len(wanted)} answers were finished in {passed:.0f} s, too few to learn from: give it more minutes, "
+                f"or shorter texts (max_answer is {options.max_answer}, max_question {options.max_question})"
             )
         if not self.held_out:
             order = np.random.default_rng(options.seed).permutation(len(wanted))  # what is done first is short
