@@ -91,6 +91,32 @@ def test_what_is_written(run):
     assert "40 updates" in card
 
 
+def test_names_and_shapes_are_those_that_vllm_and_sglang_read(run):
+    """`llama_eagle3.py` of both: SGLang has these parameters, vLLM renames midlayer to layers.0; d2t holds offsets, t2d
+    is passed over, the embedding is the target's, and fc reads three features."""
+    _, result = run
+    hidden, heads, kv, inner, draft = 64, 4 * 16, 2 * 16, 96, 120
+    layer = {
+        "self_attn.q_proj": (heads, 2 * hidden), "self_attn.k_proj": (kv, 2 * hidden),
+        "self_attn.v_proj": (kv, 2 * hidden), "self_attn.o_proj": (hidden, heads), "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner), "hidden_norm": (hidden,),
+        "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
+    }  # fmt: skip
+    expected = {f"midlayer.{name}.weight": shape for name, shape in layer.items()}
+    expected |= {"fc.weight": (hidden, 3 * hidden), "norm.weight": (hidden,), "lm_head.weight": (draft, hidden)}
+    expected |= {"d2t": (draft,), "t2d": (VOCAB,)}
+    tensors = load_file(result.folder / "model.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == expected
+    config = json.loads((result.folder / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLMEagle3"]
+    wanted = {"model_type": "llama", "draft_vocab_size": draft, "vocab_size": VOCAB, "num_hidden_layers": 1,
+              "tie_word_embeddings": False, "attention_bias": False, "hidden_act": "silu"}  # fmt: skip
+    assert wanted.items() <= config.items()
+    ids = config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
+    assert len(ids) == 3
+    assert ids[0] != 1, "by a first id of 1 SGLang takes them for layers' outputs"
+
+
 def test_training_goes_on_from_a_written_head(run, tmp_path):
     """Nothing is lost on the way through the file: the first agreement is that at the end of the first run."""
     model, result = run
