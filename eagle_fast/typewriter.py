@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from itertools import groupby
 from typing import Any, TextIO
 
 DRAFTED, PLAIN = "\033[32m", "\033[0m"  # green, and back
@@ -73,11 +74,12 @@ class Typewriter:
     def _flush(self) -> None:
         if self.width and self.column and self.column + len(self.word) > self.width:
             self._put("\n", False)
-        for character, drafted in self.word:
-            self._put(character, drafted)
+        for drafted, characters in groupby(self.word, lambda each: each[1]):
+            self._put("".join(character for character, _ in characters), drafted)
         self.word.clear()
 
-    def _put(self, character: str, drafted: bool) -> None:
-        marked = drafted and self.coloured and not character.isspace()
-        self.out.write(f"{DRAFTED}{character}{PLAIN}" if marked else character)
-        self.column = 0 if character == "\n" else self.column + 1
+    def _put(self, text: str, drafted: bool) -> None:
+        """A part of a word, or one character."""
+        marked = drafted and self.coloured and not text.isspace()
+        self.out.write(f"{DRAFTED}{text}{PLAIN}" if marked else text)
+        self.column = 0 if text == "\n" else self.column + len(text)
