@@ -10,6 +10,8 @@ from pathlib import Path
 from eagle_fast.train.learn import chain_tau
 from eagle_fast.train.options import TrainOptions
 
+LEAST_FOR_THE_END = 5.0  # seconds
+
 
 class Budget:
     """Time and updates spent, over all parts of a run that was paused and resumed.
@@ -40,6 +42,14 @@ class Budget:
     def _whole(self) -> float:
         """Seconds of writing and training, where minutes are the budget."""
         return 60 * self.options.minutes - self.reserve
+
+    @property
+    def left_for_the_end(self) -> float:
+        """Seconds for measuring the head: what is left of the minutes, a few at least; as many as it takes where they
+        are not the budget, or the run is only paused."""
+        if self.options.updates or self.fraction < 1:
+            return float("inf")
+        return max(LEAST_FOR_THE_END, 60 * self.options.minutes - self.seconds)
 
     @property
     def left(self) -> float | None:

@@ -87,7 +87,9 @@ def finish(trainer: Trainer) -> Result:
     _, agreement = trainer.measure_held_out()
     number, length = TAU_PROMPTS[setting.device.type]
     asked = [text.tokens[: text.start].tolist() for text in trainer.held_out[:number]]
-    measured = measure_decoding(setting.model, trainer.folder, asked, max_new_tokens=length)
+    measured = measure_decoding(
+        setting.model, trainer.folder, asked, max_new_tokens=length, seconds=budget.left_for_the_end
+    )
     taus = {temperature: done.tau for temperature, done in measured.items()}
     note_acceptance(trainer.folder, {t: acceptance_table(done.drafts) for t, done in measured.items()})
     trainer.log.record("finished" if finished else "paused", agreement=agreement, taus=list(taus.values()))

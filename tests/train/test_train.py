@@ -15,6 +15,7 @@ from eagle_fast.cli import main
 from eagle_fast.head import DraftHead
 from eagle_fast.loading import load_head
 from eagle_fast.train import TrainOptions, train
+from eagle_fast.train.evaluate import measure_decoding
 from eagle_fast.train.fresh import head_config
 from eagle_fast.train.progress import Budget, duration
 from eagle_fast.train.setting import Setting
@@ -294,12 +295,22 @@ def test_time_is_kept_for_the_end_and_told():
     assert (budget.fraction, budget.left) == (0.5, 270.0)
     now = 541.0
     assert budget.spent
-    assert budget.left == 0
+    assert (budget.left, budget.left_for_the_end) == (0, 59.0)
     by_updates = Budget(TrainOptions(updates=10), lambda: now)
     assert by_updates.left is None, "nobody can tell before the first update"
     now, by_updates.updates = 551.0, 4
     assert by_updates.left == pytest.approx(15.0)
     assert [duration(seconds) for seconds in (3, 100, 7200)] == ["3s", "2m", "2.0h"]
+
+
+def test_measuring_keeps_to_its_seconds(run):
+    """A round for each temperature where there is no time at all, and all prompts where there is enough."""
+    model, result = run
+    asked = [[130, 17, 18, END, 129], [130, 33, 34, END, 129]]
+    short = measure_decoding(model, result.folder, asked, max_new_tokens=20, seconds=0.0)
+    assert {temperature: done.rounds for temperature, done in short.items()} == {0.0: 1, 1.0: 1}
+    whole = measure_decoding(model, result.folder, asked, max_new_tokens=20)
+    assert all(done.rounds > 1 for done in whole.values())
 
 
 def test_a_run_without_an_update_is_no_success(tmp_path, monkeypatch):
