@@ -21,7 +21,7 @@ names_of_dependencies := import importlib.metadata as m, re; \
     print(*{re.match("[A-Za-z0-9_-]+", each)[0] for each in m.requires("eagle-fast")})
 version_tests = $(foreach name,$(VERSION_TESTS),$(shell find tests -name 'test_$(name).py'))
 
-.PHONY: test check format demo bench oldest between newest lmeval help clean
+.PHONY: test check format demo docs bench oldest between newest lmeval help clean
 
 test: check # ruff, mypy and all tests, with the newest transformers that is promised
 	$(call run_tests,$(VENV))
@@ -35,8 +35,15 @@ format: $(INSTALLED) # what ruff can mend by itself
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-demo: $(INSTALLED) # one prompt with and without the head; downloads a 135M model (93 MB) into ~/.cache/eagle_fast once
+demo: $(INSTALLED) # one prompt in three ways; downloads a model once (98 MB, of which 517 MB are made in ~/.cache/eagle_fast)
 	$(BIN)/eagle-fast demo
+
+docs: $(VENV)/docs-installed # the site into build/site, strictly: a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+$(VENV)/docs-installed: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints/held.txt --no-build-isolation --editable '.[test,plot,docs]'
+	touch $@
 
 # The pair is measured too where the demo has run before and prompt files are named: PROMPTS="a.jsonl b.jsonl". BENCH
 # holds more options of bench/suite.py.
@@ -72,7 +79,7 @@ $(INSTALLED) .venv-oldest/installed .venv-between/installed: pyproject.toml $(wi
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --constraint $(HELD) pip setuptools wheel
 	$(@D)/bin/python -m pip install --quiet --constraint $(HELD) $(TORCH)
-	$(@D)/bin/python -m pip install --quiet --constraint $(HELD) --no-build-isolation --editable '.[test,demo,plot]'
+	$(@D)/bin/python -m pip install --quiet --constraint $(HELD) --no-build-isolation --editable '.[test,plot]'
 	touch $@
 
 print-%: # a variable's value, for scripts

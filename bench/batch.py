@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from decode import read_prompts
+from lib.plots import plot_batch
 from lib.records import environment, write
 from lib.shapes import SHAPES, build_head, build_target
 from lib.timing import milliseconds, wall_milliseconds
@@ -270,32 +271,9 @@ def show(row: dict, header: bool) -> None:
 def plot(record: dict, path: Path) -> None:
     """Tokens a second over those of plain decoding, by batch; a word where the library is not installed."""
     try:
-        import matplotlib
+        plot_batch(record, path, [*map(name_of, FIXED)])
     except ModuleNotFoundError:
         print(f"no plot: {path.name} needs matplotlib", file=sys.stderr)
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    tables = {"the pair": [row for row in record["pair"] if row["temperature"] == 0]}
-    if record["shapes"]:
-        tables[f"{record['shapes']['shape']}, the pair's acceptance"] = record["shapes"]["rows"]
-    tables = {title: rows for title, rows in tables.items() if rows}
-    figure, axes = pyplot.subplots(1, len(tables), figsize=(5.6 * len(tables), 4.2), squeeze=False)
-    for axis, (title, rows) in zip(axes[0], tables.items(), strict=True):
-        batches = [row["batch"] for row in rows]
-        for name in [*map(name_of, FIXED), "adaptive"]:
-            speeds = [row["tokens_per_second"] for row in rows]
-            wide = {"linewidth": 3, "color": "black"} if name == "adaptive" else {"linewidth": 1, "marker": "o"}
-            axis.plot(batches, [each[name] / each["plain"] for each in speeds], label=name, markersize=3, **wide)
-        axis.axhline(1.0, color="gray", linestyle="--", linewidth=1)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(batches, map(str, batches))
-        axis.set(xlabel="sequences", ylabel="tokens/s over plain decoding", title=title, ylim=(0, None))
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=140)
 
 
 def main() -> None:

@@ -5,7 +5,7 @@
 For every file and temperature: tau (tokens per round), the share of rounds that accept at least 1, 2, ... drafted
 tokens, and tokens per second one prompt at a time, against plain decoding by the same engine and stock `generate`.
 Prompts are the first turns of JSON lines with "turns", under the model's chat template. Prints a table and one line of
-JSON; with --out also writes the JSON and a plot of acceptance by depth.
+JSON; with --out also writes the JSON and a plot of speed-up and acceptance.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from lib.plots import plot_decode
 from transformers import AutoTokenizer
 
 from eagle_fast import EaModel, Statistics
@@ -144,25 +145,6 @@ def show(rows: list[dict]) -> None:
         )
 
 
-def plot(rows: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.2))
-    for row in rows:
-        shares = row["accepted_at_least"]
-        style = "-o" if row["temperature"] == 0 else "--s"
-        label = f"{row['prompts']}, T={row['temperature']:g}, tau {row['tau']:.2f}"
-        axes.plot(range(1, len(shares) + 1), shares, style, label=label, markersize=4)
-    axes.set(xlabel="drafted tokens accepted, at least", ylabel="share of rounds", ylim=(0, 1))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=140)
-
-
 def main() -> None:
     args = parse()
     nodes, depth, top_k = args.tree
@@ -190,7 +172,7 @@ def main() -> None:
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "decode.json").write_text(json.dumps(record, indent=1) + "\n")
-        plot(rows, args.out / "decode.png")
+        plot_decode(record, args.out / "decode.png")
     print(json.dumps(record))
 
 

@@ -2,7 +2,7 @@
 
     python bench/ops.py                            all kernels, a table and one line of JSON
     python bench/ops.py --only tree_attention      one kernel; the option may be repeated
-    python bench/ops.py --out results/             also ops.json and a bar chart for each kernel (needs matplotlib)
+    python bench/ops.py --out results/             also ops.json and ops.png, which needs matplotlib
 
     us        median time of one call, in a CUDA graph of several; buffers that stream take turns, so none is in L2
     TB/s      the fewest bytes that the work must move, over that time
@@ -33,12 +33,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", action="append", metavar="NAME", help="a kernel of the table; may be repeated")
     parser.add_argument("--repeats", type=int, default=REPEATS, metavar="N", help="graph launches (%(default)s)")
     parser.add_argument("--commit", default="", help="to note in the record")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for ops.json and the plots")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for ops.json and ops.png")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("these benches time Triton kernels on a CUDA GPU, and torch finds none here")
     if args.out and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--out draws plots with matplotlib, which is not installed: pip install matplotlib")
+        parser.error("--out draws with matplotlib, which is not installed: pip install '.[plot]'")
     return args
 
 
@@ -81,33 +81,11 @@ def show(row: dict[str, Any]) -> None:
     )
 
 
-def plot(rows: list[dict[str, Any]], folder: Path, title: str) -> None:
-    """A chart for each op: time of the kernel and of PyTorch, the floor as a mark."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    for op in dict.fromkeys(row["op"] for row in rows):
-        mine = [row for row in rows if row["op"] == op]
-        places = range(len(mine))
-        figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.5 * len(mine)), layout="constrained")
-        axes.barh([p - 0.2 for p in places], [row["us"] for row in mine], 0.38, label="kernel")
-        axes.barh([p + 0.2 for p in places], [row["pytorch_us"] for row in mine], 0.38, label="PyTorch", color="0.75")
-        floors = [row["us"] * row["share_of_ceiling"] for row in mine]
-        axes.plot(floors, list(places), "k|", markersize=16, label="bytes at the ceiling")
-        axes.set(yticks=list(places), yticklabels=[row["shape"] for row in mine], xlabel="us", xscale="log")
-        axes.set_title(f"{op}, {title}")
-        axes.invert_yaxis()
-        axes.legend()
-        figure.savefig(folder / f"ops-{op}.png", dpi=110)
-        pyplot.close(figure)
-
-
 @torch.no_grad()
 def main() -> None:
     args = parse()
     from lib.op_cases import CASES
+    from lib.plots import plot_ops
     from lib.timing import bandwidth
 
     names = args.only or list(CASES)
@@ -131,7 +109,7 @@ def main() -> None:
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "ops.json").write_text(json.dumps(record, indent=1) + "\n")
-        plot(rows, args.out, f"{hardware}, {rate / 1e12:.2f} TB/s")
+        plot_ops(record, args.out / "ops.png")
     print(json.dumps(record))
 
 

@@ -9,6 +9,7 @@ their rounds, so that neither prefill nor anything else done once counts. Prints
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import sys
@@ -80,7 +81,11 @@ def synchronize(tensor: torch.Tensor) -> None:
 
 
 def main() -> None:
-    checkout, settings = Path(sys.argv[1]).resolve(), json.loads(sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkout", type=Path, help="of SafeAILab/EAGLE")
+    parser.add_argument("settings", type=json.loads, help="JSON: shape, draft_vocab, tree, context, dtype, device, ...")
+    args = parser.parse_args()
+    checkout, settings = args.checkout.resolve(), args.settings
     sys.path.insert(0, str(checkout))
     device = settings["device"]
     torch.manual_seed(0)

@@ -19,9 +19,10 @@ COMMANDS = {
     "generate": ("eagle_fast.shell.generate", "answers to prompts, as text or JSON lines; beside plain decoding"),
     "bench": ("eagle_fast.shell.bench", "the speed-up on this machine, against plain decoding and stock generate"),
     "attach": ("eagle_fast.attach", "a model's folder with a draft head, for transformers serve, lm-eval and others"),
-    "demo": ("eagle_fast.demo", "a prompt with and without speculation, side by side, on a small real model"),
+    "demo": ("eagle_fast.demo", "a prompt with and without speculation and by stock generate, on a small real model"),
     "doctor": ("eagle_fast.doctor.command", "what this machine can do, measured, and where a model would go on it"),
     "train": ("eagle_fast.train.command", "train a draft head for any causal language model"),
+    "web": ("eagle_fast.web", "a chat in the browser that marks accepted tokens; needs the extra web"),
 }
 
 

@@ -1,4 +1,4 @@
-"""`eagle-fast demo`: one prompt with and without speculation, on a small real model."""
+"""`eagle-fast demo`: a prompt with speculation, without it and by stock `generate`, and what `run` says of them."""
 
 from __future__ import annotations
 
@@ -6,42 +6,77 @@ import argparse
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
 
 from eagle_fast.loading_arguments import load_pair
+from eagle_fast.model import EaModel
 from eagle_fast.pairs import SMOLLM2
-from eagle_fast.text import TextStream
+from eagle_fast.typewriter import DRAFTED, PLAIN, Typewriter, takes_colour
+
+EAGLE, WITHOUT, STOCK = "EAGLE", "plain", "transformers"  # columns of the table
 
 
 class Run(NamedTuple):
-    """One decoding of the prompt. seconds: from the first token on, so without the prefill."""
+    """One decoding of the prompt. ids: of the new tokens. seconds: from the first of them on, so without the prompt's;
+    timed: how many tokens came in them, in so many rounds."""
 
-    ids: torch.Tensor
+    ids: list[int]
     rounds: int
-    new_tokens: int
+    timed: int
     seconds: float
 
     @property
     def speed(self) -> float:
-        return self.new_tokens / self.seconds
+        return self.timed / self.seconds
+
+    @property
+    def tau(self) -> float:
+        return self.timed / max(self.rounds, 1)
 
 
-def decode(rounds: Iterator[torch.Tensor], prompt_length: int, tokenizer: Any) -> Run:
-    """Print the text of `rounds`, which yields the ids so far, as it grows."""
-    stream, count, first, ids = TextStream(tokenizer), 0, 0, torch.empty(1, 0)
-    started = time.perf_counter()
-    for ids in rounds:
-        if not count:
-            first, started = ids.shape[1] - prompt_length, time.perf_counter()
-        count += 1
-        for token in ids[0, prompt_length + len(stream.ids) :].tolist():
-            print(stream.take(token), end="", flush=True)
-    seconds = time.perf_counter() - started
-    print(stream.rest() + "\n", flush=True)
-    return Run(ids, count, ids.shape[1] - prompt_length - first, max(seconds, 1e-9))
+class Recorder:
+    """Shows tokens as they come, and when: `take` gets all new ids so far, once a round."""
+
+    def __init__(self, typewriter: Typewriter):
+        self.typewriter, self.ids = typewriter, list[int]()
+        self.rounds = self.first = 0
+        self.started = 0.0
+
+    def take(self, ids: list[int]) -> None:
+        if not self.ids:
+            self.first, self.started = len(ids), time.perf_counter()
+        else:
+            self.rounds += 1
+        self.ids = ids
+        self.typewriter.show(ids)
+
+    def finish(self) -> Run:
+        seconds = time.perf_counter() - self.started
+        self.typewriter.end()
+        return Run(self.ids, self.rounds, len(self.ids) - self.first, max(seconds, 1e-9))
+
+
+class Streamer(BaseStreamer):
+    """Takes the tokens of transformers' `generate` to a recorder; the prompt comes first."""
+
+    def __init__(self, recorder: Recorder):
+        self.recorder, self.ids = recorder, list[int]()
+        self.begun = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.begun:
+            self.begun = True
+        else:
+            self.ids += value.tolist()
+            self.recorder.take(list(self.ids))
+
+    def end(self) -> None:
+        pass
 
 
 def hardware(device: torch.device) -> str:
@@ -51,44 +86,101 @@ def hardware(device: torch.device) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 0 if both texts are the same."""
+    """Returns 0 if the texts are the same, as far as that is promised."""
     started = time.perf_counter()
+    logging.disable_progress_bar()  # of half a second
     model = load_pair(args)
     tokenizer = model.tokenizer
     chat = [{"role": "user", "content": args.prompt}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
         "input_ids"
     ]
-    options = {"temperature": args.temperature, "seed": args.seed, "max_new_tokens": args.max_new_tokens}
-    options["max_length"] = length = ids.shape[1] + args.max_new_tokens
+    length = ids.shape[1] + args.max_new_tokens
     if model.target.device.type == "cuda":
         model.warmup(max_length=length)
-    print(f"{SMOLLM2} on {hardware(model.target.device)}, ready after {time.perf_counter() - started:.1f} s\n")
-    print("--- with EAGLE\n")
-    fast = decode(model.ea_generate(ids, **options), ids.shape[1], tokenizer)
-    print("--- without\n")
-    plain = decode(model.naive_generate(ids, **options), ids.shape[1], tokenizer)
-    same = torch.equal(fast.ids, plain.ids)
-    show(fast, plain, same)
-    return 0 if same else explain(model.target.dtype)
+        stock_generate(model, ids, max_new_tokens=2, do_sample=False)
+    print(f"{SMOLLM2} on {hardware(model.target.device)}, ready after {time.perf_counter() - started:.1f} s")
+    print(f"> {args.prompt}\n")
+    runs = decode_all(model, tokenizer, ids, args)
+    show(runs)
+    return judge(runs, model.target.dtype, args.temperature)
 
 
-def show(fast: Run, plain: Run, same: bool) -> None:
+def stock_generate(model: EaModel, ids: torch.Tensor, **options: Any) -> None:
+    """transformers' own generate of the target, which knows nothing of the head."""
+    stock: Any = model.base_model
+    ids = ids.to(model.target.device)
+    stock.generate(ids, attention_mask=torch.ones_like(ids), **options)
+
+
+def decode_all(model: EaModel, tokenizer: Any, ids: torch.Tensor, args: argparse.Namespace) -> dict[str, Run]:
+    """The prompt ids [1, L] in three ways, each shown as it goes."""
+    options = {"temperature": args.temperature, "seed": args.seed, "max_new_tokens": args.max_new_tokens}
+    options["max_length"] = ids.shape[1] + args.max_new_tokens
+
+    def ours(method: Callable[..., Iterator[torch.Tensor]], recorder: Recorder) -> None:
+        for sequences in method(ids, **options):
+            recorder.take(sequences[0, ids.shape[1] :].tolist())
+
+    def stock(recorder: Recorder) -> None:
+        sampling = {"do_sample": True, "temperature": args.temperature, "top_k": 0} if args.temperature else {}
+        settings = sampling or {"do_sample": False}
+        stock_generate(model, ids, max_new_tokens=args.max_new_tokens, streamer=Streamer(recorder), **settings)
+
+    coloured = takes_colour(sys.stdout)
+    legend = f" ({DRAFTED}green{PLAIN}: drafted by the head, accepted by the model)" if coloured else ""
+    ways: dict[str, tuple[str, Callable[[Recorder], None]]] = {
+        EAGLE: (f"with EAGLE{legend}", lambda recorder: ours(model.ea_generate, recorder)),
+        WITHOUT: ("plain: the same engine without the head", lambda recorder: ours(model.naive_generate, recorder)),
+        STOCK: ("transformers: stock generate of the same model", stock),
+    }
+    runs = {}
+    for name, (title, decode) in ways.items():
+        print(f"--- {title}\n")
+        recorder = Recorder(Typewriter(tokenizer))
+        decode(recorder)
+        runs[name] = recorder.finish()
+        print()
+    return runs
+
+
+def show(runs: dict[str, Run]) -> None:
+    plain = runs[WITHOUT]
     rows = [
-        ("", "with EAGLE", "without"),
-        ("tokens per round (tau)", f"{fast.new_tokens / max(fast.rounds - 1, 1):.2f}", "1.00"),
-        ("tokens per second", f"{fast.speed:.1f}", f"{plain.speed:.1f}"),
-        ("speed-up", f"{fast.speed / plain.speed:.2f}x", "1.00x"),
-        ("same text", "yes" if same else "NO", ""),
+        ("", list(runs)),
+        ("tokens per second", [f"{each.speed:.1f}" for each in runs.values()]),
+        ("speed-up over plain", [f"{each.speed / plain.speed:.2f}x" for each in runs.values()]),
+        ("tokens per round (tau)", [f"{each.tau:.2f}" for each in runs.values()]),
     ]
-    for label, left, right in rows:
-        print(f"{label:<22}{left:>12}{right:>12}")
+    for label, cells in rows:
+        print(f"{label:<24}" + "".join(f"{cell:>14}" for cell in cells))
+    print()
 
 
-def explain(dtype: torch.dtype) -> int:
-    print(
-        f"\nThe texts differ. In {dtype} a tree of rows and a single row round differently, so the choice between two "
-        "nearly equal logits may flip; in float32 the texts are the same.",
-        file=sys.stderr,
-    )
-    return 1
+def judge(runs: dict[str, Run], dtype: torch.dtype, temperature: float) -> int:
+    """Compare the texts, and say how; 0 where what has to be the same is."""
+    fast, plain, stock = (runs[name].ids for name in (EAGLE, WITHOUT, STOCK))
+    exact = fast == plain
+    print(f"{'same text':<24}{'yes' if exact and (temperature or stock == plain) else 'see below':>14}")
+    print(f"  with EAGLE and plain: {difference(fast, plain)}")
+    if temperature:
+        print("  transformers draws with other random numbers, so only its speed can be compared")
+    else:
+        print(f"  plain and transformers: {difference(plain, stock)}")
+        if stock != plain:
+            print(f"  in {dtype} stock code rounds its own way, and one of two nearly equal tokens may win (exactness)")
+    if not exact:
+        print(
+            f"The texts with and without the head differ. In {dtype} on this device a tree of rows and a single row "
+            "may round differently (model.exactness says where); in float32 the texts are the same.",
+            file=sys.stderr,
+        )
+    return 0 if exact and (temperature or stock == plain or dtype != torch.float32) else 1
+
+
+def difference(first: list[int], second: list[int]) -> str:
+    """How two lists of token ids compare, in words."""
+    if first == second:
+        return f"all {len(first)} token ids compared, one by one: equal"
+    same = next((at for at, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1]), None)
+    return f"the token ids differ from number {(min(len(first), len(second)) if same is None else same) + 1} on"

@@ -24,7 +24,8 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as a file of prompts: {error}") from error
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise ValueError(f"the file of prompts {path} cannot be read: {reason}") from error
     for number, line in enumerate(lines, start=1):
         if line.strip():
             prompts.append(_prompt(line, f"{path}, line {number}") if path.suffix == ".jsonl" else line)

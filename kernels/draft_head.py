@@ -19,10 +19,11 @@ program takes, and in whatever form they come, a row has the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
-from einops import rearrange
 from torch import Tensor
 
 from .check import HUGE, flag, number, whole
@@ -31,7 +32,7 @@ from .embedding import bytes_and_scales, embedding_rows_ref, packed_columns
 from .launch import device_guard, use_triton
 from .overlap import after_earlier_kernels, dependent_launch
 from .packed_layout import Packed
-from .rms_norm import given_norm_ref, normalize, num_warps, sum_parts, sum_parts_ref
+from .rms_norm import given_norm_ref, normalize, num_warps, rms_norm_ref, sum_parts, sum_parts_ref
 
 FEW_ROWS, ROWS = 64, 8  # rope_append: one row per program up to FEW_ROWS, then ROWS per program
 
@@ -209,8 +210,16 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def rope_ref(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """Rotate queries or keys x [B, T, heads, D] to positions [B, T] by tables [P, R]; dimensions from R on pass."""
+def _rows_at(table: Tensor, positions: Tensor | None, shape: Sequence[int]) -> Tensor:
+    """Rows of a table [P, R] at positions [B, T], or one after the other for `shape` [B, T]: [B, T, 1, R]."""
+    if positions is None:
+        return table[: shape[0] * shape[1]].view(*shape, 1, -1)
+    return table[positions].unsqueeze(-2)
+
+
+def rope_ref(x: Tensor, positions: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotate queries or keys x [B, T, heads, D] to positions [B, T] (None: see `rope_append`) by tables [P, R];
+    dimensions from R on pass."""
     rotary_dim = cos.shape[-1]
     wide = _wide(x[..., :rotary_dim])
     if interleaved:
@@ -219,9 +228,9 @@ def rope_ref(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, interleaved
     else:
         low, high = wide.chunk(2, -1)
         turned = torch.cat((-high, low), -1)
-    cos, sin = _wide(cos)[positions].unsqueeze(-2), _wide(sin)[positions].unsqueeze(-2)
-    rotated = wide * cos + turned * sin
-    return torch.cat((rotated.to(x.dtype), x[..., rotary_dim:]), -1)
+    cos, sin = (_rows_at(_wide(table), positions, x.shape[:2]) for table in (cos, sin))
+    rotated = (wide * cos + turned * sin).to(x.dtype)
+    return rotated if rotary_dim == x.shape[-1] else torch.cat((rotated, x[..., rotary_dim:]), -1)
 
 
 def head_input_ref(
@@ -248,12 +257,19 @@ def rope_append_ref(
     head_dim = k_slab.shape[-1]
     if qkv.dim() == 4:
         qkv = sum_parts_ref(qkv, k_slab.dtype)
-    heads = rearrange(qkv, "b t (h d) -> b t h d", d=head_dim)
-    if positions is None:
-        positions = torch.arange(heads.shape[0] * heads.shape[1], device=qkv.device).view(heads.shape[:2])
-    q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), 2)
-    q = rope_ref(given_norm_ref(q, q_norm, eps), positions, cos, sin, interleaved)
-    k = rope_ref(given_norm_ref(k, k_norm, eps), positions, cos, sin, interleaved)
+    heads = qkv.reshape(*qkv.shape[:2], -1, head_dim)
+    num_rotated = num_heads + num_kv_heads
+    qk, v = heads[:, :, :num_rotated], heads[:, :, num_rotated:]
+    if q_norm is not None and k_norm is not None:
+        q, k = qk[:, :, :num_heads], qk[:, :, num_heads:]
+        qk = torch.cat((rms_norm_ref(q, q_norm, eps), rms_norm_ref(k, k_norm, eps)), 2)
+    qk = rope_ref(qk, positions, cos, sin, interleaved)
+    q, k = qk[:, :, :num_heads].contiguous(), qk[:, :, num_heads:]
+    if slots.is_cpu and slots.shape[0] == 1:  # where it costs nothing to read where they go
+        first = int(slots)
+        k_slab[:, :, first : first + k.shape[1]] = k.transpose(1, 2)
+        v_slab[:, :, first : first + v.shape[1]] = v.transpose(1, 2)
+        return q.transpose(1, 2)
     rows = slots[:, None] + torch.arange(qkv.shape[1], device=qkv.device)
     index = rows[:, None, :, None].expand(-1, num_kv_heads, -1, head_dim)
     k_slab.scatter_(2, index, k.transpose(1, 2).to(k_slab.dtype))

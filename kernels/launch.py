@@ -40,7 +40,9 @@ def use_triton(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
     for x in (first, *others):
         if x is not None and ((grad and x.requires_grad) or x.dtype is torch.float64):
             return False
-    choice = os.environ.get("EAGLE_FAST_KERNELS", "auto")
+    if "EAGLE_FAST_KERNELS" not in os.environ:  # get() would take as long as a small op on a CPU
+        return first.is_cuda
+    choice = os.environ["EAGLE_FAST_KERNELS"]
     if choice == "auto":
         return first.is_cuda
     if choice not in ("triton", "ref"):

@@ -55,8 +55,8 @@ def _versions(versions: dict[str, str | None]) -> Iterator[str]:
 def _cpu(reason: str, check: KernelCheck) -> Iterator[str]:
     yield f"No GPU: {reason}."
     if check.runs:
-        yield "On the CPU everything works, in plain PyTorch: decoding, training, `eagle-fast demo`. One kernel's twin"
-        yield "was run and is right. Use device_map=None, 'cpu' or 'auto' and dtype=torch.float32: rounds then have the"
+        yield "On the CPU everything works, in plain PyTorch: decoding, training, `eagle-fast demo`; one operation was"
+        yield "tried, and is right. Use device_map=None, 'cpu' or 'auto' and dtype=torch.float32: rounds then have the"
         yield "trees that pay here. Bandwidths, copies and compiled kernels cannot be measured."
     else:
         yield f"The CPU path fails as well: {check.problem}"

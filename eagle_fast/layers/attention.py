@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from eagle_fast_kernels.launch import use_triton
 from eagle_fast_kernels.tree_attention import tree_attention
+from eagle_fast_kernels.tree_attention_ref import tree_attention_ref
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention.bias import causal_lower_right
@@ -117,7 +119,8 @@ class TreeStep:
         softcap: float = 0.0, sinks: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """See `PrefillStep`."""
-        return tree_attention(
+        attention = tree_attention if use_triton(q, keys, sinks) else tree_attention_ref  # which checks nothing
+        return attention(
             q, keys, values, self.lengths, self.ancestors, scale=scale, first=self.first, depths=self.depths,
             window=window, chunk=chunk, softcap=softcap, sinks=sinks,
         )  # fmt: skip

@@ -50,26 +50,26 @@ class FewRowsLinear(nn.Linear):
         return linear
 
     def forward(self, input: Tensor) -> Tensor:
-        if self._keeps_order:
+        if self._keeps_order(input):
             return row_invariant_matmul(input, self.weight, self.bias)
         if input.device.type != "cpu" and not streams(input, self.weight):
             return super().forward(input)
         return few_rows_matmul(input, self.weight, bias=self.bias)
 
-    @property
-    def _keeps_order(self) -> bool:
-        return self.order is not None and self.order.kept
+    def _keeps_order(self, input: Tensor) -> bool:
+        """On a GPU alone: elsewhere few rows have no order of their own, and the functions for it would only check."""
+        return input.is_cuda and self.order is not None and self.order.kept
 
     def sums(self, input: Tensor, *, rounded: bool = True) -> Tensor:
         """The product [..., N], or parts of it [S, ..., N] in fp32: see `few_rows_sums`. rounded: whether all have the
         same bits once they are rounded to the input's dtype, or, with an order kept, before."""
-        if self._keeps_order:
+        if self._keeps_order(input):
             return row_invariant_sums(input, self.weight, self.bias, rounded=rounded)
         return run_sums(input, self.weight, None, self.bias)
 
     def gated(self, input: Tensor) -> Tensor:
         """silu(gate) * up, [..., N / 2], where the weight is gate | up."""
-        if self._keeps_order:
+        if self._keeps_order(input):
             return row_invariant_gated(input, self.weight, self.bias)
         return run_gated(input, self.weight, None, self.bias)
 

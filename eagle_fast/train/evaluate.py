@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,19 +25,29 @@ def measure_decoding(
     *,
     temperatures: Sequence[float] = (0.0, 1.0),
     max_new_tokens: int = 128,
+    seconds: float = float("inf"),
 ) -> dict[float, Statistics]:
-    """What rounds of the head in `folder` brought over all prompts (token ids), for each temperature."""
+    """What rounds of the head in `folder` brought over all prompts (token ids), for each temperature.
+
+    seconds: of decoding; what is not done by then is left out, but at least a round for each temperature.
+    """
     decoder = EaModel.from_pretrained(base_model_path=model, ea_model_path=str(folder), adaptive=False)
-    found = {}
-    for temperature in temperatures:
-        total = Statistics()
+    found, started = {}, time.monotonic()
+    for number, temperature in enumerate(temperatures, start=1):
+        total, until = Statistics(), started + seconds * number / len(temperatures)
         for first in range(0, len(prompts), MAX_BATCH):
+            if first and time.monotonic() >= until:
+                break
             batch = pad_left(prompts[first : first + MAX_BATCH])
-            out = decoder.eagenerate(
+            rounds = decoder.ea_generate(
                 batch["input_ids"], attention_mask=batch["attention_mask"], temperature=temperature, seed=1,
                 max_new_tokens=max_new_tokens, max_length=batch["input_ids"].shape[1] + max_new_tokens,
                 return_dict_in_generate=True,
             )  # fmt: skip
+            for out in rounds:  # noqa: B007  # the last one has all
+                if time.monotonic() >= until:
+                    break
+            rounds.close()
             total += out.statistics
         found[temperature] = total
     return found

@@ -10,9 +10,16 @@ from pathlib import Path
 from eagle_fast.train.learn import chain_tau
 from eagle_fast.train.options import TrainOptions
 
+LEAST_FOR_THE_END = 5.0  # seconds
+
 
 class Budget:
-    """Time and updates spent, over all parts of a run that was paused and resumed."""
+    """Time and updates spent, over all parts of a run that was paused and resumed.
+
+    reserve: seconds of the minutes that are kept for the end, when the head is written and measured.
+    """
+
+    reserve = 0.0
 
     def __init__(self, options: TrainOptions, clock: Callable[[], float] = time.monotonic):
         self.options, self.clock = options, clock
@@ -29,7 +36,27 @@ class Budget:
         """Of training that is done."""
         if self.options.updates:
             return self.updates / self.options.updates
-        return self.seconds / (60 * self.options.minutes)
+        return self.seconds / self._whole
+
+    @property
+    def _whole(self) -> float:
+        """Seconds of writing and training, where minutes are the budget."""
+        return 60 * self.options.minutes - self.reserve
+
+    @property
+    def left_for_the_end(self) -> float:
+        """Seconds for measuring the head: what is left of the minutes, a few at least; as many as it takes where they
+        are not the budget, or the run is only paused."""
+        if self.options.updates or self.fraction < 1:
+            return float("inf")
+        return max(LEAST_FOR_THE_END, 60 * self.options.minutes - self.seconds)
+
+    @property
+    def left(self) -> float | None:
+        """Seconds until training is done; None while nobody can tell."""
+        if not self.options.updates:
+            return max(0.0, self._whole - self.seconds)
+        return self.seconds * (1 / self.fraction - 1) if self.updates else None
 
     @property
     def paused(self) -> bool:
@@ -58,21 +85,30 @@ class Log:
             agreement=agreement, tokens_per_second=speed,
         )  # fmt: skip
         self.say(
-            f"{_bar(budget.fraction)} update {budget.updates}  lr {rate:.1e}  loss {losses[0]:.2f}  "
+            f"{_bar(budget)}  update {budget.updates}  lr {rate:.1e}  loss {losses[0]:.2f}  "
             f"agrees {_shares(agreement)}  {speed / 1e3:.1f}k tokens/s"
         )
 
     def held_out(self, budget: Budget, losses: list[float], agreement: list[float]) -> None:
         self.record("held out", updates=budget.updates, seconds=budget.seconds, losses=losses, agreement=agreement)
         self.say(
-            f"{_bar(budget.fraction)} held out: loss {losses[0]:.3f}  agrees {_shares(agreement)}  "
+            f"{_bar(budget)}  held out: loss {losses[0]:.3f}  agrees {_shares(agreement)}  "
             f"a chain would get {chain_tau(agreement):.2f} tokens per round"
         )
 
 
-def _bar(fraction: float, width: int = 20) -> str:
-    full = int(width * min(1.0, fraction))
-    return f"[{'#' * full}{'.' * (width - full)}] {100 * min(1.0, fraction):3.0f}%"
+def _bar(budget: Budget, width: int = 20) -> str:
+    fraction = min(1.0, budget.fraction)
+    full = int(width * fraction)
+    left = "" if budget.left is None else f" {duration(budget.left):>4} left"
+    return f"[{'#' * full}{'.' * (width - full)}] {100 * fraction:3.0f}%{left}"
+
+
+def duration(seconds: float) -> str:
+    """In hours, minutes or seconds, whichever says enough."""
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f}h"
+    return f"{seconds / 60:.0f}m" if seconds >= 90 else f"{seconds:.0f}s"
 
 
 def _shares(values: list[float]) -> str:

@@ -14,6 +14,7 @@ from eagle_fast.loading import load_head
 from eagle_fast.train.card import Training, write_card
 from eagle_fast.train.evaluate import acceptance_table, measure_decoding
 from eagle_fast.train.options import TrainOptions
+from eagle_fast.train.progress import duration
 from eagle_fast.train.setting import Setting
 from eagle_fast.train.trainer import Trainer
 
@@ -54,6 +55,12 @@ def train(
         trainer.resume()
         trainer.log.say(f"resumed after {trainer.budget.updates} updates")
     trainer.run()
+    if not trainer.budget.updates:
+        raise ValueError(
+            f"no update was made in {trainer.budget.seconds:.0f} s, all of which went into writing texts and making a "
+            f"head ready, so there is nothing to use: give it more minutes (it had {options.minutes:g}), a GPU or a "
+            "smaller model, and another folder or --resume"
+        )
     return finish(trainer)
 
 
@@ -80,12 +87,15 @@ def finish(trainer: Trainer) -> Result:
     _, agreement = trainer.measure_held_out()
     number, length = TAU_PROMPTS[setting.device.type]
     asked = [text.tokens[: text.start].tolist() for text in trainer.held_out[:number]]
-    measured = measure_decoding(setting.model, trainer.folder, asked, max_new_tokens=length)
+    measured = measure_decoding(
+        setting.model, trainer.folder, asked, max_new_tokens=length, seconds=budget.left_for_the_end
+    )
     taus = {temperature: done.tau for temperature, done in measured.items()}
     note_acceptance(trainer.folder, {t: acceptance_table(done.drafts) for t, done in measured.items()})
     trainer.log.record("finished" if finished else "paused", agreement=agreement, taus=list(taus.values()))
     trainer.log.say(
-        f"wrote {trainer.folder}: " + ", ".join(f"{tau:.2f} tokens per round at T={t:g}" for t, tau in taus.items())
+        f"wrote {trainer.folder} after {duration(budget.seconds)}: "
+        + ", ".join(f"{tau:.2f} tokens per round at T={t:g}" for t, tau in taus.items())
     )
     name = getattr(setting.model, "name_or_path", "") or type(setting.model).__name__
     write_card(

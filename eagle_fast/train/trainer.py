@@ -27,6 +27,7 @@ from eagle_fast.train.vocabulary import choose_tokens
 from eagle_fast.train.writer import Text
 
 MEASURED_TOKENS = 4096
+END_SECONDS, END_SHARE = 60.0, 0.1  # of the minutes, at most: kept for writing and measuring the head at the end
 LAST_WRITING = 0.85  # of training: what is left is not spent on new texts
 
 
@@ -47,8 +48,12 @@ class Trainer:
     def __init__(self, setting: Setting, folder: str | Path, initial: DraftHead | None = None):
         self.setting, self.options = setting, setting.options
         self.folder, self.kept = Path(folder), Path(folder) / "training"
-        self.kept.mkdir(parents=True, exist_ok=True)
+        try:
+            self.kept.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"no folder {self.kept} can be made ({error.strerror}): choose another one") from error
         self.budget, self.log = Budget(self.options), Log(self.kept)
+        self.budget.reserve = min(END_SECONDS, END_SHARE * 60 * self.options.minutes)
         self.initial = initial
         self.place = Place()
         self.texts: list[Text] = []
@@ -57,6 +62,7 @@ class Trainer:
         self.coverage = 1.0
         self.num_tokens = 0  # of answers, learned from
         self.saved = self.budget.seconds
+        self._measured_last: tuple[int, tuple[list[float], list[float]]] | None = None  # after so many updates
 
     # -- the loop --------------------------------------------------------------------------------------------------
 
@@ -85,11 +91,18 @@ class Trainer:
             passed = clock() - started
             if passed - told > options.log_seconds:
                 told = passed
-                self.log.say(f"writing: {count / 1e6:.2f}M tokens of answers, {count / passed / 1e3:.1f}k/s")
-            return count >= options.pool_tokens or (passed > limit and count > 0)
+                share = f", {100 * min(1.0, passed / limit):.0f} % of its time" if limit < float("inf") else ""
+                self.log.say(f"writing: {count / 1e6:.2f}M tokens of answers, {count / passed / 1e3:.1f}k/s{share}")
+            late = passed > limit and (count > 0 or self.budget.spent)
+            return count >= options.pool_tokens or late
 
         wanted = self.setting.writer.write(enough)
         passed = clock() - started
+        if not self.held_out and len(wanted) < 2:
+            raise ValueError(
+                f"{len(wanted)} answers were finished in {passed:.0f} s, too few to learn from: give it more minutes, "
+                f"or shorter texts (max_answer is {options.max_answer}, max_question {options.max_question})"
+            )
         if not self.held_out:
             order = np.random.default_rng(options.seed).permutation(len(wanted))  # what is done first is short
             number = min(options.held_out, len(wanted) // 2)
@@ -192,7 +205,9 @@ class Trainer:
 
     @torch.no_grad()
     def measure_held_out(self) -> tuple[list[float], list[float]]:
-        """Losses and agreement of each step on the texts held out, over all their tokens."""
+        """Losses and agreement of each step on the texts held out, over all their tokens; measured once a state."""
+        if self._measured_last is not None and self._measured_last[0] == self.budget.updates:
+            return self._measured_last[1]
         options, total, count = self.options, torch.zeros(2, self.options.steps), 0
         for indices in plan(self.held_out, options.batch_tokens, np.random.default_rng(0)):
             batch = collate([self.held_out[i] for i in indices], options.steps, self.setting.device, self._whole)
@@ -200,6 +215,7 @@ class Trainer:
             total += len(batch.asked) * torch.stack([learned.losses, learned.agreement]).cpu()
             count += len(batch.asked)
         losses, agreement = (total / count).tolist()
+        self._measured_last = self.budget.updates, (losses, agreement)
         return losses, agreement
 
     # -- what is kept ----------------------------------------------------------------------------------------------

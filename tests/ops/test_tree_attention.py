@@ -513,3 +513,21 @@ def test_specialised_warps_compile_without_spills(dtype, tmp_path):
     command = [sys.executable, "-c", COMPILE, dtype, str(tmp_path / "kernel.ptx")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.stdout.split() == ["compiled", "2"], done.stderr
+
+
+@pytest.mark.parametrize("window", [0, 5, 50])
+@pytest.mark.parametrize("sees_itself", [True, False])
+def test_a_row_alone_on_a_cpu(window, sees_itself):
+    """The way of plain decoding against two copies of the same sequence, which take the long way."""
+    torch.manual_seed(0)
+    lengths, depths = torch.tensor([17]), torch.zeros(1, 1, dtype=torch.long)
+    q, (k, v) = torch.randn(1, 6, 1, 16), torch.randn(2, 1, 2, 40, 16)
+    k[:, :, 18:] = v[:, :, 18:] = float("nan")
+    ancestors = torch.full((1, 1, 1), int(sees_itself))
+    arguments = q, k, v, lengths, ancestors, depths
+    *tensors, depths_of_both = (each.repeat(2, *[1] * (each.dim() - 1)) for each in arguments)
+    options = {"scale": 0.3, "window": window}
+    alone = tree_attention_ref(*arguments[:-1], depths=depths, **options)
+    both = tree_attention_ref(*tensors, depths=depths_of_both, **options)
+    assert alone.is_contiguous()
+    torch.testing.assert_close(alone, both[:1], atol=1e-6, rtol=1e-6)

@@ -20,7 +20,7 @@ from eagle_fast.pairs import smollm2_head
 from eagle_fast.shell import slash
 from eagle_fast.shell.screen import Screen
 
-LOADERS = ("chat", "generate", "bench")  # a pair, with all that can be said of it
+LOADERS = ("chat", "generate", "bench", "web")  # a pair, with all that can be said of it
 OF_HUB = {"--revision", "--cache-dir", "--local-files-only"}
 OF_TARGET = {"--device-map", "--dtype", "--target-bits", "--lm-head-bits", "--load"}
 OF_HEAD = {"--draft-int8", "--tree"}

@@ -15,8 +15,9 @@ from eagle_fast.cli import main
 from eagle_fast.head import DraftHead
 from eagle_fast.loading import load_head
 from eagle_fast.train import TrainOptions, train
+from eagle_fast.train.evaluate import measure_decoding
 from eagle_fast.train.fresh import head_config
-from eagle_fast.train.progress import Budget
+from eagle_fast.train.progress import Budget, duration
 from eagle_fast.train.setting import Setting
 from eagle_fast.train.trainer import Trainer
 
@@ -89,6 +90,32 @@ def test_what_is_written(run):
     usual = decoder.experience.worth(0.0, True).usual
     assert usual[:8, :10].tolist() == [[max(chance, 0.005) for chance in row] for row in tables["0"]]
     assert "40 updates" in card
+
+
+def test_names_and_shapes_are_those_that_vllm_and_sglang_read(run):
+    """`llama_eagle3.py` of both: SGLang has these parameters, vLLM renames midlayer to layers.0; d2t holds offsets, t2d
+    is passed over, the embedding is the target's, and fc reads three features."""
+    _, result = run
+    hidden, heads, kv, inner, draft = 64, 4 * 16, 2 * 16, 96, 120
+    layer = {
+        "self_attn.q_proj": (heads, 2 * hidden), "self_attn.k_proj": (kv, 2 * hidden),
+        "self_attn.v_proj": (kv, 2 * hidden), "self_attn.o_proj": (hidden, heads), "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner), "hidden_norm": (hidden,),
+        "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
+    }  # fmt: skip
+    expected = {f"midlayer.{name}.weight": shape for name, shape in layer.items()}
+    expected |= {"fc.weight": (hidden, 3 * hidden), "norm.weight": (hidden,), "lm_head.weight": (draft, hidden)}
+    expected |= {"d2t": (draft,), "t2d": (VOCAB,)}
+    tensors = load_file(result.folder / "model.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == expected
+    config = json.loads((result.folder / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLMEagle3"]
+    wanted = {"model_type": "llama", "draft_vocab_size": draft, "vocab_size": VOCAB, "num_hidden_layers": 1,
+              "tie_word_embeddings": False, "attention_bias": False, "hidden_act": "silu"}  # fmt: skip
+    assert wanted.items() <= config.items()
+    ids = config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
+    assert len(ids) == 3
+    assert ids[0] != 1, "by a first id of 1 SGLang takes them for layers' outputs"
 
 
 def test_training_goes_on_from_a_written_head(run, tmp_path):
@@ -279,3 +306,63 @@ def test_the_commands_usage(capsys):
         main(["train", "--help"])
     assert stopped.value.code == 0
     assert "--draft-vocab" in capsys.readouterr().out
+
+
+def test_time_is_kept_for_the_end_and_told():
+    now = 0.0
+    budget = Budget(TrainOptions(minutes=10), lambda: now)
+    budget.reserve = 60.0
+    now = 270.0
+    assert (budget.fraction, budget.left) == (0.5, 270.0)
+    now = 541.0
+    assert budget.spent
+    assert (budget.left, budget.left_for_the_end) == (0, 59.0)
+    by_updates = Budget(TrainOptions(updates=10), lambda: now)
+    assert by_updates.left is None, "nobody can tell before the first update"
+    now, by_updates.updates = 551.0, 4
+    assert by_updates.left == pytest.approx(15.0)
+    assert [duration(seconds) for seconds in (3, 100, 7200)] == ["3s", "2m", "2.0h"]
+
+
+def test_measuring_keeps_to_its_seconds(run):
+    """A round for each temperature where there is no time at all, and all prompts where there is enough."""
+    model, result = run
+    asked = [[130, 17, 18, END, 129], [130, 33, 34, END, 129]]
+    short = measure_decoding(model, result.folder, asked, max_new_tokens=20, seconds=0.0)
+    assert {temperature: done.rounds for temperature, done in short.items()} == {0.0: 1, 1.0: 1}
+    whole = measure_decoding(model, result.folder, asked, max_new_tokens=20)
+    assert all(done.rounds > 1 for done in whole.values())
+
+
+def test_a_run_without_an_update_is_no_success(tmp_path, monkeypatch):
+    """Its minutes are over when the texts are written: an error that says so, and no head."""
+    monkeypatch.setattr(Budget, "spent", True)
+    options = replace(OPTIONS, updates=0, pool_tokens=300, held_out=4)
+    with pytest.raises(ValueError, match=r"no update was made in .* give it more minutes"):
+        train(make("llama", eos_token_id=END), make_tokenizer(), tmp_path / "head", options, prompts=PROMPTS)
+    assert not (tmp_path / "head" / "model.safetensors").exists()
+
+
+def test_minutes_that_no_answer_fits_into(tmp_path):
+    options = replace(OPTIONS, updates=0, minutes=1e-6, max_answer=300, batch_tokens=1024)
+    with pytest.raises(ValueError, match=r"answers were finished in .* too few to learn from"):
+        train(make("llama"), make_tokenizer(), tmp_path / "head", options, prompts=PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--prompts", "/nowhere/questions.jsonl"], "file of prompts /nowhere/questions.jsonl cannot be read"),
+        (["--out", "/dev/null/head"], "no folder /dev/null/head"),
+        (["--model", "/nowhere/model"], "there is no such folder"),
+        (["--initial", "/nowhere/head"], "no folder /nowhere/head"),
+    ],
+)
+def test_wrong_names_end_in_one_line(change, message, tmp_path, capsys):
+    make("llama", num_hidden_layers=3).save_pretrained(tmp_path / "target")
+    make_tokenizer().save_pretrained(tmp_path / "target")
+    arguments = ["train", "--model", str(tmp_path / "target"), "--out", str(tmp_path / "head"), "--device", "cpu"]
+    assert main([*arguments, *change]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eagle-fast train:")]
+    assert len(said) == 1
+    assert message in said[0]
