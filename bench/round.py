@@ -18,6 +18,7 @@ checkout of SafeAILab/EAGLE decodes at the same shapes in the same run. Ends wit
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import shlex
 import subprocess
@@ -237,6 +238,7 @@ def main() -> None:
         target = build_target(args.shape, placement[""]) if one else build_spread_target(args.shape, placement)
     model = EaModel(target, build_head(target), tree=TreeConfig(nodes, depth, top_k), adaptive=False)
     rate = bandwidth()
+    gc.collect()
     for device in model.target.devices:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
