@@ -11,9 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from eagle_fast_kernels.launch import use_triton
 from eagle_fast_kernels.tree_attention import tree_attention
-from eagle_fast_kernels.tree_attention_ref import tree_attention_ref
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention.bias import causal_lower_right
@@ -119,8 +117,7 @@ class TreeStep:
         softcap: float = 0.0, sinks: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """See `PrefillStep`."""
-        attention = tree_attention if use_triton(q, keys, sinks) else tree_attention_ref  # which checks nothing
-        return attention(
+        return tree_attention(
             q, keys, values, self.lengths, self.ancestors, scale=scale, first=self.first, depths=self.depths,
             window=window, chunk=chunk, softcap=softcap, sinks=sinks,
         )  # fmt: skip
