@@ -13,9 +13,9 @@ without a value.
 A row's bits depend on its own keys, their positions and its query alone: `tree_attention_order.py` says in which order
 they are added up. So a node gets what plain decoding gives the same token, whose path is prefix then; that holds for
 paths of up to LAST = 17 nodes, deeper ones are right up to rounding. Where tiles of rows alone fill the GPU, a program
-takes all keys of its rows, and there is one launch. Else programs take a split each, or the last keys, and a second
-kernel adds up (`tree_attention_kernels.py`). There many rows over a long cache take `tree_attention_hopper` for most of
-the prefix, on the GPUs that it is for: the same pieces, by specialized warps.
+takes all keys of its rows, and there is one launch. Else programs, as many as run at once, take splits of the keys, or
+the last keys, and a second kernel adds up (`tree_attention_kernels.py`). There many rows over a long cache take
+`tree_attention_hopper` for most of the prefix, on the GPUs that it is for: the same pieces, by specialized warps.
 
 Bytes: K and V of the live rows, 2 Hkv (length + first + T) D per sequence, plus q and out, 2 T Hq D. Llama-3.1-8B with
 2,048 rows in bf16: 8.4 MB per layer, 2.7 us at 3.08 TB/s (88 us for 32 layers). The T * G rows that share a KV head are
