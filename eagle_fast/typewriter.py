@@ -11,6 +11,8 @@ import sys
 from itertools import groupby
 from typing import Any, TextIO
 
+from eagle_fast.text import TextStream
+
 DRAFTED, PLAIN = "\033[32m", "\033[0m"  # green, and back
 WIDEST = 100  # columns of a line
 
@@ -21,25 +23,21 @@ def takes_colour(out: TextIO) -> bool:
 
 
 class Pieces:
-    """Cuts a text that grows into new pieces; what does not end a whole character waits."""
+    """Cuts a text that grows by rounds into what was drafted and what was not."""
 
     def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-        self.count, self.text = 0, ""
+        self.stream = TextStream(tokenizer)
+
+    @property
+    def text(self) -> str:
+        """Of all tokens so far."""
+        return self.stream.text
 
     def take(self, ids: list[int]) -> list[tuple[str, bool]]:
         """All tokens so far, of which the new ones are those of one round: (text, drafted) of what is new."""
-        found = [(self._grow(ids[:-1]), True)] if len(ids) - self.count > 1 else []
-        found.append((self._grow(ids), False))
-        self.count = len(ids)
+        new = [self.stream.take(token) for token in ids[len(self.stream.ids) :]]
+        found = ("".join(new[:-1]), True), ("".join(new[-1:]), False)
         return [piece for piece in found if piece[0]]
-
-    def _grow(self, ids: list[int]) -> str:
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        if text.endswith("\ufffd") or not text.startswith(self.text):
-            return ""
-        new, self.text = text[len(self.text) :], text
-        return new
 
 
 class Typewriter:
