@@ -39,9 +39,10 @@ def test_every_twin_is_in_the_sample(sample):
     """Names of what kernels/ has twins of begin the rows of the table."""
     text = "\n".join(path.read_text(encoding="utf-8") for path in KERNELS.glob("*.py"))
     twins = set(re.findall(r"^def (\w+)_ref\(", text, re.MULTILINE))
-    inner = {"warp", "rope", "given_norm", "sum_parts"}  # steps of other twins
+    inner = {"warp", "rope", "given_norm", "sum_parts", "own_sum"}  # steps of other twins
+    between_gpus = {"exchange_add_rms_norm"}  # whose memory a CPU cannot reach: `tests/ops/test_exchange.py`
     rows = re.findall(r"^(\w+)(?:_ref)?(?:,.*?)? +\d+ +\d+ +0", sample.stdout, re.MULTILINE)
-    missing = twins - inner - {row.removesuffix("_ref") for row in rows}
+    missing = twins - inner - between_gpus - {row.removesuffix("_ref") for row in rows}
     assert not missing
 
 

@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import termios
 import time
@@ -58,6 +59,12 @@ class Display:
         return "\n".join(self.lines)
 
 
+def take_terminal():
+    """In the new process: Ctrl-C is a signal to it, which it does not ignore even if the tests do."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """`raw` is all that the program has written, `screen` what is to be seen of it."""
 
@@ -72,7 +79,7 @@ class Terminal:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # Ctrl-C is a signal to it
+            preexec_fn=take_terminal,
             env=os.environ | {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40"} | environment,
         )
         os.close(slave)
