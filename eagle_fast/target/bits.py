@@ -9,8 +9,7 @@ logits are compared. The first difference ends it, and is traced to a module.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,12 +21,9 @@ from eagle_fast.target.paths import Run, forwards, runs
 from eagle_fast.target.rehearsal import layer_outputs
 from eagle_fast.target.target import Target
 
-
-class Bits(NamedTuple):
-    """What a target computed of a path."""
-
-    layers: list[tuple[Tensor, ...]]  # of each: keys and values [1, Hkv, P, D], output [P, H]
-    logits: Tensor  # [P, V]
+# What a target computed of a path: of each layer keys and values [1, Hkv, P, D] and output [P, H]; last of its end, the
+# logits [P, V] among them. Of ranks, see `rank_check`.
+Bits = list[tuple[Tensor, ...]]
 
 
 def measured(target: Target, names: Sequence[str], real: KVSlab, at: int, num_nodes: int) -> Exactness:
@@ -35,23 +31,37 @@ def measured(target: Target, names: Sequence[str], real: KVSlab, at: int, num_no
 
     names: of the layers. real, at, num_nodes: see `runs`.
     """
+    return held_together(
+        runs(target, real, at, num_nodes),
+        lambda run: bits(target, run),
+        lambda layer, plainly, run: first_differing(target, layer, plainly, run) or names[layer],
+        "all layers and the logits",
+    )
+
+
+def held_together(
+    pairs: Iterable[tuple[Run, list[Run]]], bits_of: Callable[[Run], Bits], module_of: Callable[[int, Run, Run], str],
+    whole: str,
+) -> Exactness:  # fmt: skip
+    """What the runs of `paths.runs` say, compared bit for bit. module_of: the first that differs, of a place among the
+    bits and the two runs. whole: what is the same if all is."""
     positions: list[int] = []
     try:
-        for plainly, among_others in runs(target, real, at, num_nodes):
+        for plainly, among_others in pairs:
             positions.append(plainly.lengths[plainly.own])
-            expected = bits(target, plainly)
+            expected = bits_of(plainly)
             for run in among_others:
-                layer = first_difference(expected, bits(target, run))
-                if layer is not None:
-                    module = first_differing(target, layer, plainly, run) or names[layer]
+                place = first_difference(expected, bits_of(run))
+                if place is not None:
+                    module = module_of(place, plainly, run)
                     return Exactness(ROUNDING, module, _reason(module, run))
     except torch.OutOfMemoryError:
         return UNMEASURED
     where = " and ".join(map(str, dict.fromkeys(positions)))
     return Exactness(
         BITWISE,
-        reason=f"at positions from {where} on, in trees and in a batch, all layers and the logits gave a row the bits "
-        "that they give it alone",
+        reason=f"at positions from {where} on, in trees and in a batch, {whole} gave a row the bits that they give it "
+        "alone",
     )
 
 
@@ -64,14 +74,16 @@ def bits(target: Target, run: Run) -> Bits:
         hidden = torch.cat(found, 1)[run.own, path]
         stored = (each[run.own, :, run.rows] for each in (slab.keys[layer], slab.values[layer]))
         layers.append((*stored, hidden))
-    return Bits(layers, torch.cat(logits, 1)[run.own, path])
+    return [*layers, (torch.cat(logits, 1)[run.own, path],)]
 
 
 def first_difference(ours: Bits, theirs: Bits) -> int | None:
-    """The first layer of which a bit differs; their number where of the logits alone."""
-    pairs = [*zip(ours.layers, theirs.layers, strict=True), ((ours.logits,), (theirs.logits,))]
-    device = ours.logits.device  # read once, not for each layer
-    flags = [torch.stack([differs(a, b).to(device) for a, b in zip(*pair, strict=True)]).any() for pair in pairs]
+    """The first place at which a bit differs."""
+    device = ours[-1][0].device  # read once, not for each layer
+    flags = [
+        torch.stack([differs(a, b).to(device) for a, b in zip(*pair, strict=True)]).any()
+        for pair in zip(ours, theirs, strict=True)
+    ]
     found = torch.stack(flags).tolist()
     return found.index(True) if True in found else None
 
