@@ -7,13 +7,12 @@ import sys
 
 import pytest
 import torch
+from attached import write_attached
 from chatty import END, make_tokenizer
-from often_right import write_often_right_head
 from transformers import AutoModelForCausalLM
 from zoo import make
 
 from eagle_fast import EaModel
-from eagle_fast.attach import attach
 
 pytest.importorskip("lm_eval")
 
@@ -39,16 +38,6 @@ dataset_kwargs: {{data_files: {{test: {file}}}}}
 test_split: test
 doc_to_text: "{{{{question}}}}"
 """
-# a line for every call of generate: rounds that left a state behind
-COUNTED = """
-inner = generate
-def generate(*args, model, **options):
-    try:
-        return inner(*args, model=model, **options)
-    finally:
-        with open({log!r}, "a") as log:
-            log.write(f"{{len(model._eagle_fast.model.states.idle)}}\\n")
-"""
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +46,7 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("lm_eval")
     model, tokenizer = make("llama").float(), make_tokenizer()
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = END, 0
-    model.save_pretrained(root / "target")
-    tokenizer.save_pretrained(root / "target")
-    write_often_right_head(model, root / "head")
-    attach(str(root / "target"), str(root / "head"), root / "both")
-    hook = root / "both" / "custom_generate" / "generate.py"
-    hook.write_text(hook.read_text() + COUNTED.format(log=str(root / "calls")))
+    write_attached(model, tokenizer, root)
     lines = []
     for number in range(8):
         question = " ".join(f"w{9 + number + 7 * place}" for place in range(3 + number % 3))

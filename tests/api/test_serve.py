@@ -9,12 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from attached import write_attached
 from chatty import END, make_tokenizer
-from often_right import write_often_right_head
 from transformers import AutoModelForCausalLM
 from zoo import make
-
-from eagle_fast.attach import attach
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
@@ -22,16 +20,6 @@ pytest.importorskip("fastapi")
 
 NEW = 16
 WAIT = 180  # seconds, for the server to answer
-# as what attach writes, and a line for every call: rounds that left a state behind
-COUNTED = """
-inner = generate
-def generate(*args, model, **options):
-    try:
-        return inner(*args, model=model, **options)
-    finally:
-        with open({log!r}, "a") as log:
-            log.write(f"{{len(model._eagle_fast.model.states.idle)}}\\n")
-"""
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +29,7 @@ def target(tmp_path_factory):
     model = make("llama").float()
     settings = model.generation_config
     settings.eos_token_id, settings.pad_token_id, settings.do_sample, settings.top_k = END, 0, True, 0
-    model.save_pretrained(root / "target")
-    make_tokenizer(stop_strings=True).save_pretrained(root / "target")
-    write_often_right_head(model, root / "head")
-    attach(str(root / "target"), str(root / "head"), root / "both")
-    hook = root / "both" / "custom_generate" / "generate.py"
-    hook.write_text(hook.read_text() + COUNTED.format(log=str(root / "calls")))
+    write_attached(model, make_tokenizer(stop_strings=True), root)
     return AutoModelForCausalLM.from_pretrained(root / "target").eval(), root / "both"
 
 

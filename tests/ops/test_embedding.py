@@ -1,13 +1,10 @@
 """Rows of packed tables, alone and as a head's input."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from eagle_fast_kernels import draft_head
 from eagle_fast_kernels.embedding import embedding_rows
+from no_gpu import run_program
 from packed_weights import packed_case
 
 WAYS = pytest.mark.parametrize("way", ["ref", "triton"])
@@ -61,29 +58,18 @@ def test_other_tables_are_refused():
 
 COMPILE = """
 import sys, torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+from no_gpu import overlap_of, pretend, recorded
 
 capability = int(sys.argv[1])
 
-class NoGPU:
-    get_current_target = lambda self: GPUTarget("cuda", capability, 32)
-    get_current_device = lambda self: 0
-    get_current_stream = lambda self, device=None: 0
-
-driver.set_active(NoGPU())
+pretend(capability)
 from eagle_fast_kernels import draft_head, embedding
 from packed_weights import packed_case
 
-compiled = []
-def record(kernel):
-    launch = kernel.run
-    kernel.run = lambda *args, warmup, **options: compiled.append(launch(*args, warmup=True, **options))
-for module, name in ((draft_head, "_head_input_kernel"), (embedding, "_embedding_kernel")):
-    record(getattr(module, name))
+compiled = recorded((draft_head, "_head_input_kernel"), (embedding, "_embedding_kernel"))
+for module in (draft_head, embedding):
     module.use_triton = lambda *tensors: True
-    pdl = {"PDL": True, "launch_pdl": True} if capability >= 90 else {"PDL": False}
-    module.dependent_launch = lambda device: pdl
+    module.dependent_launch = lambda device: overlap_of(capability)
 packed, _, _ = packed_case("int8, a scale a row", 16, 1024)
 tokens = torch.zeros(2, dtype=torch.long)
 for dtype in (torch.bfloat16, torch.float16):
@@ -98,8 +84,5 @@ print("compiled", len(compiled))
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile_on_any_machine(capability):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    command = [sys.executable, "-c", COMPILE, str(capability)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = run_program(COMPILE, capability)
     assert done.stdout.split() == ["compiled", "10"], done.stderr[-3000:]

@@ -1,9 +1,5 @@
 """Sums over ranks inside residual and norm: the twin on a CPU, the kernel compiled; on two GPUs both, bit for bit."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from eagle_fast_kernels.exchange import (
@@ -17,6 +13,7 @@ from eagle_fast_kernels.exchange import (
     waiting,
 )
 from eagle_fast_kernels.rms_norm import add_rms_norm_ref
+from no_gpu import run_program
 
 EPS = 1e-5
 
@@ -120,28 +117,16 @@ def test_who_waited_for_whom():
 
 COMPILE = """
 import sys, torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+from no_gpu import overlap_of, pretend, recorded
 
 capability = int(sys.argv[1])
 
-class NoGPU:
-    get_current_target = lambda self: GPUTarget("cuda", capability, 32)
-    get_current_device = lambda self: 0
-    get_current_stream = lambda self, device=None: 0
-
-driver.set_active(NoGPU())
+pretend(capability)
 from eagle_fast_kernels import exchange
 from test_exchange import case, mailboxes
 
-compiled = []
-def record(kernel):
-    launch = kernel.run
-    kernel.run = lambda *args, warmup, **options: compiled.append(launch(*args, warmup=True, **options))
-for name in ("_exchange_kernel", "_push_kernel", "_await_kernel"):
-    record(getattr(exchange, name))
-pdl = {"PDL": True, "launch_pdl": True} if capability >= 90 else {"PDL": False}
-exchange.dependent_launch = lambda device: pdl
+compiled = recorded(*((exchange, name) for name in ("_exchange_kernel", "_push_kernel", "_await_kernel")))
+exchange.dependent_launch = lambda device: overlap_of(capability)
 exchange._check = lambda x, residual, *_: (*residual.shape, x if x.dim() == 3 else x[None])
 for ranks in (2, 4):
     for parts, rows, dtype in ((0, 5, torch.float16), (2, 60, torch.bfloat16), (0, 300, torch.float32)):
@@ -160,10 +145,7 @@ print("compiled", len(compiled))
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile_on_any_machine(capability):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), *sys.path])
-    command = [sys.executable, "-c", COMPILE, str(capability)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = run_program(COMPILE, capability)
     assert done.stdout.split() == ["compiled", "10"], done.stderr[-3000:]  # 300 rows take two launches
 
 

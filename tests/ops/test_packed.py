@@ -1,9 +1,6 @@
 """Products with packed weights: those of the dense weight, whatever the kind and number of rows; bits on a GPU."""
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -20,6 +17,7 @@ from eagle_fast_kernels.packed_many import (
     row_invariant_sums,
 )
 from eagle_fast_kernels.rms_norm import sum_parts_ref
+from no_gpu import run_program
 from packed_weights import KINDS, packed_case
 
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -248,36 +246,24 @@ def test_rows_of_a_prompt(name):
 COMPILE = """
 import subprocess, sys, torch
 from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+from no_gpu import overlap_of, pretend, recorded
 
 capability, dtype, path = int(sys.argv[1]), getattr(torch, sys.argv[2]), sys.argv[3]
 
-class NoGPU:
-    get_current_target = lambda self: GPUTarget("cuda", capability, 32)
-    get_current_device = lambda self: 0
-    get_current_stream = lambda self, device=None: 0
-
-driver.set_active(NoGPU())
+pretend(capability)
 from eagle_fast_kernels import packed, packed_many
 from eagle_fast_kernels.launch import Resources
 hopper = sys.argv[4] == "gluon"
 from packed_weights import KINDS, packed_case
 
-compiled = []
-def record(kernel):
-    launch = kernel.run
-    kernel.run = lambda *args, warmup, **options: compiled.append(launch(*args, warmup=True, **options))
 kernels = [(packed, "packed_kernel"), (packed_many, "dense_kernel")]
 if hopper:
     packed.hopper.is_hopper = lambda device: True
     kernels[0] = packed.hopper, "packed_hopper_kernel"
-for module, name in kernels:
-    record(getattr(module, name))
+compiled = recorded(*kernels)
 for module in (packed, packed_many):
     module.use_triton = lambda *tensors: True
-    pdl = {"PDL": True, "launch_pdl": True} if capability >= 90 else {"PDL": False}
-    module.dependent_launch = lambda device: pdl
+    module.dependent_launch = lambda device: overlap_of(capability)
 packed._is_hopper = lambda device: capability == 90
 packed.resources = lambda device: Resources(132, {80: 166912, 89: 101376, 90: 232448}[capability])
 for name in KINDS:
@@ -305,10 +291,7 @@ print("compiled", len(compiled))
 
 
 def compile_kernels(capability, dtype, tmp_path, which="triton"):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    command = [sys.executable, "-c", COMPILE, str(capability), dtype, str(tmp_path / "kernel.ptx"), which]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = run_program(COMPILE, capability, dtype, tmp_path / "kernel.ptx", which)
     assert done.stdout.split() == ["compiled", str(len(KINDS) * 4)], done.stderr[-3000:]
 
 

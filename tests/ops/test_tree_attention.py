@@ -4,10 +4,7 @@ Small shapes run the kernel everywhere (interpreted without a GPU), real ones on
 in every case, and prefix rows that no query may reach (window, chunk) are large noise.
 """
 
-import os
 import random
-import subprocess
-import sys
 from typing import NamedTuple
 
 import pytest
@@ -15,6 +12,7 @@ import torch
 from eagle_fast_kernels import tree_attention as module
 from eagle_fast_kernels.tree_attention import tree_attention
 from eagle_fast_kernels.tree_attention_ref import _visible, tree_attention_ref
+from no_gpu import run_program
 
 
 class Case(NamedTuple):
@@ -475,21 +473,13 @@ def test_caches_that_tma_can_fetch():
 
 COMPILE = """
 import subprocess, sys, torch
+from no_gpu import pretend, recorded
 from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 from eagle_fast_kernels import tree_attention_hopper as hopper
 
-class NoGPU:
-    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
-    get_current_device = lambda self: 0
-    get_current_stream = lambda self, device=None: 0
-
-driver.set_active(NoGPU())
+pretend(90)
 hopper.is_hopper = lambda device: True
-kernel, compiled = hopper._attend_hopper_kernel, []
-launch = kernel.run
-kernel.run = lambda *args, warmup, **options: compiled.append(launch(*args, warmup=True, **options))
+compiled = recorded((hopper, "_attend_hopper_kernel"))
 q = torch.zeros(1, 32, 60, 128, dtype=getattr(torch, sys.argv[1]))
 kv, lengths = torch.zeros(1, 8, 4104, 128, dtype=q.dtype), torch.zeros(1).long()
 ancestors = torch.zeros(1, 60, 1).long()
@@ -509,9 +499,7 @@ print("compiled", len(compiled))
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_specialised_warps_compile_without_spills(dtype, tmp_path):
     """For Hopper, on any machine: what fits, in registers alone, and no product that the compiler puts in sequence."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE, dtype, str(tmp_path / "kernel.ptx")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = run_program(COMPILE, dtype, tmp_path / "kernel.ptx")
     assert done.stdout.split() == ["compiled", "2"], done.stderr
 
 
