@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from eagle_fast.head import DraftHead
 from eagle_fast.head.config import HeadConfig, default_feature_layers
@@ -42,13 +42,17 @@ SHAPES: dict[str, dict[str, Any]] = {
 DRAFT_VOCAB = 32000
 
 
+def _config(name: str, layers: int | None = None) -> PreTrainedConfig:
+    settings = dict(SHAPES[name])
+    settings["num_hidden_layers"] = layers or settings["num_hidden_layers"]
+    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+
+
 def build_target(
     name: str, device: torch.device | str, dtype: torch.dtype = torch.bfloat16, *, layers: int | None = None
 ) -> PreTrainedModel:
     """A stock model with random weights; no byte of it passes through the host. layers: how many, if not its own."""
-    settings = dict(SHAPES[name])
-    settings["num_hidden_layers"] = layers or settings["num_hidden_layers"]
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    config = _config(name, layers)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -72,8 +76,7 @@ def build_packed_target(
 
 
 def _skeleton(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    settings = dict(SHAPES[name])
-    return skeleton(AutoConfig.for_model(settings.pop("model_type"), **settings), dtype)
+    return skeleton(_config(name), dtype)
 
 
 def _fill(model: PreTrainedModel, path: str, module: torch.nn.Module, device: torch.device | str) -> None:
@@ -83,9 +86,13 @@ def _fill(model: PreTrainedModel, path: str, module: torch.nn.Module, device: to
         with torch.device(device):
             setattr(model.get_submodule(parent), leaf, type(module)(model.config))
         return
+    _fill_parameters(module, device)
+
+
+def _fill_parameters(module: torch.nn.Module, device: torch.device | str) -> None:
     for key, parameter in list(module.named_parameters(recurse=False)):
         filled = torch.empty_like(parameter, device=device)
-        filled = filled.fill_(1) if "norm" in path else filled.normal_(std=0.02)
+        filled = filled.fill_(1) if filled.dim() == 1 else filled.normal_(std=0.02)
         setattr(module, key, torch.nn.Parameter(filled, requires_grad=False))
 
 
@@ -119,10 +126,7 @@ def build_cut_target(
     def filled(module: torch.nn.Module) -> torch.nn.Module:
         made = copy.deepcopy(module)
         for part in list(made.modules()):
-            for key, parameter in list(part.named_parameters(recurse=False)):
-                weight = torch.empty_like(parameter, device=devices[0])
-                weight = weight.fill_(1) if weight.dim() == 1 else weight.normal_(std=0.02)
-                setattr(part, key, torch.nn.Parameter(weight, requires_grad=False))
+            _fill_parameters(part, devices[0])
         return made
 
     return attached(model, cut_model(stored, devices, filled))
@@ -130,8 +134,7 @@ def build_cut_target(
 
 def plan_target(name: str, text: str, dtype: torch.dtype = torch.bfloat16) -> Placement:
     """Where a target of these shapes goes with this --device-map."""
-    settings = dict(SHAPES[name])
-    return plan_placement(AutoConfig.for_model(settings.pop("model_type"), **settings), *device_map(text), dtype)
+    return plan_placement(_config(name), *device_map(text), dtype)
 
 
 def build_head(target: PreTrainedModel, *, int8: bool | None = None) -> DraftHead:
