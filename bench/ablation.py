@@ -39,7 +39,7 @@ def variants() -> Iterator[tuple[str, Any]]:
     """(what is changed, the change)."""
     yield "as it is", contextlib.nullcontext()
     yield "no prefetch of a product's own weight", changed(linear, "PREFETCH", 2**40)
-    yield "long caches attended to as short ones", changed(tree_attention, "LONG_CACHE", 2**40)
+    yield "long caches attended to as short ones", changed(tree_attention, "HOPPER_CACHE", 2**40)
     yield (
         "attention launched after what is before",
         changed(tree_attention, "dependent_launch", lambda _: {"PDL": False}),

@@ -13,8 +13,8 @@ without a value.
 A row's bits depend on its own keys, their positions and its query alone: `tree_attention_order.py` says in which order
 they are added up. So a node gets what plain decoding gives the same token, whose path is prefix then; that holds for
 paths of up to LAST = 17 nodes, deeper ones are right up to rounding. Where tiles of rows alone fill the GPU, a program
-takes all keys of its rows, and there is one launch. Else programs, as many as run at once, take splits of the keys, or
-the last keys, and a second kernel adds up (`tree_attention_kernels.py`). There many rows over a long cache take
+takes all keys of its rows, and there is one launch. Else a program takes a split of the keys, or the last keys, and a
+second kernel adds up (`tree_attention_kernels.py`). There many rows over a long cache take
 `tree_attention_hopper` for most of the prefix, on the GPUs that it is for: the same pieces, by specialized warps.
 
 Bytes: K and V of the live rows, 2 Hkv (length + first + T) D per sequence, plus q and out, 2 T Hq D. Llama-3.1-8B with
@@ -71,8 +71,8 @@ TILES = {
 LEAST_ROWS = {2: 64, 4: 16}  # of a product, by the bytes of an element: see `tree_attention_order.py`
 SHORT_CACHE = SPLITS.value * UNIT.value - AHEAD.value  # rows up to which all splits are of one unit
 COMBINED_ROWS = 8  # of a program of the second kernel
-WARPS = 8  # of `attend_kernel` at once on a multiprocessor, by its registers
-LONG_CACHE = 4096  # rows from which on `tree_attention_hopper` attends, and the first kernel does not start early
+LONG_CACHE = 4096  # rows from which on the first kernel does not start early
+HOPPER_CACHE = 12288  # rows from which on `tree_attention_hopper` attends
 
 
 def _tile(q: Tensor, k: Tensor, first: int) -> Tile:
@@ -84,15 +84,21 @@ def _tile(q: Tensor, k: Tensor, first: int) -> Tile:
         raise ValueError(f"q has head size D = {head_dim}; expected at most 256")
     most_rows, block_n = TILES[size, block_d]
     packed_rows, groups = num_queries * num_heads // num_kv_heads, num_sequences * num_kv_heads
-    wanted = 64 if num_sequences == 1 else most_rows  # one sequence: more programs rather than fewer reads
+    # more programs rather than fewer reads, unless the GPU is full of either
+    wanted = most_rows if _fill(num_sms, packed_rows, most_rows, groups) else 64
     block_m = min(most_rows, wanted, max(LEAST_ROWS[size], triton.next_power_of_2(packed_rows)))
     block_t = min(block_n, max(16, triton.next_power_of_2(first + num_queries)))
     num_warps = 8 if block_m == 128 or block_d == 256 or size == 4 else 4
-    fold = 4 * triton.cdiv(packed_rows, block_m) * groups >= 3 * num_sms
+    fold = _fill(num_sms, packed_rows, block_m, groups)
     columns = min(block_d, MOST_COLUMNS.value)
     num_stages = (shared_memory - 4096 - block_m * block_d * size) // (2 * block_n * block_d * size)
     most_stages = 3 if fold or num_rows > SHORT_CACHE else 1
     return Tile(block_m, block_n, block_t, columns, num_warps, min(most_stages, max(1, num_stages)), fold)
+
+
+def _fill(num_sms: int, packed_rows: int, block_m: int, groups: int) -> bool:
+    """Whether tiles of so many rows have work for most multiprocessors."""
+    return 4 * triton.cdiv(packed_rows, block_m) * groups >= 3 * num_sms
 
 
 def _num_slots(num_rows: int) -> int:
@@ -113,7 +119,7 @@ def _by_hopper(q: Tensor, k: Tensor, v: Tensor, other: float) -> bool:
     if not HAS_GLUON or not hopper.is_hopper(q.device):
         return False
     fits = q.dtype in hopper.TYPES and head_dim in hopper.HEAD_DIMS and hopper.can_fetch(k) and hopper.can_fetch(v)
-    return fits and not other and num_rows >= LONG_CACHE and num_queries * num_heads // num_kv_heads > 64
+    return fits and not other and num_rows >= HOPPER_CACHE and num_queries * num_heads // num_kv_heads > 64
 
 
 def tree_attention(
@@ -151,20 +157,16 @@ def tree_attention(
     late: dict[str, Any] = {name: value and (name == "PDL" or num_rows < LONG_CACHE) for name, value in overlap.items()}
     by_depth = 0 if depths is None else depths.stride(0)
     shared: dict[str, Any] = dict(
-        G=num_heads // num_kv_heads, D=head_dim, BLOCK_D=_padded(head_dim), WINDOW=window, CHUNK=chunk, SLOTS=slots,
+        G=num_heads // num_kv_heads, D=head_dim, BLOCK_D=_padded(head_dim), WINDOW=window, CHUNK=chunk,
         BLOCK_N=tile.block_n, enable_fp_fusion=False,
     )  # fmt: skip
     tiles = triton.cdiv(packed_rows, tile.block_m)
-    programs = 1
-    if not tile.fold:
-        programs = _padded(head_dim) // columns
-        at_once = resources(q.device).num_sms * WARPS // tile.num_warps // (tiles * groups)
-        programs += slots if by_hopper else max(1, min(slots, at_once - programs))
+    programs = 1 if tile.fold else _padded(head_dim) // columns + slots
     with device_guard(q):
         if by_hopper:
             hopper.attend(q, k, v, lengths, ancestors, *partials, scale=scale, first=first, **late)
-        attend_kernel[(programs, tiles, groups)](
-            q, k, v, lengths, ancestors, depths, sinks, out, *partials, num_queries, num_kv_heads, first, scale,
+        attend_kernel[(tiles, groups, programs)](
+            q, k, v, lengths, ancestors, depths, sinks, out, *partials, num_queries, num_kv_heads, first, slots, scale,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *ancestors.stride()[:2], by_depth,
             **shared, SOFTCAP=softcap, FOLD=tile.fold, BLOCK_M=tile.block_m, BLOCK_T=tile.block_t, COLUMNS=columns,
             ONE=first + num_queries <= tile.block_t, FINE=q.dtype == torch.float32, UPCAST=upcast(q.dtype),
@@ -174,7 +176,7 @@ def tree_attention(
             rows = min(COMBINED_ROWS, triton.next_power_of_2(packed_rows))
             combine_kernel[(triton.cdiv(packed_rows, rows), groups)](
                 lengths, ancestors, sinks, out, *partials, num_queries, num_kv_heads, first, *ancestors.stride()[:2],
-                **shared, BLOCK_M=rows, num_warps=4, **overlap,
+                **shared, SLOTS=slots, BLOCK_M=rows, num_warps=4, **overlap,
             )  # fmt: skip
     return out
 

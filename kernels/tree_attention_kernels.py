@@ -3,10 +3,9 @@
 B sequences, T queries, Hq/Hkv heads, G = Hq/Hkv, D head size; slots of partial results, fp32, [B Hkv, slots, T G, D].
 
     attend_kernel     tiles of the T G rows that share a KV head. With FOLD a program does all that its rows need. Else
-                      it takes a split, or several where there are more than programs, and leaves their sums in their
-                      slots, or the last keys, some columns of D, and leaves theirs in the slot behind those of splits.
-                      With RESUME the sums of the splits' whole blocks are in the slots already, by
-                      `tree_attention_hopper`: it goes on from there.
+                      it takes one split and leaves its sum in the split's slot, or the last keys, some columns of D,
+                      and leaves theirs in the slot behind those of splits. With RESUME the sums of the splits' whole
+                      blocks are in the slots already, by `tree_attention_hopper`: it goes on from there.
     combine_kernel    adds up what the rows' programs left. It starts while the other still runs.
 """
 
@@ -85,24 +84,24 @@ def _finish(
     tl.store(ptrs, out.to(out_ptr.dtype.element_ty), mask=mask[:, None] & (d < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_queries", "first"])
+@triton.jit(do_not_specialize=["num_queries", "first", "slots"])
 def attend_kernel(
     q_ptr, k_ptr, v_ptr, lengths_ptr, ancestors_ptr, depths_ptr, sinks_ptr, out_ptr, acc_ptr, peak_ptr, total_ptr,
-    num_queries, num_kv_heads, first, scale,
+    num_queries, num_kv_heads, first, slots, scale,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_ab, stride_at, stride_db,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
-    SOFTCAP: tl.constexpr, SLOTS: tl.constexpr, FOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SOFTCAP: tl.constexpr, FOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr, COLUMNS: tl.constexpr, ONE: tl.constexpr, FINE: tl.constexpr, UPCAST: tl.constexpr,
     NUM_STAGES: tl.constexpr, RESUME: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """With FOLD one program for each tile, else some for splits behind BLOCK_D / COLUMNS for the last keys; with RESUME
-    one for each of the SLOTS."""
+    """With FOLD one program for each tile, else for each slot, of the last keys BLOCK_D / COLUMNS: these come first, as
+    they take longest. slots: of splits."""
+    PARTS: tl.constexpr = 0 if FOLD else BLOCK_D // COLUMNS
+    group, slot = tl.program_id(1).to(tl.int64), tl.program_id(2) - PARTS
     if PDL:  # in this order: the kernel that follows counts on what earlier ones wrote
         gdc_wait()
         gdc_launch_dependents()
-    PARTS: tl.constexpr = 0 if FOLD else BLOCK_D // COLUMNS
-    group, slot = tl.program_id(2).to(tl.int64), tl.program_id(0) - PARTS
     sequence, kv_head = group // num_kv_heads, group % num_kv_heads
     num_slots = first + num_queries
     length = tl.load(lengths_ptr + sequence).to(tl.int32)
@@ -113,7 +112,7 @@ def attend_kernel(
         if (high <= (tl.maximum(low, whole) if RESUME else low)) & (narrowest == widest):
             return
 
-    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     query, head = row // G, kv_head * G + row % G
     d, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     row_mask = query < num_queries
@@ -129,53 +128,52 @@ def attend_kernel(
     if WINDOW > 0 or CHUNK > 0:
         logical = length + tl.load(depths_ptr + first + query, mask=row_mask, other=0).to(tl.int32)
     rows = (row_mask, position, logical, length)
-    partials, at = (acc_ptr, peak_ptr, total_ptr), group * (SLOTS + 1) * num_queries * G + row
+    partials, at = (acc_ptr, peak_ptr, total_ptr), group * (slots + 1) * num_queries * G + row
 
     if FOLD or slot < 0:
         columns = d
         if not FOLD:
-            columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+            columns = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
         done_acc, done_peak, done_total = last_keys(
             q, k_base, v_base, stride_kl, stride_vl, words, depths_ptr, rows, num_slots, scale, d, columns,
             D, BLOCK_D, WINDOW, CHUNK, SOFTCAP, COLUMNS, BLOCK_T, ONE, FINE, UPCAST,
         )  # fmt: skip
         if not FOLD:
-            _store(partials, at + SLOTS * num_queries * G, done_acc, done_peak, done_total, row_mask, columns, D)
+            _store(partials, at + slots * num_queries * G, done_acc, done_peak, done_total, row_mask, columns, D)
             return
 
     acc, peak, total = _nothing(BLOCK_M, BLOCK_D)
     width_of_row, last = units(position, WINDOW, CHUNK), tl.minimum(position - LAST, length - 1)
     for wider in range(0, 1 if FOLD else widest - narrowest + 1):
+        low, high = begin, end
+        if not FOLD:
+            low, high = _split(slot, narrowest + wider, begin, end, BLOCK_N)
+            acc, peak, total = _nothing(BLOCK_M, BLOCK_D)
         mask = row_mask & (width_of_row == narrowest + wider)
-        for split in range(slot, slot + 1 if FOLD else SLOTS, 1 if FOLD else tl.num_programs(0) - PARTS):
-            low, high = begin, end
-            if not FOLD:
-                low, high = _split(split, narrowest + wider, begin, end, BLOCK_N)
-                acc, peak, total = _nothing(BLOCK_M, BLOCK_D)
-            if RESUME:
-                acc, peak, total = _fetch(partials, at + split * num_queries * G, mask & (low < whole), d, D)
-                low = tl.maximum(low, whole)
-            for ragged in tl.static_range(2):  # blocks of which rows see all, and of which they do not
-                begins, ends = tl.maximum(low, whole) if ragged else low, high if ragged else tl.minimum(whole, high)
-                for block in tl.range(begins, ends, num_stages=1 if ragged else NUM_STAGES):
-                    if FOLD and (block > low) & ((widest > narrowest) | (block % (narrowest * (UNIT // BLOCK_N)) == 0)):
-                        ended = block % (width_of_row * (UNIT // BLOCK_N)) == 0
-                        ended_peak = tl.where(ended, peak, float("-inf"))
-                        done_acc, done_peak, done_total = add(done_acc, done_peak, done_total, acc, ended_peak, total)
-                        peak = tl.where(ended, float("-inf"), peak)
-                    keys, live = block * BLOCK_N + n, None
-                    if ragged:
-                        live = keys < length
-                    k = load(tile(k_base, block * BLOCK_N, n, stride_kl, d), live, d, D, BLOCK_D, UPCAST)
-                    v = load(tile(v_base, block * BLOCK_N, n, stride_vl, d), live, d, D, BLOCK_D, UPCAST)
-                    scores, factor = scores_of(q, k, scale, SOFTCAP, FINE)
-                    if ragged or WINDOW > 0 or CHUNK > 0:
-                        visible = keys[None, :] <= last[:, None]
-                        visible = in_reach(visible, logical[:, None], keys[None, :], WINDOW, CHUNK)
-                        scores = tl.where(visible, scores, float("-inf"))
-                    acc, peak, total = add_block(acc, peak, total, scores, factor, v, FINE)
-            if not FOLD and low < high:
-                _store(partials, at + split * num_queries * G, acc, peak, total, mask, d, D)
+        if RESUME:
+            acc, peak, total = _fetch(partials, at + slot * num_queries * G, mask & (low < whole), d, D)
+            low = tl.maximum(low, whole)
+        for ragged in tl.static_range(2):  # blocks of which rows see all, and of which they do not
+            begins, ends = tl.maximum(low, whole) if ragged else low, high if ragged else tl.minimum(whole, high)
+            for block in tl.range(begins, ends, num_stages=1 if ragged else NUM_STAGES):
+                if FOLD and (block > low) & ((widest > narrowest) | (block % (narrowest * (UNIT // BLOCK_N)) == 0)):
+                    ended = block % (width_of_row * (UNIT // BLOCK_N)) == 0
+                    ended_peak = tl.where(ended, peak, float("-inf"))
+                    done_acc, done_peak, done_total = add(done_acc, done_peak, done_total, acc, ended_peak, total)
+                    peak = tl.where(ended, float("-inf"), peak)
+                keys, live = block * BLOCK_N + n, None
+                if ragged:
+                    live = keys < length
+                k = load(tile(k_base, block * BLOCK_N, n, stride_kl, d), live, d, D, BLOCK_D, UPCAST)
+                v = load(tile(v_base, block * BLOCK_N, n, stride_vl, d), live, d, D, BLOCK_D, UPCAST)
+                scores, factor = scores_of(q, k, scale, SOFTCAP, FINE)
+                if ragged or WINDOW > 0 or CHUNK > 0:
+                    visible = keys[None, :] <= last[:, None]
+                    visible = in_reach(visible, logical[:, None], keys[None, :], WINDOW, CHUNK)
+                    scores = tl.where(visible, scores, float("-inf"))
+                acc, peak, total = add_block(acc, peak, total, scores, factor, v, FINE)
+        if not FOLD and low < high:
+            _store(partials, at + slot * num_queries * G, acc, peak, total, mask, d, D)
     if FOLD:
         acc, peak, total = add(done_acc, done_peak, done_total, acc, peak, total)
         _finish(

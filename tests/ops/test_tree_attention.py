@@ -397,6 +397,14 @@ on_hopper = pytest.mark.skipif(
     not (module.HAS_GLUON and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9),
     reason="needs a Hopper GPU and a release of Triton that the kernel is written for",
 )
+
+
+@pytest.fixture
+def by_hopper(monkeypatch):
+    """Caches of any length."""
+    monkeypatch.setattr(module, "HOPPER_CACHE", 0)
+
+
 ENDS = [(0,), (1,), (63,), (64,), (65,), (4000,), (5000,), (5000, 0, 129), (127, 4000, 1)]
 
 
@@ -412,6 +420,7 @@ def relative_error(out, exact):
 
 @on_hopper
 @pytest.mark.gpu
+@pytest.mark.usefixtures("by_hopper")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("num_queries", [17, 60, 64, 100])
 @pytest.mark.parametrize("lengths", ENDS, ids=str)
@@ -424,12 +433,13 @@ def test_specialised_warps_give_the_bits_of_the_other_kernel(lengths, num_querie
     exact = run(tree_attention_ref, wide)
     out = run(tree_attention, problem)
     assert relative_error(out, exact) < (1e-3 if dtype == torch.float16 else 6e-3)
-    monkeypatch.setattr(module, "LONG_CACHE", 2**40)
+    monkeypatch.setattr(module, "HOPPER_CACHE", 2**40)
     assert torch.equal(run(tree_attention, problem), out)
 
 
 @on_hopper
 @pytest.mark.gpu
+@pytest.mark.usefixtures("by_hopper")
 @pytest.mark.parametrize("lengths", [(4500,), (4500, 300), (130,)], ids=str)
 def test_specialised_warps_where_the_cache_ends_in_a_block(lengths):
     """The cache has no row past the live ones of the longest sequence."""
@@ -441,6 +451,7 @@ def test_specialised_warps_where_the_cache_ends_in_a_block(lengths):
 
 @on_hopper
 @pytest.mark.gpu
+@pytest.mark.usefixtures("by_hopper")
 def test_specialised_warps_give_zeros_to_a_query_that_sees_nothing():
     problem = build(long_case((0, 300), 60), torch.bfloat16, "cuda")
     problem.ancestors[:, 3] = 0
@@ -452,6 +463,7 @@ def test_specialised_warps_give_zeros_to_a_query_that_sees_nothing():
 
 @on_hopper
 @pytest.mark.gpu
+@pytest.mark.usefixtures("by_hopper")
 def test_captured_graph_of_specialised_warps_serves_every_length():
     problem = build(long_case((5000, 2000, 0), 60), torch.bfloat16, "cuda")
     check_replays(problem, ((0, 17, 5000), (8132, 1, 128), (64, 4999, 127), (3000, 3000, 3000)))
