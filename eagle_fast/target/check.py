@@ -7,11 +7,18 @@ where windows, chunks, temperatures and rotary settings bite. Nobody computes th
 the same for both.
 
 How far two results may be apart is measured: the rows run through the user's model once more in a wider precision, and
-the twin may be twice as far from that as the user's model is. Hooks and forwards that were put on the model are held
-against themselves in that precision, token by token and all rows at once: there, no rounding hides what they look at.
+the twin may be twice as far from that as the user's model is. Some roundings are made much of by the layers behind, and
+the model's own may not be among them: where the twin is farther than that, the model is run again, its layers' outputs
+off by a rounding each, up to RUNS times, and the farthest counts.
+
+Hooks and forwards that were put on the model are held against themselves in that precision, token by token and all rows
+at once: there, no rounding hides what they look at.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -31,6 +38,7 @@ from eagle_fast.target.twin import evaluating
 WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-14}  # of a row's length, at least
 ROUNDING[torch.float64] = ROUNDING[torch.float32]  # stock code computes norms and rotary tables in float32
+RUNS = 32  # of the model at most, to measure its own error
 WITHOUT_WIDER = 16  # roundings by which results may be apart where no wider precision can be computed
 
 
@@ -102,34 +110,42 @@ class _Check:
 
     def _compare(self, twin: Outputs, stock: Outputs, start: int) -> None:
         """UnsupportedModel where the twin is off by more than a rounding and by more than the model's own error."""
-        found = self._distances(twin, stock)
-        rounding = self._rounding(stock)
-        if any(self._excess(rows, start) > rounding for rows in found):
-            for name, rows, own in zip(self.names, found, self._own_errors(stock, start, rounding), strict=True):
-                # twice as far from the wider precision as the model itself: three times that from the model
-                bound = rounding + 3 * own
-                if self._excess(rows, start) > bound:
-                    broken = broken_tensor(self.model)
-                    if broken is not None:
-                        raise UnsupportedModel(
-                            f"{broken} of the model holds NaN or infinite numbers, so it has no text of its own: is "
-                            "the checkpoint damaged, or has its config.json impossible rope_parameters?"
-                        )
-                    if max(rows) == float("inf"):
-                        raise UnsupportedModel(
-                            f"{name} gives NaN or infinite numbers in a prompt or a tree where the model itself gives "
-                            f"finite ones: is the checkpoint damaged, or do its weights overflow {self.dtype} (load it "
-                            "with dtype=torch.float32), or is there a hook that looks at the number of rows?"
-                        )
-                    raise UnsupportedModel(_message(name, rows, bound, start))
+        found, rounding = self._distances(twin, stock), self._rounding(stock)
+        bounds = [rounding] * len(found)
+        runs = self._own_errors(stock, start, rounding)
+        while any(self._excess(rows, start) > bound for rows, bound in zip(found, bounds, strict=True)):
+            own = next(runs, None)
+            if own is None:
+                break
+            # twice as far from the wider precision as the model itself: three times that from the model
+            bounds = [max(bound, rounding + 3 * error) for bound, error in zip(bounds, own, strict=True)]
+        for name, rows, bound in zip(self.names, found, bounds, strict=True):
+            if self._excess(rows, start) > bound:
+                self._refuse(name, rows, bound, start)
+
+    def _refuse(self, name: str, rows: list[float], bound: float, start: int) -> None:
+        broken = broken_tensor(self.model)
+        if broken is not None:
+            raise UnsupportedModel(
+                f"{broken} of the model holds NaN or infinite numbers, so it has no text of its own: is the checkpoint "
+                "damaged, or has its config.json impossible rope_parameters?"
+            )
+        if max(rows) == float("inf"):
+            raise UnsupportedModel(
+                f"{name} gives NaN or infinite numbers in a prompt or a tree where the model itself gives finite ones: "
+                f"is the checkpoint damaged, or do its weights overflow {self.dtype} (load it with "
+                "dtype=torch.float32), or is there a hook that looks at the number of rows?"
+            )
+        raise UnsupportedModel(_message(name, rows, bound, start))
 
     def _rounding(self, stock: Outputs) -> float:
         dtype = stock.layers[0].dtype
         tf32 = stock.logits.is_cuda and torch.backends.cuda.matmul.allow_tf32
         return ROUNDING[torch.float16 if tf32 and dtype == torch.float32 else dtype]
 
-    def _own_errors(self, stock: Outputs, start: int, rounding: float) -> list[float]:
-        """How far the model's results, of each layer and then the logits, are from those of a wider precision."""
+    def _own_errors(self, stock: Outputs, start: int, rounding: float) -> Iterator[list[float]]:
+        """How far the model's results, of each layer and then the logits, are from those of a wider precision: as they
+        are, then of RUNS in which its layers' outputs are off by a rounding each."""
         if start == 0:  # that one was decoded token by token
             stock = self.rehearsal.of_the_model(self.model, start)
         try:
@@ -137,8 +153,15 @@ class _Check:
                 in_precision(self.model, WIDER[stock.layers[0].dtype]), start, stock=stock
             )
         except (KeyError, RuntimeError, TypeError, ValueError):  # none is wider, packed weights, or no memory for it
-            return [rounding * WITHOUT_WIDER / 3] * len(self.names)
-        return [self._typical(rows) for rows in self._distances(stock, wide)]
+            yield [rounding * WITHOUT_WIDER / 3] * len(self.names)
+            return
+        yield self._typical_of(stock, wide)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(RUNS):
+            run = self.rehearsal.of_the_model(
+                self.model, start, stock=stock, off_by=functools.partial(_off_by_a_rounding, generator)
+            )
+            yield self._typical_of(run, wide)
 
     def _check_rows(self) -> None:
         """UnsupportedModel where the user's own hooks and forwards make something else of rows that come together."""
@@ -166,9 +189,16 @@ class _Check:
         parts = [[distance for row, distance in by_row.items() if row in part] for part in PARTS]
         return max(min(part) for part in parts if part)
 
-    def _typical(self, distances: list[float]) -> float:
-        """Of the model's own errors the largest, or where rows are routed the median."""
-        return sorted(distances)[len(distances) // 2] if self.routed else max(distances)
+    def _typical_of(self, run: Outputs, wide: Outputs) -> list[float]:
+        """Of a run's errors in each layer the largest, or where rows are routed the median."""
+        distances = [sorted(rows) for rows in self._distances(run, wide)]
+        return [rows[len(rows) // 2 if self.routed else -1] for rows in distances]
+
+
+def _off_by_a_rounding(generator: torch.Generator, hidden: Tensor) -> Tensor:
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    noise = torch.randn(hidden.shape, generator=generator, dtype=wide).to(hidden.device)
+    return (hidden * (1 + torch.finfo(hidden.dtype).eps / 2 * noise)).to(hidden.dtype)
 
 
 def _distance(ours: Tensor, theirs: Tensor) -> Tensor:

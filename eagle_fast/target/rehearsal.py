@@ -66,12 +66,14 @@ class Rehearsal:
         make_up(self.cache.slab, self.deep, self.target.bindings, PROMPT)
 
     def of_the_model(
-        self, model: Any, start: int, token_by_token: bool = False, stock: Outputs | None = None
-    ) -> Outputs:
+        self, model: Any, start: int, token_by_token: bool = False, stock: Outputs | None = None,
+        off_by: Callable[[Tensor], Tensor] | None = None,
+    ) -> Outputs:  # fmt: skip
         """What a stock model says of the rows behind `start` others, in the twin's order: see `rows_at`.
 
         stock: what the model itself says, of which each layer's output is the next layer's input where rows are routed
-        to experts: else one row sent elsewhere by a rounding would be off in all layers from there on.
+        to experts: else one row sent elsewhere by a rounding would be off in all layers from there on. off_by: what
+        hidden states become on their way to the next layer.
         """
         paths = torch.stack([self.nodes[0, list(path)] for path in (ACCEPTED, OTHER)])
         texts = torch.cat([self.prompt.expand(2, -1), paths, self.after.expand(2, -1)], 1)
@@ -82,9 +84,12 @@ class Rehearsal:
         assert layers is not None
         logits = []
         forced = stock if self.routed else None
-        with layer_outputs(
-            layers[1], lambda layer, _, hidden: hidden if forced is None else forced.texts[layer]
-        ) as found:
+
+        def passed_on(layer: int, part: int, hidden: Tensor) -> Tensor:
+            hidden = hidden if forced is None else forced.texts[layer]
+            return hidden if off_by is None else off_by(hidden)
+
+        with layer_outputs(layers[1], passed_on) as found:
             for part in parts:
                 out = model(input_ids=part, use_cache=True, **{cache_argument(model): cache})  # counts positions itself
                 logits.append(out.logits)

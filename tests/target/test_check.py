@@ -372,3 +372,13 @@ def test_a_fault_in_a_model_of_experts_is_found(dtype, device, monkeypatch):
     monkeypatch.setattr(KVSlab, "compact", lambda *_: None)
     with pytest.raises(UnsupportedModel, match="in a tree after a compaction"):
         check_target(target)
+
+
+@pytest.mark.parametrize(("name", "sharper"), [("llama", 40), ("mistral", 16), ("mistral", 20), ("mistral", 32)])
+def test_layers_that_make_much_of_a_rounding_are_no_fault(name, sharper):
+    """Attention to one key or another, as the last bit has it."""
+    model = make(name)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data *= sharper
+        layer.self_attn.v_proj.weight.data *= 4
+    check_target(Target(model.bfloat16(), (2,)))
