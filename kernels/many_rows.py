@@ -2,21 +2,18 @@
 
 cuBLAS is faster there, and adds up along K in the order of the kernel's matrix instructions, wherever it does not cut K
 into parts of its own: which it does for some numbers of rows. So every number of rows is tried once, on random numbers:
-the product in one call, then a call for each part of K that the kernel has, then both with more rows, which are
-padding. The first whose bits are the kernel's is taken from then on; where none is, the kernel itself, which reads the
-weight once for every 64 rows. Tried on an H100 (cuBLAS 13.0), 13 numbers of rows from 65 to 2,048, eight weights: one
-call is right for all weights that the kernel does not cut, a call for each part nearly always.
+the product in one call, then by the parts of K that the kernel has, then both with more rows, which are padding. The
+first whose bits are the kernel's is taken from then on; where none is, the kernel itself, which reads the weight once
+for every 64 rows. Tried on an H100 (cuBLAS 13.0), 13 numbers of rows from 65 to 2,048, eight weights: one
+call is right for all weights that the kernel does not cut, a batch of the parts of K for those that it does.
 
-Calls for parts add them up as they go, each onto the sum of those before, so that parts are not written and read again:
-4 R N bytes, which stay in L2 from one call to the next.
-
-Bytes and flops: those of the product.
+Bytes and flops: those of the product, and parts of it written in fp32, 4 S R N.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -35,7 +32,7 @@ WHOLE, EITHER, PARTS = (False,), (False, True), (True,)
 
 
 class Way(NamedTuple):
-    """rows: as many as the call to cuBLAS has; by_part: a call for each part of K."""
+    """rows: as many as the call to cuBLAS has; by_part: the parts of K as a batch."""
 
     rows: int
     by_part: bool
@@ -61,8 +58,7 @@ def row_invariant_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) 
 
 
 def row_invariant_sums(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, rounded: bool = True) -> Tensor:
-    """What `few_rows_sums` adds up to, fp32 [1, ..., N], or its parts, where the kernel runs. rounded: or [..., N] in
-    x's dtype."""
+    """`few_rows_sums` in the same way. rounded: or what they add up to, [..., N] in x's dtype, to the same bits."""
     if not _takes(x, weight):
         return few_rows_sums(x, weight, bias=bias)
     return _product(x, weight, bias, EITHER if flag("rounded", rounded) else PARTS)
@@ -84,7 +80,7 @@ def _takes(x: Tensor, weight: Tensor) -> bool:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, forms: tuple[bool, ...]) -> Tensor:
-    """[..., N] in x's dtype, or fp32 [S, ..., N], to be added up."""
+    """[..., N] in x's dtype, or parts, fp32 [S, ..., N]."""
     rows = x.reshape(-1, x.shape[-1])
     aligned = all(
         each.data_ptr() % 16 == 0 and each.stride(0) * each.element_size() % 16 == 0 for each in (rows, weight)
@@ -107,22 +103,29 @@ def settings_of_torch() -> tuple[object, ...]:
 
 
 def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, way: Way) -> Tensor:
-    """x [R, K] times weight [N, K] transposed, plus bias [N]: [R, N], or by part the sum of parts, fp32 [1, R, N]."""
+    """x [R, K] times weight [N, K] transposed, plus bias [N]: [R, N], or parts of it, fp32 [S, R, N]."""
     num_rows = len(x)
     if way.rows > num_rows:
         x = F.pad(x, (0, 0, 0, way.rows - num_rows))
     if not way.by_part:
         return F.linear(x, weight, bias)[:num_rows]
-    total = x.new_empty(way.rows, len(weight), dtype=torch.float32)
-    for low, high in pairwise(part_bounds(weight)):
-        of_x, of_weight = x[:, low:high], weight[:, low:high].T
-        if low:
-            torch.addmm(total, of_x, of_weight, out_dtype=torch.float32, out=total)
-        else:
-            torch.mm(of_x, of_weight, out_dtype=torch.float32, out=total)
-            if bias is not None:
-                total += bias
-    return total[None, :num_rows]
+    parts = products_by_part(x, weight, part_bounds(weight))
+    if bias is not None:
+        parts[0] += bias
+    return parts[:, :num_rows]
+
+
+def products_by_part(x: Tensor, weight: Tensor, bounds: Sequence[int]) -> Tensor:
+    """x [R, K] times weight [N, K] transposed, by the parts of K that lie between bounds: fp32 [S, R, N]."""
+    sizes = {high - low for low, high in pairwise(bounds)}
+    if len(sizes) == 1:
+        size = sizes.pop()
+        of_x, of_weight = x.unflatten(1, (-1, size)), weight.unflatten(1, (-1, size))
+        return torch.bmm(of_x.transpose(0, 1), of_weight.permute(1, 2, 0), out_dtype=torch.float32)
+    out = x.new_empty(len(bounds) - 1, len(x), len(weight), dtype=torch.float32)
+    for part, (low, high) in zip(out, pairwise(bounds), strict=True):
+        torch.mm(x[:, low:high], weight[:, low:high].T, out_dtype=torch.float32, out=part)
+    return out
 
 
 def ways(rows: int, forms: tuple[bool, ...]) -> Iterator[Way]:
@@ -154,7 +157,7 @@ def exact_way(shape: Shape, forms: tuple[bool, ...]) -> Way | None:
         whole = sum_parts_ref(parts, shape.dtype) if split else parts
         for way in ways(shape.rows, forms):
             out = _by_torch(x, weight, bias, way)
-            if torch.equal(out, sum_parts_ref(parts, torch.float32)[None] if way.by_part else whole):
+            if torch.equal(out, parts if way.by_part else whole):
                 return way
     except torch.OutOfMemoryError:
         pass

@@ -3,8 +3,8 @@
     many_*            as `packed.py` has them, of any number of rows
     row_invariant_*   the same with the bits that few rows have (16 bits, a GPU)
 
-As in `many_rows.py` every number of rows is tried once, on random numbers: the product in one call of cuBLAS, a call
-for each part of K, both with more rows; the first whose bits are the kernel's is taken, and where none is, the kernel.
+As in `many_rows.py` every number of rows is tried once, on random numbers: the product in one call of cuBLAS, by the
+parts of K, both with more rows; the first whose bits are the kernel's is taken, and where none is, the kernel.
 Where no bits are asked for, one scale a row is multiplied into the weight, which rounds it, and not the sum.
 
 Bytes: the packed weight, and the dense one written and read, 4 N K, SCRATCH of it at a time.
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from .check import HALVES, flag
 from .launch import INTERPRET, device_guard, use_triton
-from .many_rows import EITHER, PARTS, WHOLE, Way, settings_of_torch, ways
+from .many_rows import EITHER, PARTS, WHOLE, Way, products_by_part, settings_of_torch, ways
 from .overlap import dependent_launch
 from .packed import launch, packed_gated, packed_matmul, packed_sums, packed_tile, part_bounds, streams
 from .packed_kernels import dense_kernel
@@ -207,10 +207,7 @@ def _by_torch(
     bias = None if bias is None else bias[columns]
     if not way.by_part and scale is None:
         return F.linear(x, weight, bias)[:num_rows]
-    bounds = bounds if way.by_part else (bounds[0], bounds[-1])
-    out = x.new_empty(len(bounds) - 1, way.rows, len(weight), dtype=torch.float32)
-    for part, low, high in zip(out, bounds[:-1], bounds[1:], strict=True):
-        torch.mm(x[:, low:high], weight[:, low:high].T, out_dtype=torch.float32, out=part)
+    out = products_by_part(x, weight, bounds if way.by_part else (bounds[0], bounds[-1]))
     if scale is not None:
         out *= scale
     if bias is not None:
@@ -247,6 +244,7 @@ def exact_way(shape: PackedShape, forms: tuple[bool, ...]) -> Way | None:
         packed = pack(given, scales * 0.01, kind=shape.kind, zeros=zeros, group_size=shape.group_size)
         bias = scales[:, 0].to(shape.dtype) if shape.biased else None
         factors = factors_of(packed, shape.dtype)
+        del codes, given, changed, few
         parts = _by_kernel(x, packed, bias, factors, shape.bounds, split=split)
         whole = sum_parts_ref(parts, shape.dtype) if split else parts
         everything = slice(0, shape.columns)
