@@ -78,31 +78,37 @@ def pack(
         if kind == "fp8":
             raise ValueError("zeros are given, and fp8 has none: leave them out")
         tensor("zeros", zeros, "N G", UINT8, (num_rows, groups), near=near, layout=ANY)
-        zeros = zeros.T.contiguous()
+        zeros = _own(zeros.T)
     if order is not None:
         tensor("order", order, "K", (torch.int32, torch.int64), (columns,), near=near, layout=ANY)
-        order = order.to(torch.int32).contiguous()
-    return Packed(stripe(codes, kind), scales.T.contiguous(), zeros, order, kind, columns, group_size)
+        order = _own(order.to(torch.int32))
+    return Packed(stripe(codes, kind), _own(scales.T), zeros, order, kind, columns, group_size)
+
+
+def _own(view: Tensor) -> Tensor:
+    """A tensor that keeps no other alive, as views do whatever their data is set to."""
+    return view.clone(memory_format=torch.contiguous_format)
 
 
 def stripe(codes: Tensor, kind: str, words: int = WORDS) -> Tensor:
     """Words, int32 [N, steps * words], of codes [N, K] as `pack` takes them."""
     bits = BITS[kind]
     num_rows, columns = codes.shape
-    codes = codes.view(torch.uint8) ^ (128 if kind == "int8" else 0)
     per_word, step = 32 // bits, words * 32 // bits
-    padding = -columns % step
-    if padding:
-        codes = torch.cat([codes, codes.new_zeros(num_rows, padding)], 1)
-    half = per_word // 2
-    # [N, step, which word of a pair, code of its half, pair, half]
-    parts = codes.view(num_rows, -1, 2, half, words // 2, 2)
-    out = codes.new_zeros(num_rows, parts.shape[1], words // 2, 2, dtype=torch.int32)
-    for word in range(2):
-        for code in range(half):
-            for side in range(2):
-                out[..., word] |= parts[:, :, word, code, :, side].to(torch.int32) << (bits * code + 16 * side)
-    return out.view(num_rows, -1)
+    half, steps = per_word // 2, -(-columns // step)
+    out = codes.new_zeros(num_rows, steps * words, dtype=torch.int32)
+    for first in range(0, num_rows, BLOCK_ROWS):
+        rows = slice(first, first + BLOCK_ROWS)
+        block = codes[rows].view(torch.uint8) ^ (128 if kind == "int8" else 0)
+        block = torch.nn.functional.pad(block, (0, steps * step - columns))
+        # [N, step, which word of a pair, code of its half, pair, half]
+        parts = block.view(len(block), steps, 2, half, words // 2, 2)
+        pairs = out[rows].view(len(block), steps, words // 2, 2)
+        for word in range(2):
+            for code in range(half):
+                for side in range(2):
+                    pairs[..., word] |= parts[:, :, word, code, :, side].to(torch.int32) << (bits * code + 16 * side)
+    return out
 
 
 def unstripe(words: Tensor, kind: str, columns: int, words_of_step: int = WORDS) -> Tensor:

@@ -117,10 +117,11 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     of 4096. A row of zeros stays zeros.
     """
     weight = weight.detach()
-    scale = weight.abs().amax(1).float().clamp(min=torch.finfo(torch.float32).tiny) / LARGEST
+    scale = weight.new_empty(len(weight), dtype=torch.float32)
     quantized = torch.empty_like(weight, dtype=torch.int8)
     for first in range(0, len(weight), BLOCK_ROWS):  # the quotients are in fp32
         rows = slice(first, first + BLOCK_ROWS)
+        scale[rows] = weight[rows].abs().amax(1).float().clamp(min=torch.finfo(torch.float32).tiny) / LARGEST
         quantized[rows] = (weight[rows] / scale[rows, None]).round_().to(torch.int8)
     return quantized, scale
 

@@ -9,9 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from zoo import make
 
 from eagle_fast.layers.packed import PackedLinear
-from eagle_fast.target.formats.arriving import ArrivingLinear
+from eagle_fast.target.formats.arriving import ArrivingLinear, shrink
 from eagle_fast.target.formats.choose import format_of
-from eagle_fast.target.formats.quantizer import PackedConfig, packed_config
+from eagle_fast.target.formats.quantizer import PackedConfig, PackedQuantizer, packed_config
 from eagle_fast.target.formats.rounding import rounded_groups
 from eagle_fast.target.formats.scheme import Unreadable
 
@@ -108,6 +108,19 @@ def test_one_layer_at_a_time(model, tmp_path, monkeypatch):
     monkeypatch.setattr(ArrivingLinear, "__setattr__", watched)
     load(tmp_path)
     assert max(most) == 1
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_devices_are_asked_for_as_many_bytes_as_packed_weights_take(bits):
+    """What transformers asks for before it loads, by each number of a tensor of the file."""
+    model = make("llama")
+    quantizer = PackedQuantizer(PackedConfig(bits=bits, lm_head_bits=8))
+    quantizer._process_model_before_weight_loading(model)
+    asked = sum(
+        each.numel() * quantizer.param_element_size(model, name, each) for name, each in model.named_parameters()
+    )
+    shrink(model)
+    assert round(asked) == sum(each.nbytes for each in model.parameters())
 
 
 def test_scales_that_are_powers_of_two(model, tmp_path):

@@ -138,17 +138,17 @@ def test_a_rank_holds_its_share():
     assert not pointers & {weight.untyped_storage().data_ptr() for weight in held}
 
 
-def test_what_a_rank_adds_to_a_sum_is_never_rounded_before(triton_kernels, monkeypatch):
+def test_what_a_rank_adds_to_a_sum_is_never_rounded_before(triton_kernels, device, monkeypatch):
     """Of more rows than the kernel takes too, where the sum of its parts would be faster to have, but rounded."""
     monkeypatch.setattr(many_rows, "_takes", lambda x, weight: x.shape[:-1].numel() > 64)
     faster = {many_rows.EITHER: many_rows.Way(70, False)}
     monkeypatch.setattr(many_rows, "exact_way", lambda shape, forms: faster.get(forms))
     monkeypatch.setattr(FewRowsLinear, "_keeps_order", lambda linear, input: True)  # as on a GPU
-    cut = cut_model(make("llama", dtype=torch.bfloat16), [torch.device("cpu")] * 2)
+    cut = cut_model(make("llama", dtype=torch.bfloat16), [torch.device(device)] * 2)
     layer = cut.ranks[1].layers[0]
-    slab, ones = KVSlab([layer.shape], 70, 64), torch.ones(70, 1, dtype=torch.long)
-    step, rows = TreeStep(0 * ones[:, 0], ones[..., None], 0 * ones), torch.randn(70, 64).bfloat16()
-    rotation = torch.ones(70, 16).bfloat16(), torch.zeros(70, 16).bfloat16()
+    slab, ones = KVSlab([layer.shape], 70, 64), torch.ones(70, 1, dtype=torch.long, device=device)
+    step, rows = TreeStep(0 * ones[:, 0], ones[..., None], 0 * ones), torch.randn(70, 64, device=device).bfloat16()
+    rotation = torch.ones(70, 16, device=device).bfloat16(), torch.zeros(70, 16, device=device).bfloat16()
     for product in (layer.mlp(rows), layer.attend(rows, rotation, step, slab)):
         assert product.dtype == torch.float32
         assert product.shape[1:] == rows.shape

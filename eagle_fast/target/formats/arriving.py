@@ -42,6 +42,13 @@ class ArrivingLinear(nn.Module):
         if name in self._parameters and not any(each.is_meta for each in self.parameters()):
             self._become(self._packed())
 
+    @property
+    def packed_bytes_a_number(self) -> float:
+        """Bytes of the packed weight for each number of the file's tensors."""
+        rows, columns = self.out_features, self.in_features
+        stored = self.scheme.stored(rows, columns)
+        return self.scheme.num_bytes(rows, columns) / sum(math.prod(shape) for shape, _ in stored.values())
+
     @torch.no_grad()
     def _packed(self) -> PackedLinear:
         tensors = {name: held.data for name, held in self.named_parameters()}

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from eagle_fast.target.formats.arriving import fit_single_numbers, make_room
+from eagle_fast.target.formats.arriving import ArrivingLinear, fit_single_numbers, make_room
 from eagle_fast.target.formats.choose import format_of
 from eagle_fast.target.formats.rounding import Rounding
 from eagle_fast.target.formats.scheme import Format
@@ -62,6 +62,13 @@ class PackedQuantizer(HfQuantizer):
         ignored = [] if ignored is None else ignored
         more = [each for each in (found.beside if found else ()) if each not in ignored]
         model._keys_to_ignore_on_load_unexpected = type(ignored)([*ignored, *more])
+
+    def param_element_size(self, model, param_name, param):
+        """transformers asks a device for as many bytes at once before it loads."""
+        module = model.get_submodule(param_name.rpartition(".")[0])
+        if isinstance(module, ArrivingLinear) and param is not module.bias:
+            return module.packed_bytes_a_number
+        return param.element_size()
 
     def is_serializable(self):
         return False

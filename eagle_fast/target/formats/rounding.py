@@ -19,7 +19,7 @@ from eagle_fast.target.formats.scheme import KINDS, MIDDLE, Codes, Scheme, Store
 BITS = tuple(KINDS)
 GROUPS = (128, 64, 32)
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of a group's largest weight
-BLOCK_ROWS = 1024  # rounded at a time
+BLOCK = 2**22  # numbers, rounded at a time
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class RoundingScheme:
         weight = tensors["weight"]
         if self.bits == 8:
             numbers, scales = quantize(weight)
-            codes = numbers.view(torch.uint8) ^ MIDDLE[8]
+            codes = numbers.view(torch.uint8).bitwise_xor_(MIDDLE[8])
             return Codes("int8", codes, scales[:, None], None, None, columns)
-        parts = [rounded_groups(part, self.group) for part in weight.split(BLOCK_ROWS)]
+        parts = [rounded_groups(part, self.group) for part in weight.split(max(1, BLOCK // columns))]
         codes, scales = (torch.cat(each) for each in zip(*parts, strict=True))
         return Codes("int4", codes, scales, None, None, self.group)
 
