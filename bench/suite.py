@@ -26,12 +26,16 @@ from report import README, render
 from eagle_fast.pairs import SMOLLM2, smollm2_head, user_cache
 
 HERE = Path(__file__).parent
+SMALLER = ("--tree", "32", "6", "8")
 ROUNDS = {  # record -> arguments of round.py
     "round-llama-3.1-8b": ["llama-3.1-8b"],
     "round-llama-3.1-8b-t1": ["llama-3.1-8b", "--temperature", "1"],
     "round-llama-3.1-8b-8k": ["llama-3.1-8b", "--context", "8192"],
     "round-llama-3.1-8b-32k": ["llama-3.1-8b", "--context", "32768"],
     "round-llama-3.1-8b-batch8": ["llama-3.1-8b", "--batch", "8"],
+    "round-llama-3.1-8b-8bits": ["llama-3.1-8b", "--target-bits", "8"],
+    "round-llama-3.1-8b-4bits": ["llama-3.1-8b", "--target-bits", "4", *SMALLER],
+    "round-llama-3.1-8b-4bits-lm-head": ["llama-3.1-8b", "--target-bits", "4", "--lm-head-bits", "8", *SMALLER],
     "round-llama-3.2-1b": ["llama-3.2-1b"],
     "round-qwen3-8b": ["qwen3-8b"],
     "round-qwen3-32b": ["qwen3-32b"],
