@@ -1,6 +1,7 @@
 """The tree of each round, chosen while a call decodes: what `choice` makes of `cost` and `worth`, and when to rest.
 
-The host chooses between rounds, from what it has read: nothing waits for the device. A choice stands for some rounds.
+The host chooses from what it has read, while rounds are under way: nothing waits for the device, nor the device for a
+choice. A choice stands for some rounds.
 Where the root alone pays best, decoding rests from drafting: for a few rounds, and where a trial then does not pay, for
 twice as many, and so on.
 
@@ -94,7 +95,7 @@ class Experience:
 
 
 class TreeChooser:
-    """Chooses the trees of one call: `next` before each round is launched, `take` when it was read.
+    """Chooses the trees of one call: `next` before a round is launched, `choose` after that, `take` when it was read.
 
     trees: those of the state, the root alone among them. context: tokens of a text when the call begins. on_host: the
     host chooses the tokens. on_cpu: a CPU computes.
@@ -115,12 +116,20 @@ class TreeChooser:
         self.since_choice = PERIOD // 2  # the first choice knows nothing of the text
         self.rest_left, self.next_rest = 0, min(worth.rest, LONGEST_FIRST)
         self.stays = 0  # rounds for which the tree is not chosen anew
-        self.promises = self._promises()
+        self.promises = self._promises(self._expected())
         self.tree = self._best(None)
 
     def next(self, context: float) -> TreeConfig:
         """The tree of the next round, of texts with so many tokens."""
         self.place = place_of(self.batch, context, self.on_host)
+        self.num_rounds += 1
+        self.since_choice += 1
+        self.since_rest = self.since_rest + 1 if self.tree != ROOT_ALONE else 0
+        self.last_used[self.tree] = self.num_rounds
+        return self.tree
+
+    def choose(self) -> None:
+        """The tree of the round after, if it is time for another."""
         if self.rest_left:
             self.rest_left -= 1
             if not self.rest_left:
@@ -129,14 +138,9 @@ class TreeChooser:
             self.stays -= 1
         elif self.since_choice >= PERIOD and self._is_timed(self.tree):
             self._choose()
-        self.num_rounds += 1
-        self.since_choice += 1
-        self.since_rest = self.since_rest + 1 if self.tree != ROOT_ALONE else 0
-        self.last_used[self.tree] = self.num_rounds
-        return self.tree
 
-    def take(self, tree: TreeConfig, walked: Walked, seconds: float | None) -> None:
-        """A round under `tree` is over, and took so long, if that tells."""
+    def take(self, tree: TreeConfig, walked: Walked, drafts: DraftCounts, seconds: float | None) -> None:
+        """A round under `tree` is over: what it reported, these drafts, and how long it took, if that tells."""
         if seconds is not None and not self._is_timed(tree):
             self.since_choice = PERIOD  # the next choice is due, as soon as this is timed
         if seconds is not None:
@@ -144,8 +148,8 @@ class TreeChooser:
         if tree == ROOT_ALONE:
             return
         noted = self.rounds.setdefault(tree, [0, 0])
-        for count, path, is_full in zip(*walked, strict=True):
-            self.new.take(path[:count])
+        self.new += drafts
+        for count, is_full in zip(walked.counts, walked.full, strict=True):
             if not is_full:
                 noted[0] += 1
                 noted[1] += count
@@ -174,7 +178,7 @@ class TreeChooser:
 
     def _try_again(self) -> None:
         """After a rest: some rounds under the tree that promises most with drafts."""
-        self.promises = self._promises()
+        self.promises = self._promises(self._expected())
         times = self._times()
         drafting = {tree: took for tree, took in times.items() if tree != ROOT_ALONE}
         self.tree, self.stays, self.since_choice = best_tree(drafting, self.promises), TRIAL, PERIOD
@@ -205,15 +209,15 @@ class TreeChooser:
         self.counts += self.new
         worth.counts.fade(MODEL_FADES**launched)
         worth.counts += self.new
-        found = self._chances()
+        expected = self._expected()
         for account in list(worth.accounts.values()):
             account.fade(RATIO_FADES**launched)
         for tree, (number, tokens) in self.rounds.items():
             account = worth.accounts.setdefault(tree, Account())
-            account.promised += number * (expected_tokens(found, tree) - 1)
+            account.promised += number * (expected[tree] - 1)
             account.came += tokens - number
         self.new, self.rounds = DraftCounts(), {}
-        self.promises = self._promises()
+        self.promises = self._promises(expected)
 
     def _keep_little(self) -> None:
         """Before a rest: what is known of the text by then counts for little more than the trial that follows."""
@@ -225,11 +229,14 @@ class TreeChooser:
         """Of this text, leaning on what the model's texts have shown, this one too, and those on what is usual."""
         return chances(self.counts, chances(self.worth.counts, self.worth.usual, MODEL_LEANS), CALL_LEANS)
 
-    def _promises(self) -> dict[TreeConfig, float]:
+    def _expected(self) -> dict[TreeConfig, float]:
         found = self._chances()
+        return {tree: expected_tokens(found, tree) for tree in self.trees}
+
+    def _promises(self, expected: Mapping[TreeConfig, float]) -> dict[TreeConfig, float]:
         return {
-            tree: 1.0 if tree == ROOT_ALONE else 1 + self.worth.ratio(tree) * (expected_tokens(found, tree) - 1)
-            for tree in self.trees
+            tree: 1.0 if tree == ROOT_ALONE else 1 + self.worth.ratio(tree) * (tokens - 1)
+            for tree, tokens in expected.items()
         }
 
 
@@ -243,6 +250,9 @@ class EachInTurn(TreeChooser):
         self.num_rounds += 1
         return self.tree
 
-    def take(self, tree: TreeConfig, walked: Walked, seconds: float | None) -> None:
+    def choose(self) -> None:
+        pass
+
+    def take(self, tree: TreeConfig, walked: Walked, drafts: DraftCounts, seconds: float | None) -> None:
         if seconds is not None:
             self.experience.costs.note(self.place, tree, seconds)

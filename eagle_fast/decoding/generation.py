@@ -31,6 +31,7 @@ from eagle_fast.decoding.round import Round
 from eagle_fast.decoding.statistics import Statistics
 from eagle_fast.decoding.steps import RoundSteps
 from eagle_fast.decoding.tree import Tree, Walked
+from eagle_fast.decoding.worth import DraftCounts
 
 ROUNDS_UNDER_WAY = 2  # one that the host waits for, and one to keep the device busy meanwhile
 
@@ -215,6 +216,8 @@ class Decoding:
         tells = self.step.is_ready(tree) or accept is not None
         self.step(tree, self.timer, accept)
         self.under_way.append(Launched(self.view, promised, tells))
+        if chooser is not None:
+            chooser.choose()
         return self.view
 
     def _rooms(self) -> dict[int, int]:
@@ -256,11 +259,12 @@ class Decoding:
 
     def _learn(self, launched: Launched, walked: Walked) -> None:
         """From a round that is over."""
-        seconds = self.timer.read()
+        seconds, drafts = self.timer.read(), DraftCounts()
         for path, count in zip(walked.ranks, walked.counts, strict=True):
-            self.statistics.drafts.take(path[:count])
+            drafts.take(path[:count])
+        self.statistics.drafts += drafts
         if self.chooser is not None:
-            self.chooser.take(launched.view.tree, walked, seconds if launched.tells else None)
+            self.chooser.take(launched.view.tree, walked, drafts, seconds if launched.tells else None)
 
     def _accept_processed(self, tree: Tree, logits: torch.Tensor) -> torch.Tensor:
         """`Round.accept` with logits processors, which choose every token on the host."""

@@ -14,7 +14,7 @@ from eagle_fast.config import ROOT_ALONE
 from eagle_fast.decoding.adapt import LONGEST_REST, REST, Experience, TreeChooser
 from eagle_fast.decoding.choice import candidates
 from eagle_fast.decoding.tree import Walked
-from eagle_fast.decoding.worth import expected_tokens, usual_chances
+from eagle_fast.decoding.worth import DraftCounts, expected_tokens, usual_chances
 
 BIG = TreeConfig()
 GOOD, POOR = usual_chances([[0.72, 0.35, 0.15]]), usual_chances([[0.005, 0.005]])
@@ -72,6 +72,7 @@ class Machine:
         under_way, first = [], len(self.log)
         for _ in range(rounds):
             tree = self.chooser.next(100)
+            self.chooser.choose()
             self.calls[tree] += 1
             under_way.append((tree, self.calls[tree] > 2))  # captured at the third
             self.log.append(tree)
@@ -87,8 +88,10 @@ class Machine:
         self.clock += took
         counts = [len(path) for path in paths]
         self.tokens += sum(counts)
-        paths = [path + [-1] * (tree.max_path - len(path)) for path in paths]
-        self.chooser.take(tree, Walked(counts, paths, [False] * self.batch), took if tells else None)
+        drafts = DraftCounts()
+        for path in paths:
+            drafts.take(path)
+        self.chooser.take(tree, Walked(counts, paths, [False] * self.batch), drafts, took if tells else None)
 
     def share(self, rounds):
         """Of the best rate that these rounds could have had: what they could expect, without luck."""
