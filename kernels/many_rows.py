@@ -13,7 +13,7 @@ Bytes and flops: those of the product, and parts of it written in fp32, 4 S R N.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -136,6 +136,17 @@ def ways(rows: int, forms: tuple[bool, ...]) -> Iterator[Way]:
                 yield Way(padded, by_part)
 
 
+def first_exact(
+    expected: Tensor, rows: int, dtype: torch.dtype, forms: tuple[bool, ...], product: Callable[[Way], Tensor]
+) -> Way | None:
+    """The first way whose product has the bits of the kernel's: [R, N], or where forms have parts these, [S, R, N]."""
+    whole = sum_parts_ref(expected, dtype) if True in forms else expected
+    for way in ways(rows, forms):
+        if torch.equal(product(way), expected if way.by_part else whole):
+            return way
+    return None
+
+
 @functools.cache
 def exact_way(shape: Shape, forms: tuple[bool, ...]) -> Way | None:
     """The first way that gives the bits of the kernel; None where there is none, or no memory to try. Waits for the
@@ -145,7 +156,6 @@ def exact_way(shape: Shape, forms: tuple[bool, ...]) -> Way | None:
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator, device=shape.device, dtype=shape.dtype)
 
-    split = True in forms
     try:
         x, weight = normal(shape.rows, shape.inner), normal(shape.columns, shape.inner)
         # terms that nearly cancel, so that 16 bits show every rounding of the sum
@@ -153,12 +163,7 @@ def exact_way(shape: Shape, forms: tuple[bool, ...]) -> Way | None:
         x[:, half : 2 * half] = x[:, :half]
         weight[:, half : 2 * half] = weight[:, half : 2 * half] / 64 - weight[:, :half]
         bias = normal(shape.columns) if shape.biased else None
-        parts = kernel_product(x, weight, None, bias, split=split)
-        whole = sum_parts_ref(parts, shape.dtype) if split else parts
-        for way in ways(shape.rows, forms):
-            out = _by_torch(x, weight, bias, way)
-            if torch.equal(out, parts if way.by_part else whole):
-                return way
+        expected = kernel_product(x, weight, None, bias, split=True in forms)
+        return first_exact(expected, shape.rows, shape.dtype, forms, lambda way: _by_torch(x, weight, bias, way))
     except torch.OutOfMemoryError:
-        pass
-    return None
+        return None

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from .check import HALVES, flag
 from .launch import INTERPRET, device_guard, use_triton
-from .many_rows import EITHER, PARTS, WHOLE, Way, products_by_part, settings_of_torch, ways
+from .many_rows import EITHER, PARTS, WHOLE, Way, first_exact, products_by_part, settings_of_torch
 from .overlap import dependent_launch
 from .packed import launch, packed_gated, packed_matmul, packed_sums, packed_tile, part_bounds, streams
 from .packed_kernels import dense_kernel
@@ -37,7 +37,6 @@ from .packed_layout import (
     pack,
     step_columns,
 )  # fmt: skip
-from .rms_norm import sum_parts_ref
 from .silu_mul import silu_mul
 
 SCRATCH = 2**28  # bytes
@@ -220,7 +219,7 @@ def exact_way(shape: PackedShape, forms: tuple[bool, ...]) -> Way | None:
     """The first way that gives the bits of the kernel; None where there is none, or no memory to try. Waits for the
     device, once for each shape."""
     generator = torch.Generator(shape.device).manual_seed(0)
-    inner, split = shape.bounds[-1], True in forms
+    inner = shape.bounds[-1]
     groups = -(-inner // shape.group_size)
 
     def integers(most: int, *size: int) -> Tensor:
@@ -245,13 +244,11 @@ def exact_way(shape: PackedShape, forms: tuple[bool, ...]) -> Way | None:
         bias = scales[:, 0].to(shape.dtype) if shape.biased else None
         factors = factors_of(packed, shape.dtype)
         del codes, given, changed, few
-        parts = _by_kernel(x, packed, bias, factors, shape.bounds, split=split)
-        whole = sum_parts_ref(parts, shape.dtype) if split else parts
+        expected = _by_kernel(x, packed, bias, factors, shape.bounds, split=True in forms)
         everything = slice(0, shape.columns)
-        for way in ways(shape.rows, forms):
-            out = _by_torch(x, packed, bias, factors, everything, way, shape.bounds)
-            if torch.equal(out, parts if way.by_part else whole):
-                return way
+        return first_exact(
+            expected, shape.rows, shape.dtype, forms,
+            lambda way: _by_torch(x, packed, bias, factors, everything, way, shape.bounds),
+        )  # fmt: skip
     except torch.OutOfMemoryError:
-        pass
-    return None
+        return None

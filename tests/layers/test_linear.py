@@ -3,7 +3,17 @@
 import pytest
 import torch
 from eagle_fast_kernels.linear import few_rows_matmul, few_rows_sums, gated_matmul, part_bounds, streams, weight_tile
-from eagle_fast_kernels.many_rows import exact_way, row_invariant_gated, row_invariant_matmul, row_invariant_sums
+from eagle_fast_kernels.many_rows import (
+    EITHER,
+    PARTS,
+    WHOLE,
+    Way,
+    exact_way,
+    first_exact,
+    row_invariant_gated,
+    row_invariant_matmul,
+    row_invariant_sums,
+)
 from eagle_fast_kernels.rms_norm import sum_parts_ref
 from torch import nn
 
@@ -179,6 +189,25 @@ def test_more_rows_than_torch_has_the_order_for_take_the_kernel(monkeypatch):
     assert torch.equal(row_invariant_matmul(x, inside[:, 1:4097]), expected)
     monkeypatch.setattr("eagle_fast_kernels.many_rows.exact_way", lambda shape, split: None)
     assert torch.equal(row_invariant_matmul(x, weight), expected)
+
+
+def test_the_first_way_with_the_bits_of_the_kernel_is_taken():
+    """Parts count where they are asked for, and their sum, rounded, in the product's place."""
+    parts = torch.randn(2, 70, 4, generator=torch.Generator().manual_seed(0))
+    whole = sum_parts_ref(parts, torch.bfloat16)
+    for forms, expected, right, found in (
+        (WHOLE, whole, Way(128, False), Way(128, False)),
+        (EITHER, parts, Way(70, True), Way(70, True)),
+        (EITHER, parts, Way(256, False), Way(256, False)),
+        (PARTS, parts, Way(128, True), Way(128, True)),
+        (PARTS, parts, Way(70, False), None),
+    ):
+
+        def product(way, right=right):
+            out = parts if way.by_part else whole
+            return out if way == right else out + 1
+
+        assert first_exact(expected, 70, torch.bfloat16, forms, product) == found
 
 
 def test_parts_cover_the_columns(device):
