@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from eagle_fast.layers.cuts import GROUPS
 from eagle_fast.layers.linear import quantize
 from eagle_fast.target.formats.scheme import KINDS, MIDDLE, Codes, Scheme, Stored, Unreadable
 
 BITS = tuple(KINDS)
-GROUPS = (128, 64, 32)
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of a group's largest weight
 BLOCK = 2**22  # numbers, rounded at a time
 
