@@ -16,7 +16,7 @@ captured, and adaptive is warmed up, before the clock; what adaptive learns in o
 in use. Last, what a head that knows nothing costs at the shapes: 256 tokens with it, over the same without.
 
 Without --model the shapes alone are timed, with the acceptance of the head that the package ships. Ends with one line
-of JSON; --out also writes it to a file, and a plot beside it.
+of JSON; --out also writes it to a file, row by row as they come, and a plot beside it.
 """
 
 from __future__ import annotations
@@ -131,7 +131,8 @@ def measure_pair(model: EaModel, sets: dict[str, list[list[int]]], batch: int, a
     for tree in FIXED:
         with held(model, tree):
             runs[name_of(tree)] = decoded(model.eagenerate, chosen, batch, args, temperature)
-    model.warmup(batch, max_length=2048)
+    longest = max(len(prompt) for prompts in chosen.values() for prompt in prompts) + args.max_new_tokens
+    model.warmup(batch, max_length=longest)  # caches as long as those of the others
     runs["adaptive"] = adaptive = decoded(model.eagenerate, chosen, batch, args, temperature)
     model.states.clear()
     drafts = [done.drafts for done in runs[name_of(DEFAULT)].values()]
@@ -157,7 +158,7 @@ def mean(values: Iterable[float]) -> float:
     return round(statistics.fmean(values), 3)
 
 
-def run_pair(args: argparse.Namespace) -> list[dict]:
+def run_pair(args: argparse.Namespace) -> Iterator[dict]:
     model = EaModel.from_pretrained(
         base_model_path=args.model, ea_model_path=args.head, device_map=args.device, dtype=getattr(torch, args.dtype),
         adaptive=True,
@@ -167,11 +168,8 @@ def run_pair(args: argparse.Namespace) -> list[dict]:
     settings = [(batch, 0.0) for batch in args.batch]
     if args.temperature > 0:
         settings.append((args.batch[0], args.temperature))
-    rows = []
     for batch, temperature in settings:
-        rows.append(with_ratios(measure_pair(model, sets, batch, args, temperature)))
-        show(rows[-1], header=len(rows) == 1)
-    return rows
+        yield with_ratios(measure_pair(model, sets, batch, args, temperature))
 
 
 # -- the shapes --------------------------------------------------------------------------------------------------------
@@ -227,20 +225,17 @@ def random_head_over_plain(model: EaModel, args: argparse.Namespace) -> float:
     return round(seconds["eagenerate"] / seconds["naivegenerate"], 4)
 
 
-def run_shape(args: argparse.Namespace, pair: list[dict]) -> dict:
+def run_shape(args: argparse.Namespace, pair: list[dict], record: dict) -> Iterator[dict]:
+    """Rows; what a head that knows nothing costs goes into the record."""
     target = build_target(args.shape, args.device, getattr(torch, args.dtype))
     model = EaModel(target, build_head(target), adaptive=True)
     acceptance = read_config(smollm2_head()).get("acceptance", {})
     table = usual_chances(acceptance["0"]) if acceptance else USUAL
     greedy = {row["batch"]: row for row in pair if row["temperature"] == 0}
-    random_head = random_head_over_plain(model, args)
+    record["random_head_over_plain"] = random_head_over_plain(model, args)
     model.states.clear()
-    rows = []
     for batch in args.batch:
-        rows.append(with_ratios(measure_shape(model, batch, greedy.get(batch), table, args)))
-        show(rows[-1], header=len(rows) == 1)
-    print(f"a head that knows nothing: {random_head:.3f} x the time of plain decoding")
-    return {"shape": args.shape, "context": args.context, "rows": rows, "random_head_over_plain": random_head}
+        yield with_ratios(measure_shape(model, batch, greedy.get(batch), table, args))
 
 
 # -- what comes out ----------------------------------------------------------------------------------------------------
@@ -278,14 +273,26 @@ def plot(record: dict, path: Path) -> None:
 
 def main() -> None:
     args = parse()
-    pair = run_pair(args) if args.model else []
-    shapes = run_shape(args, pair) if args.shape != "none" else {}
+    pair: list[dict] = []
+    shapes: dict[str, Any] = {"shape": args.shape, "context": args.context, "rows": []} if args.shape != "none" else {}
     record = {
         "bench": "batch", "model": args.model, "head": args.head, "dtype": args.dtype,
         "max_new_tokens": args.max_new_tokens, "pair": pair, "shapes": shapes, **environment(args.commit),
     }  # fmt: skip
+
+    def keep(rows: list[dict], new: Iterable[dict]) -> None:
+        for row in new:
+            rows.append(row)
+            show(row, header=len(rows) == 1)
+            if args.out:
+                write(record, args.out)
+
+    if args.model:
+        keep(pair, run_pair(args))
+    if shapes:
+        keep(shapes["rows"], run_shape(args, pair, shapes))
+        print(f"a head that knows nothing: {shapes['random_head_over_plain']:.3f} x the time of plain decoding")
     if args.out:
-        write(record, args.out)
         plot(record, args.out.with_suffix(".png"))
     print(json.dumps(record))
 

@@ -73,6 +73,24 @@ def test_all_of_it_with_a_tiny_pair(batch, pair, monkeypatch, tmp_path, capsys):
     assert json.loads(shown.splitlines()[-1]) == record
 
 
+def test_a_run_that_is_stopped_leaves_the_rows_it_had(batch, monkeypatch, tmp_path):
+    row = {
+        "batch": 1,
+        "tokens_per_second": {name: 1.0 for name in ("plain", "adaptive", *map(batch.name_of, batch.FIXED))},
+    }
+
+    def rows(args):
+        yield batch.with_ratios(row)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(batch, "run_pair", rows)
+    out = tmp_path / "batch.json"
+    names = [str(each) for each in ("--model", "target", "--head", "head", "--prompts", "some.jsonl", "--out", out)]
+    with pytest.raises(KeyboardInterrupt):
+        run(batch, monkeypatch, *names)
+    assert [each["batch"] for each in json.loads(out.read_text())["pair"]] == [1]
+
+
 def test_given_times_decide_at_the_shapes(batch, monkeypatch):
     """At one sequence size costs nothing, at eight as much as the rows; tokens are the pair's."""
     tau = {batch.name_of(tree): 1 + tree.total_token**0.4 for tree in batch.FIXED} | {"plain": 1.0}
