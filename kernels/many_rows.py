@@ -27,6 +27,7 @@ from .rms_norm import sum_parts_ref
 from .silu_mul import silu_mul
 
 PADDED = (128, 256)  # multiples of rows that are tried as well
+TINY = 2.0**-20  # of a bias that hides no rounding
 # whether a product comes by parts: never, as it is faster, or always
 WHOLE, EITHER, PARTS = (False,), (False, True), (True,)
 
@@ -151,19 +152,31 @@ def first_exact(
 def exact_way(shape: Shape, forms: tuple[bool, ...]) -> Way | None:
     """The first way that gives the bits of the kernel; None where there is none, or no memory to try. Waits for the
     device, once for each shape."""
+    try:
+        x, weight, bias = trial(shape)
+        expected = kernel_product(x, weight, None, bias, split=True in forms)
+        return first_exact(expected, shape.rows, shape.dtype, forms, lambda way: _by_torch(x, weight, bias, way))
+    except torch.OutOfMemoryError:
+        return None
+
+
+def trial(shape: Shape) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x [R, K], a weight [N, K] and a bias [N] or None, to tell orders of additions apart by."""
     generator = torch.Generator(shape.device).manual_seed(0)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator, device=shape.device, dtype=shape.dtype)
 
-    try:
-        x, weight = normal(shape.rows, shape.inner), normal(shape.columns, shape.inner)
-        # terms that nearly cancel, so that 16 bits show every rounding of the sum
-        half = shape.inner // 2
-        x[:, half : 2 * half] = x[:, :half]
-        weight[:, half : 2 * half] = weight[:, half : 2 * half] / 64 - weight[:, :half]
-        bias = normal(shape.columns) if shape.biased else None
-        expected = kernel_product(x, weight, None, bias, split=True in forms)
-        return first_exact(expected, shape.rows, shape.dtype, forms, lambda way: _by_torch(x, weight, bias, way))
-    except torch.OutOfMemoryError:
-        return None
+    x, weight = normal(shape.rows, shape.inner), normal(shape.columns, shape.inner)
+    cancel(x, weight, generator)
+    return x, weight, normal(shape.columns) * TINY if shape.biased else None
+
+
+def cancel(x: Tensor, weight: Tensor, generator: torch.Generator) -> None:
+    """Make terms of x [R, K] times a weight [N, K] cancel, in place: what is left of a sum is its roundings, and 16
+    bits show them all. Of terms that don't cancel they show one rounding in ten thousand, and a large bias hides it."""
+    half = x.shape[1] // 2
+    order = torch.randperm(half, generator=generator, device=x.device)
+    x[:, half : 2 * half] = -x[:, order]
+    weight[:, half : 2 * half] = weight[:, order]
+    x[:, 2 * half :] = 0

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from .check import HALVES, flag
 from .launch import INTERPRET, device_guard, use_triton
-from .many_rows import EITHER, PARTS, WHOLE, Way, first_exact, products_by_part, settings_of_torch
+from .many_rows import EITHER, PARTS, TINY, WHOLE, Way, cancel, first_exact, products_by_part, settings_of_torch
 from .overlap import dependent_launch
 from .packed import launch, packed_gated, packed_matmul, packed_sums, packed_tile, part_bounds, streams
 from .packed_kernels import dense_kernel
@@ -41,6 +41,8 @@ from .silu_mul import silu_mul
 
 SCRATCH = 2**28  # bytes
 BLOCK_N = 64
+MOST_FINITE = 126  # code of the largest number of float8_e4m3fn; 127 is NaN
+SCALE = 0.7  # of a trial's weights
 
 
 class PackedShape(NamedTuple):
@@ -218,32 +220,9 @@ def _by_torch(
 def exact_way(shape: PackedShape, forms: tuple[bool, ...]) -> Way | None:
     """The first way that gives the bits of the kernel; None where there is none, or no memory to try. Waits for the
     device, once for each shape."""
-    generator = torch.Generator(shape.device).manual_seed(0)
-    inner = shape.bounds[-1]
-    groups = -(-inner // shape.group_size)
-
-    def integers(most: int, *size: int) -> Tensor:
-        return torch.randint(0, most, size, generator=generator, device=shape.device, dtype=torch.uint8)
-
     try:
-        x = torch.randn(shape.rows, inner, generator=generator, device=shape.device, dtype=shape.dtype)
-        most = 16 if shape.kind == "int4" else 256
-        codes = integers(most, shape.columns, inner)
-        if shape.kind == "fp8":
-            codes[codes & 127 > 120] = 0
-        # terms that nearly cancel, so that 16 bits show every rounding of the sum
-        half = inner // 2
-        x[:, half : 2 * half] = x[:, :half]
-        changed = codes[:, :half] ^ 128 if shape.kind == "fp8" else most - 1 - codes[:, :half]
-        few = integers(256, shape.columns, half) < 16
-        codes[:, half : 2 * half] = torch.where(few, codes[:, half : 2 * half], changed)
-        scales = torch.ones(shape.columns, groups, device=shape.device)
-        zeros = integers(most, shape.columns, 1).expand(-1, groups) if shape.zeros else None
-        given = codes.view(torch.float8_e4m3fn) if shape.kind == "fp8" else codes
-        packed = pack(given, scales * 0.01, kind=shape.kind, zeros=zeros, group_size=shape.group_size)
-        bias = scales[:, 0].to(shape.dtype) if shape.biased else None
+        x, packed, bias = trial(shape)
         factors = factors_of(packed, shape.dtype)
-        del codes, given, changed, few
         expected = _by_kernel(x, packed, bias, factors, shape.bounds, split=True in forms)
         everything = slice(0, shape.columns)
         return first_exact(
@@ -252,3 +231,27 @@ def exact_way(shape: PackedShape, forms: tuple[bool, ...]) -> Way | None:
         )  # fmt: skip
     except torch.OutOfMemoryError:
         return None
+
+
+def trial(shape: PackedShape) -> tuple[Tensor, Packed, Tensor | None]:
+    """x [R, K], a packed weight [N, K] and a bias [N] or None, to tell orders of additions apart by: see `cancel`."""
+    generator = torch.Generator(shape.device).manual_seed(0)
+    inner, most = shape.bounds[-1], 16 if shape.kind == "int4" else 256
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=shape.device, dtype=shape.dtype)
+
+    def integers(*size: int) -> Tensor:
+        return torch.randint(0, most, size, generator=generator, device=shape.device, dtype=torch.uint8)
+
+    x, codes = normal(shape.rows, inner), integers(shape.columns, inner)
+    if shape.kind == "fp8":
+        codes[codes & 127 > MOST_FINITE] = 0
+    cancel(x, codes, generator)
+    scales = torch.full((shape.columns, -(-inner // shape.group_size)), SCALE, device=shape.device)
+    zeros = integers(shape.columns, 1).expand_as(scales) if shape.zeros else None
+    packed = pack(
+        codes.view(torch.float8_e4m3fn) if shape.kind == "fp8" else codes, scales, kind=shape.kind, zeros=zeros,
+        group_size=shape.group_size,
+    )  # fmt: skip
+    return x, packed, normal(shape.columns) * TINY if shape.biased else None

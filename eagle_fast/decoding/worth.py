@@ -35,18 +35,19 @@ LEAST, MOST = 0.005, 0.98  # of a chance: nothing is known for certain
 class DraftCounts:
     """How often drafts were tried and right, by depth and rank.
 
-    right [DEPTHS, RANKS]; missed [DEPTHS, 1 + RANKS]: how often none of so many siblings was right.
+    right [DEPTHS, RANKS]; missed [DEPTHS, RANKS]: how often r + 1 siblings were tried and none was right.
     """
 
     def __init__(self, right: Table | None = None, missed: Table | None = None):
         self.right: Table = np.zeros((DEPTHS, RANKS)) if right is None else right
-        self.missed: Table = np.zeros((DEPTHS, 1 + RANKS)) if missed is None else missed
+        self.missed: Table = np.zeros((DEPTHS, RANKS)) if missed is None else missed
 
     def take(self, ranks: Sequence[int]) -> None:
-        """Count what a round tells of one sequence: `accept`'s ranks of its path."""
+        """Count what a round tells of one sequence: `accept`'s ranks of its path, of which a leaf's tells nothing."""
         for depth, rank in enumerate(ranks):
+            if rank < -1:
+                self.missed[depth, -2 - rank] += 1
             if rank < 0:
-                self.missed[depth, -1 - rank] += 1
                 return
             self.right[depth, rank] += 1
 
@@ -59,7 +60,7 @@ class DraftCounts:
     def tried(self) -> Table:
         """[DEPTHS, RANKS]: how often a draft of this rank was there, and every better sibling was wrong."""
         last = self.right.copy()  # by the last rank that was tried
-        last += self.missed[:, 1:]
+        last += self.missed
         return last[:, ::-1].cumsum(1)[:, ::-1]
 
     def __add__(self, other: DraftCounts) -> DraftCounts:

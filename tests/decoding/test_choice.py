@@ -73,8 +73,10 @@ def test_counts_are_of_what_was_tried():
     assert counts.tried[2, :3].tolist() == [1, 1, 0]
     assert counts.by_depth == [2 / 3, 1.0, 0.0]
     assert counts.table() == [[0.3333, 0.5, 0.0], [1.0], [0.0, 0.0]]
+    counts.take([0] * DEPTHS + [-1])  # down to the deepest leaf that a tree may have
+    assert counts.by_depth == [3 / 4, 1.0, 0.5] + [1.0] * (DEPTHS - 3)
     both = counts + counts
-    assert both.tried[0, 0] == 6
+    assert both.tried[0, 0] == 8
     assert both != counts
     both.fade(0.5)
     assert both == counts

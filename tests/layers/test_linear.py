@@ -6,15 +6,20 @@ from eagle_fast_kernels.linear import few_rows_matmul, few_rows_sums, gated_matm
 from eagle_fast_kernels.many_rows import (
     EITHER,
     PARTS,
+    TINY,
     WHOLE,
+    Shape,
     Way,
+    cancel,
     exact_way,
     first_exact,
     row_invariant_gated,
     row_invariant_matmul,
     row_invariant_sums,
+    trial,
 )
 from eagle_fast_kernels.rms_norm import sum_parts_ref
+from orders import sum_in_order
 from torch import nn
 
 from eagle_fast.layers.linear import FewRowsLinear, QuantizedLinear, is_plain, quantize, use_few_rows_linear
@@ -171,12 +176,24 @@ def test_more_rows_have_the_bits_of_few(num_columns, inner, bias, dtype, num_row
         (row_invariant_matmul, few_rows_matmul), (row_invariant_sums, few_rows_sums),
         (row_invariant_gated, gated_matmul),
     )  # fmt: skip
-    for many, few in pairs:
-        expected = torch.cat([added_up(few(part, weight, **more), dtype) for part in x.split(60)])
-        assert torch.equal(added_up(many(x, weight, more.get("bias")), dtype), expected), many.__name__
-    before = torch.cat([sum_parts_ref(few_rows_sums(part, weight, **more), torch.float32) for part in x.split(60)])
-    sums = sum_parts_ref(row_invariant_sums(x, weight, more.get("bias"), rounded=False), torch.float32)
-    assert torch.equal(sums, before), "before they are rounded"
+    for terms in ("random", "cancelling"):
+        if terms == "cancelling":
+            cancel(x, weight, torch.Generator("cuda").manual_seed(7))
+            more = {name: each * TINY for name, each in more.items()}
+        for many, few in pairs:
+            expected = torch.cat([added_up(few(part, weight, **more), dtype) for part in x.split(60)])
+            assert torch.equal(added_up(many(x, weight, more.get("bias")), dtype), expected), (many.__name__, terms)
+        before = torch.cat([sum_parts_ref(few_rows_sums(part, weight, **more), torch.float32) for part in x.split(60)])
+        sums = sum_parts_ref(row_invariant_sums(x, weight, more.get("bias"), rounded=False), torch.float32)
+        assert torch.equal(sums, before), "before they are rounded"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_trial_tells_orders_of_additions_apart(biased, dtype):
+    x, weight, bias = trial(Shape(torch.device("cpu"), dtype, 64, 64, 329, biased, ()))
+    one, other = (sum_in_order(x, weight, parts) + (0 if bias is None else bias.float()) for parts in (1, 2))
+    assert (one.to(dtype) != other.to(dtype)).float().mean() > 0.2
 
 
 @pytest.mark.gpu

@@ -6,19 +6,23 @@ import pytest
 import torch
 from eagle_fast_kernels import packed as module
 from eagle_fast_kernels.linear import few_rows_matmul
+from eagle_fast_kernels.many_rows import TINY
 from eagle_fast_kernels.packed import pack, packed_gated, packed_matmul, packed_sums, packed_tile, part_bounds, unpack
 from eagle_fast_kernels.packed_layout import dense_rows
 from eagle_fast_kernels.packed_many import (
+    PackedShape,
     convert,
     many_gated,
     many_matmul,
     row_invariant_gated,
     row_invariant_matmul,
     row_invariant_sums,
+    trial,
 )
 from eagle_fast_kernels.rms_norm import sum_parts_ref
 from no_gpu import run_program
-from packed_weights import KINDS, packed_case
+from orders import sum_in_order
+from packed_weights import KINDS, cancelling_case, packed_case
 
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
@@ -227,11 +231,27 @@ def test_more_rows_have_the_bits_of_few(num_rows, columns, name, bias, rows):
     pairs = (
         (row_invariant_matmul, packed_matmul), (row_invariant_sums, packed_sums), (row_invariant_gated, packed_gated),
     )  # fmt: skip
-    for many, few in pairs:
-        expected = torch.cat([added_up(few(part, packed, bias=bias), x.dtype) for part in x.split(60)])
-        assert torch.equal(added_up(many(x, packed, bias), x.dtype), expected), many.__name__
-    parts = torch.cat([packed_sums(part, packed, bias=bias) for part in x.split(60)], 1)
-    assert torch.equal(row_invariant_sums(x, packed, bias, rounded=False), parts), "before they are rounded"
+    for terms in ("random", "cancelling"):
+        if terms == "cancelling":
+            x, packed = cancelling_case(name, num_rows, packed.in_features, rows, torch.bfloat16, "cuda")
+            bias = None if bias is None else bias * TINY
+        for many, few in pairs:
+            expected = torch.cat([added_up(few(part, packed, bias=bias), x.dtype) for part in x.split(60)])
+            assert torch.equal(added_up(many(x, packed, bias), x.dtype), expected), (many.__name__, terms)
+        parts = torch.cat([packed_sums(part, packed, bias=bias) for part in x.split(60)], 1)
+        assert torch.equal(row_invariant_sums(x, packed, bias, rounded=False), parts), "before they are rounded"
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("biased", [False, True])
+@HALVES
+def test_a_trial_tells_orders_of_additions_apart(dtype, biased, name):
+    kind, size, zeros = KINDS[name]
+    shape = PackedShape(torch.device("cpu"), dtype, 64, 64, (0, 328), kind, size or 328, zeros, biased, ())
+    x, packed, bias = trial(shape)
+    weight = unpack(packed, torch.float32 if len(packed.scales) == 1 and not zeros else dtype)
+    one, other = (sum_in_order(x, weight, parts) + (0 if bias is None else bias.float()) for parts in (1, 2))
+    assert (one.to(dtype) != other.to(dtype)).float().mean() > 0.01
 
 
 @pytest.mark.gpu
@@ -254,7 +274,8 @@ pretend(capability)
 from eagle_fast_kernels import packed, packed_many
 from eagle_fast_kernels.launch import Resources
 hopper = sys.argv[4] == "gluon"
-from packed_weights import KINDS, packed_case
+from orders import sum_in_order
+from packed_weights import KINDS, cancelling_case, packed_case
 
 kernels = [(packed, "packed_kernel"), (packed_many, "dense_kernel")]
 if hopper:

@@ -1,6 +1,7 @@
 """Packed weights of every kind from random codes, and the dense ones that they stand for, said another way."""
 
 import torch
+from eagle_fast_kernels.many_rows import cancel
 from eagle_fast_kernels.packed import pack
 
 # name -> (kind, columns of a group or None for all, zero points, ragged last group)
@@ -46,3 +47,21 @@ def packed_case(name, num_rows, columns, dtype=torch.float32, device="cpu", seed
         return exact.float().to(dtype)  # the products have at most 24 bits, in fp32 as many as are kept
 
     return pack(**given, kind=kind, group_size=size), dense, given
+
+
+def cancelling_case(name, num_rows, columns, rows, dtype, device, seed=7):
+    """(x [rows, K], packed weight): all that is left of their product is its roundings. One scale and zero a row."""
+    kind, size, has_zeros = KINDS[name]
+    size = min(size or columns, columns)
+    generator = torch.Generator(device).manual_seed(seed)
+    options = {"generator": generator, "device": device}
+    x = torch.randn(rows, columns, **options).to(dtype)
+    most = 16 if kind == "int4" else 256
+    codes = torch.randint(0, most, (num_rows, columns), dtype=torch.uint8, **options)
+    if kind == "fp8":
+        codes[codes & 127 == 127] = 0
+    cancel(x, codes, generator)
+    scales = (torch.rand(num_rows, 1, **options) + 0.5).expand(-1, -(-columns // size))
+    zeros = torch.randint(0, most, (num_rows, 1), dtype=torch.uint8, **options).expand_as(scales) if has_zeros else None
+    given = codes.view(torch.float8_e4m3fn) if kind == "fp8" else codes
+    return x, pack(given, scales, kind=kind, zeros=zeros, group_size=size)
