@@ -110,16 +110,25 @@ def test_rows_of_any_stride_and_weights_of_any_alignment(device):
 def test_a_row_does_not_depend_on_the_others(num_columns, inner, dtype):
     x, weight, _, exact = case((60,), num_columns, inner, dtype, "cuda")
     gate = gated(few_rows_matmul(x, weight).double())
-    for product, reference in ((few_rows_matmul, exact), (few_rows_sums, exact), (gated_matmul, gate)):
+    products = (few_rows_matmul, exact), (few_rows_sums, exact), (gated_matmul, gate)
+    for product, reference in products:
         out = product(x, weight)
-        kind = out.dtype
-        check(out.sum(0) if product is few_rows_sums else out, reference, kind, inner)
-        for rows in ([7], range(10), range(33, 60)):
-            alone = product(x[list(rows)], weight)
-            assert torch.equal(alone, out[..., list(rows), :]), (product.__name__, rows)
-        poisoned = x.clone()
-        poisoned[1:] = float("nan")
-        assert torch.equal(product(poisoned, weight)[..., 0, :], out[..., 0, :])
+        check(out.sum(0) if product is few_rows_sums else out, reference, out.dtype, inner)
+        check_rows(product, x, weight)
+    cancel(x, weight, torch.Generator("cuda").manual_seed(7))
+    for product, _ in products:
+        check_rows(product, x, weight)
+
+
+def check_rows(product, x, weight):
+    """Rows alone, in other company, and beside rows that are not numbers."""
+    out = product(x, weight)
+    for rows in ([7], range(10), range(33, 60)):
+        alone = product(x[list(rows)], weight)
+        assert torch.equal(alone, out[..., list(rows), :]), (product.__name__, rows)
+    poisoned = x.clone()
+    poisoned[1:] = float("nan")
+    assert torch.equal(product(poisoned, weight)[..., 0, :], out[..., 0, :])
 
 
 @pytest.mark.gpu

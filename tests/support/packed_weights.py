@@ -24,10 +24,10 @@ def packed_case(name, num_rows, columns, dtype=torch.float32, device="cpu", seed
     kind, size, has_zeros = KINDS[name]
     size = min(size or columns, columns)
     groups = -(-columns // size)
-    generator = torch.Generator().manual_seed(seed)
+    options = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
 
     def integers(most, *shape):
-        return torch.randint(0, most, shape, generator=generator, dtype=torch.uint8)
+        return torch.randint(0, most, shape, dtype=torch.uint8, **options)
 
     codes = integers(16 if kind == "int4" else 256, num_rows, columns)
     zeros = integers(16 if kind == "int4" else 256, num_rows, groups) if has_zeros else None
@@ -35,9 +35,8 @@ def packed_case(name, num_rows, columns, dtype=torch.float32, device="cpu", seed
         codes[codes & 127 == 127] = 0  # not numbers
         codes = codes.view(torch.float8_e4m3fn)
     largest = {"int4": 8, "int8": 128, "fp8": 256}[kind]
-    scales = (torch.rand(num_rows, groups, generator=generator) + 0.5).to(dtype) * columns**-0.5 / largest
+    scales = (torch.rand(num_rows, groups, **options) + 0.5).to(dtype) * columns**-0.5 / largest
     given = {"codes": codes, "scales": scales, "zeros": zeros}
-    given = {key: None if each is None else each.to(device) for key, each in given.items()}
 
     def dense(dtype):
         column = torch.arange(columns, device=device) // size
