@@ -87,8 +87,6 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.target_bits and args.device_map != "0":
         parser.error("--target-bits: packed weights are timed on one GPU or cut over several, leave --device-map out")
-    if args.lm_head_bits and args.tensor_parallel:
-        parser.error("--lm-head-bits: not with --tensor-parallel")
     if args.lm_head_bits and not args.target_bits:
         parser.error("--lm-head-bits: goes with --target-bits")
     if args.upstream and not (args.upstream / "eagle" / "model" / "ea_model.py").is_file():
@@ -231,7 +229,8 @@ def main() -> None:
     placement = {} if ranks else plan_target(args.shape, args.device_map)
     one = set(placement) == {""}
     if ranks:
-        target = build_cut_target(args.shape, [torch.device("cuda", index) for index in range(ranks)], args.target_bits)
+        devices = [torch.device("cuda", index) for index in range(ranks)]
+        target = build_cut_target(args.shape, devices, args.target_bits, args.lm_head_bits)
     elif args.target_bits:
         target = build_packed_target(args.shape, placement[""], args.target_bits, args.lm_head_bits)
     else:

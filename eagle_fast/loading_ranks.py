@@ -31,11 +31,11 @@ FILES = ("*.safetensors", "*.safetensors.index.json", "generation_config.json")
 
 def load_cut_target(
     path: Any, devices: Sequence[torch.device], options: dict[str, Any], beside: dict[str, Any],
-    target_bits: int | None = None,
+    target_bits: int | None = None, lm_head_bits: int | None = None,
 ) -> PreTrainedModel:  # fmt: skip
     """The skeleton of a target, whose weights are on these devices. options: those of from_pretrained. beside: other
-    arguments that say how a target is loaded, None where they were not given. target_bits: that the weights of layers
-    are rounded to. ValueError for what cannot be cut."""
+    arguments that say how a target is loaded, None where they were not given. target_bits, lm_head_bits: that the
+    weights of layers, and of lm_head and embedding, are rounded to. ValueError for what cannot be cut."""
     check_beside(path, options, beside)
     name = known_path(NAME, path)
     what = f"{NAME}={name!r}"
@@ -49,18 +49,18 @@ def load_cut_target(
     if auto_class(config, trusted, what) is not AutoModelForCausalLM:
         raise ValueError(f"tensor_parallel: {what} is no plain causal language model: {INSTEAD}")
     check_layers(Anatomy(config).stated_layers, what)
-    packing, reason = packing_of(config, name, options, Bits(target_bits), what, stated_dtype(options))
+    packing, reason = packing_of(config, name, options, Bits(target_bits, lm_head_bits), what, stated_dtype(options))
     if packing is None and Anatomy(config).is_quantized:
         raise UnsupportedModel(f"tensor_parallel: the weights of {what} are packed, and {reason}: {INSTEAD}")
     model = skeleton(config, stated_dtype(options), trust_remote_code=trusted)
     stored = model
     if packing is not None:
         stored = skeleton(config, stated_dtype(options), trust_remote_code=trusted)
-        make_room(stored, packing.format)
+        make_room(stored, packing.format, packing.asked.lm_head_bits)
     check_room(stored, devices)
     with loading(NAME, name, options):
         folder = _folder(name, options)
-    load_ranks(model, stored, folder, devices, what)
+    load_ranks(model, stored, folder, devices, what, packing)
     if packing is not None:
         say_how_it_runs(packing.model, what, packing, reason)
     if (folder / "generation_config.json").is_file():

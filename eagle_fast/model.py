@@ -154,9 +154,9 @@ class EaModel(CallsMixin, TextMixin, PartsMixin, HFGenerateMixin, HFModelMixin, 
         if ranks is None:
             base_model = load_target(base_model_path, device_map, kwargs, max_memory, target_bits, lm_head_bits)
         else:
-            placed = {"device_map": None if device_map == "auto" else device_map, "max_memory": max_memory}
-            beside = placed | {"draft_device": draft_device, "lm_head_bits": lm_head_bits}
-            base_model = load_cut_target(base_model_path, ranks, kwargs, beside, target_bits)
+            beside = {"device_map": None if device_map == "auto" else device_map, "max_memory": max_memory}
+            beside |= {"draft_device": draft_device}
+            base_model = load_cut_target(base_model_path, ranks, kwargs, beside, target_bits, lm_head_bits)
         head = load_head(
             head_path, base_model, use_eagle3=use_eagle3, revision=ea_revision, options=head_options, device=there
         )

@@ -115,13 +115,14 @@ def build_spread_target(name: str, placement: Placement, dtype: torch.dtype = to
 
 
 def build_cut_target(
-    name: str, devices: Sequence[torch.device], target_bits: int | None = None, dtype: torch.dtype = torch.bfloat16
-) -> PreTrainedModel:
+    name: str, devices: Sequence[torch.device], target_bits: int | None = None, lm_head_bits: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> PreTrainedModel:  # fmt: skip
     """The same cut over devices, as a skeleton: none holds more than its share and a layer."""
     model = stored = _skeleton(name, dtype)
     if target_bits is not None:
         stored = _skeleton(name, dtype)
-        make_room(stored, Rounding(target_bits))
+        make_room(stored, Rounding(target_bits), lm_head_bits)
 
     def filled(module: torch.nn.Module) -> torch.nn.Module:
         made = copy.deepcopy(module)

@@ -139,6 +139,7 @@ def sizes(model: PreTrainedModel, context: int) -> Sizes:
     layers = [f"{found[0]}.{index}" for index in range(anatomy.num_layers)]
     embedding, lm_head = ends(model)
     name_of = {module: name for name, module in model.named_modules()}
+    table = f"{name_of[embedding]}.{'words' if hasattr(embedding, 'words') else 'weight'}"
     return Sizes(
         parameters=num_parameters(model),
         dtype=model.dtype,
@@ -146,7 +147,7 @@ def sizes(model: PreTrainedModel, context: int) -> Sizes:
         path=(name_of[embedding], *layers, name_of[lm_head]),
         weights={name: weight.numel() * weight.element_size() for name, weight in model.named_parameters()},
         cache=dict.fromkeys(layers, anatomy.kv_bytes(model.dtype) * context),
-        unread=None if are_tied(embedding, lm_head) else f"{name_of[embedding]}.weight",
+        unread=None if are_tied(embedding, lm_head) else table,
     )
 
 

@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from eagle_fast.doctor.measure import GpuFigures, Link
 from eagle_fast.doctor.plan import HeadBytes, Plan, Setting, Sizes, device_name, rate_of, read_packing
 from eagle_fast.target.anatomy import Anatomy
+from eagle_fast.target.ends import are_tied, ends
 from eagle_fast.target.formats.arriving import make_room
 from eagle_fast.target.placement import skeleton
-from eagle_fast.target.ranks import cut_bytes, cuts_for
+from eagle_fast.target.ranks import cut_bytes, cuts_for, stored_bytes
 
 WIDE = 4  # bytes of a number that is exchanged
 
@@ -25,14 +26,14 @@ WIDE = 4  # bytes of a number that is exchanged
 def model_to_cut(setting: Setting) -> PreTrainedModel:
     """On the meta device, with room for weights that are packed. Raises ValueError."""
     config, packing, reason = read_packing(setting)
-    beside = sorted(setting.some(("device_map", "draft_device", "lm_head_bits")))
+    beside = sorted(setting.some(("device_map", "draft_device")))
     if beside:
         raise ValueError(f"tensor_parallel does not go with {', '.join(beside)} yet")
     if packing is None and Anatomy(config).is_quantized:
         raise ValueError(f"its weights are packed, and {reason}")
     model = skeleton(config, trust_remote_code=setting.trusted)
     if packing is not None:
-        make_room(model, packing.format)
+        make_room(model, packing.format, packing.asked.lm_head_bits)
     return model
 
 
@@ -61,10 +62,12 @@ def plan_ranks(
         called, (), weights, cache, {places[0]: head.resident} if head.resident else {},
         dict.fromkeys(places, anatomy.num_layers),
     )  # fmt: skip
-    table = size.weights[f"{size.path[0]}.weight"]
+    embedding, lm_head = ends(model)
+    table = stored_bytes(embedding)
     read = dict.fromkeys(places, -table)  # a few rows of the embedding are read, and where it is tied a part as lm_head
     for place, share in zip(places, cuts.vocabulary, strict=True):
-        read[place] += weights[place] + cache[place] + (0 if size.unread else len(share) * size.row_bytes)
+        part = table * len(share) // lm_head.out_features if are_tied(embedding, lm_head) else 0
+        read[place] += weights[place] + cache[place] + part
     exchanged = 2 * anatomy.num_layers * rows * size.hidden_size * WIDE
     pairs = [(a, b) for a in places for b in places if a != b]
     apart = [pair for pair in pairs if (found := _link(*pair, links)) is not None and not found.peer]

@@ -104,19 +104,14 @@ def _packing(asked: PackedConfig, config: PreTrainedConfig, dtype: torch.dtype |
     return Packing(asked, found, model)
 
 
-def check_all_read(unexpected: Iterable[str], packing: Packing, what: str) -> None:
+def check_all_read(unexpected: Iterable[str], packing: Packing | None, what: str) -> None:
     """ValueError for tensors that nobody read: what they belong to would be random, or wrong."""
     unexpected = list(unexpected)
-    if packing.asked.lm_head_bits is not None and "lm_head.weight" in unexpected:
+    if packing is not None and packing.asked.lm_head_bits is not None and "lm_head.weight" in unexpected:
         raise ValueError(
             f"lm_head_bits={packing.asked.lm_head_bits}, but {what} has an lm_head beside the embedding that its "
             "config.json says is one with it (tie_word_embeddings): leave lm_head_bits out"
         )
-    check_none_packed(unexpected, what)
-
-
-def check_none_packed(unexpected: Iterable[str], what: str) -> None:
-    """ValueError for packed tensors among those that nobody read."""
     left = sorted(name for name in unexpected if name.rpartition(".")[2] in PACKED_TENSORS)
     if left:
         raise ValueError(

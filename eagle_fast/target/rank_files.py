@@ -31,8 +31,9 @@ from eagle_fast.target.anatomy import (
     placed_modules,
 )
 from eagle_fast.target.ends import are_tied, ends
+from eagle_fast.target.formats.arriving import ArrivingEmbedding
 from eagle_fast.target.merged import weight_of
-from eagle_fast.target.packing import check_none_packed
+from eagle_fast.target.packing import Packing, check_all_read
 from eagle_fast.target.rank_parts import in_order_of_down
 from eagle_fast.target.ranks import INSTEAD, Rank, RankLayer, cut_ends, cuts_for, layer_windows, norm_on, rotary_on
 
@@ -106,17 +107,18 @@ class Checkpoint:
 
 
 def load_ranks(
-    model: PreTrainedModel, stored: PreTrainedModel, folder: Path, devices: Sequence[torch.device], what: str
-) -> PreTrainedModel:
+    model: PreTrainedModel, stored: PreTrainedModel, folder: Path, devices: Sequence[torch.device], what: str,
+    packing: Packing | None = None,
+) -> PreTrainedModel:  # fmt: skip
     """Give a skeleton the weights of its checkpoint, cut over devices; it comes back.
 
-    stored: the same skeleton, or one with room for what its files have packed. what: the model, for messages.
+    stored: the same skeleton, or one with room for what will be packed, as packing says. what: the model, for messages.
     """
     names = {module: name for name, module in stored.named_modules()}
     with ExitStack() as files:
         checkpoint = Checkpoint(folder, files, what)
         cut = cut_model(stored, devices, lambda module: checkpoint.fill(module, f"{names[module]}."))
-    check_none_packed(checkpoint.unread(""), what)
+    check_all_read(checkpoint.unread(""), packing, what)
     return attached(model, cut)
 
 
@@ -143,8 +145,11 @@ def cut_model(
                 ) from error
         del stock
     embedding, lm_head = ends(model)
+    is_tied = are_tied(embedding, lm_head)
+    if isinstance(embedding, ArrivingEmbedding):
+        embedding.tied = None  # ranks have an lm_head of their own
     table, final = read(embedding), llama_norm(read(norm))
-    head = table if are_tied(embedding, lm_head) else read(lm_head)
+    head = table if is_tied else read(lm_head)
     assert final is not None, "its family was checked"
     ranks = []
     for share, device, mine in zip(shares, devices, layers, strict=True):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from eagle_fast_kernels.packed_layout import cut_columns, cut_rows
+from eagle_fast_kernels.packed_layout import Packed, cut_columns, cut_rows
 from torch import Tensor, nn
 
 from eagle_fast.layers.cuts import taken
@@ -64,6 +64,26 @@ def _packed(linear: PackedLinear, part: range, axis: int, biased: bool) -> Packe
     if bias is not None:
         bias = (bias[part.start : part.stop] if axis == ROWS else bias).clone()
     return PackedLinear.of(cut(linear.packed, part.start, part.stop), bias, linear.dtype)
+
+
+def whole_on(matrix: Tensor | Packed, device: torch.device) -> Tensor | Packed:
+    """A copy on a device."""
+    if isinstance(matrix, Tensor):
+        return matrix.detach().to(device, copy=True)
+    return Packed(*(each.to(device, copy=True) if isinstance(each, Tensor) else each for each in matrix))
+
+
+def rows_of(matrix: Tensor | Packed, rows: range, dtype: torch.dtype, order: RowOrder) -> FewRowsLinear | PackedLinear:
+    """A layer of some rows of a matrix, which it reads where they lie. dtype: of what it computes."""
+    if isinstance(matrix, Tensor):
+        made: FewRowsLinear | PackedLinear = FewRowsLinear.of(taken(matrix, [rows]))
+    else:
+        some = slice(rows.start, rows.stop)
+        made = PackedLinear.of(
+            matrix._replace(words=matrix.words[some], scales=matrix.scales[:, some].contiguous()), None, dtype
+        )
+    made.order = order
+    return made
 
 
 def in_order_of_down(layer: LlamaLayer) -> LlamaLayer:

@@ -67,7 +67,7 @@ class RankedTarget:
         self.layer_shapes = [shape for shapes in self.shapes for shape in shapes]
         check_shapes(self.layer_shapes)
         self.bindings = [LayerBinding(AttentionContext(), layer.window) for rank in ranks for layer in rank.layers]
-        self.vocab_size, self.dtype = len(ranks[0].embedding), ranks[0].embedding.dtype
+        self.vocab_size, self.dtype = ranks[-1].share.vocabulary.stop, ranks[0].dtype
         self.transfers, self.turn = Transfers(), Turns(self.devices)
         self.boundaries = feature_layers or (FINAL,)
         wrong = [each for each in feature_layers if not 0 <= each <= self.anatomy.num_layers]

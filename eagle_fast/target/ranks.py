@@ -16,12 +16,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from eagle_fast_kernels.draft_head import rope_append
+from eagle_fast_kernels.embedding import embedding_rows
+from eagle_fast_kernels.packed_layout import Packed
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from eagle_fast.layers.attention import Step
-from eagle_fast.layers.cuts import HeadShare, deal_dimension, deal_groups, deal_heads, taken
-from eagle_fast.layers.linear import COLUMNS, ROWS, FewRowsLinear, RowOrder
+from eagle_fast.layers.cuts import HeadShare, deal_dimension, deal_groups, deal_heads
+from eagle_fast.layers.linear import COLUMNS, ROWS, RowOrder
 from eagle_fast.layers.packed import PackedLinear
 from eagle_fast.layers.slab import KVSlab, LayerShape
 from eagle_fast.target.anatomy import (
@@ -35,10 +37,10 @@ from eagle_fast.target.anatomy import (
     llama_norm,
     rotary_of,
 )
-from eagle_fast.target.ends import are_tied, dtype_of, ends
+from eagle_fast.target.ends import are_tied, dtype_of, ends, matrix
 from eagle_fast.target.formats.arriving import ArrivingLinear, Unloaded
 from eagle_fast.target.merged import weight_of
-from eagle_fast.target.rank_parts import PartLinear, part_of, tensors_of
+from eagle_fast.target.rank_parts import PartLinear, part_of, rows_of, tensors_of, whole_on
 
 PACKED = ArrivingLinear, PackedLinear, Unloaded
 INSTEAD = "leave tensor_parallel out: device_map='balanced' spreads layers over GPUs"
@@ -112,7 +114,7 @@ def cut_bytes(model: PreTrainedModel, cuts: Cuts) -> list[int]:
         tail = 0
         if not are_tied(embedding, lm_head):
             tail = stored_bytes(lm_head) * len(share.vocabulary) // lm_head.out_features
-        found.append(layers + tail + embedding.weight.nbytes)
+        found.append(layers + tail + stored_bytes(embedding))
     return found
 
 
@@ -190,7 +192,7 @@ class Rank:
 
     share: Share
     device: torch.device
-    embedding: Tensor  # [V, H]
+    embedding: Tensor | Packed  # [V, H]
     layers: list[RankLayer]
     norm: Norm
     lm_head: PartLinear
@@ -198,6 +200,8 @@ class Rank:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids [B, T] -> [B T, H]."""
+        if isinstance(self.embedding, Packed):
+            return embedding_rows(tokens.reshape(-1), self.embedding, self.dtype)
         return F.embedding(tokens.reshape(-1), self.embedding)
 
     def rotation(self, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,17 +210,24 @@ class Rank:
         return cos.reshape(-1, cos.shape[-1]), sin.reshape(-1, sin.shape[-1])
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of what it computes."""
+        return self.layers[0].shape.dtype
+
+    @property
     def is_tied(self) -> bool:
         """Whether its part of lm_head is a view of the embedding."""
-        pointers = [each.untyped_storage().data_ptr() for each in (weight_of(self.lm_head), self.embedding)]
-        return pointers[0] == pointers[1]
+        rows = self.embedding.words if isinstance(self.embedding, Packed) else self.embedding
+        return rows.untyped_storage().data_ptr() == weight_of(self.lm_head).untyped_storage().data_ptr()
 
     @property
     def weights(self) -> list[Tensor]:
         """All that takes memory, but norms; a tied weight once."""
         linears = [each for layer in self.layers for each in (layer.qkv, layer.o, layer.gate_up, layer.down)]
         linears += [] if self.is_tied else [self.lm_head]
-        return [self.embedding, *(each for linear in linears for each in tensors_of(linear))]
+        table = self.embedding
+        rows = [table.words, table.scales] if isinstance(table, Packed) else [table]
+        return [*rows, *(each for linear in linears for each in tensors_of(linear))]
 
     @property
     def num_bytes(self) -> int:
@@ -242,13 +253,10 @@ def layer_windows(model: PreTrainedModel) -> list[int]:
 
 
 def cut_ends(
-    embedding: nn.Module, lm_head: Any, share: Share, device: torch.device, order: RowOrder
-) -> tuple[Tensor, PartLinear]:
+    embedding: Any, lm_head: Any, share: Share, device: torch.device, order: RowOrder
+) -> tuple[Tensor | Packed, PartLinear]:
     """(embedding [V, H], this rank's part of lm_head) of stock ones; a tied lm_head may be the embedding itself."""
-    table: Any = embedding.weight
-    table = table.detach().to(device, copy=True)
-    if not are_tied(embedding, lm_head):
-        return table, part_of([lm_head], [share.vocabulary], ROWS, device, order)
-    tied = FewRowsLinear.of(taken(table, [share.vocabulary]))
-    tied.order = order
-    return table, tied
+    table = whole_on(matrix(embedding), device)
+    if are_tied(embedding, lm_head):
+        return table, rows_of(table, share.vocabulary, dtype_of(embedding), order)
+    return table, part_of([lm_head], [share.vocabulary], ROWS, device, order)

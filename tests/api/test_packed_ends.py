@@ -98,14 +98,15 @@ def test_a_tied_weight_is_there_once(tied):
     check_one_text(decoder)
 
 
-def test_a_tied_weight_beside_one_of_its_own_is_refused(tied, tmp_path):
+@pytest.mark.parametrize("options", [{}, {"tensor_parallel": ["cpu", "cpu"]}], ids=["one device", "ranks"])
+def test_a_tied_weight_beside_one_of_its_own_is_refused(options, tied, tmp_path):
     model, _, head = tied
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     save_file(tensors | {"lm_head.weight": torch.randn(model.lm_head.weight.shape)}, tmp_path / "model.safetensors",
               metadata={"format": "pt"})  # fmt: skip
     with pytest.raises(ValueError, match=r"lm_head_bits=8, but .* has an lm_head beside the embedding"):
-        load(tmp_path, head, lm_head_bits=8)
+        load(tmp_path, head, lm_head_bits=8, **options)
 
 
 def test_logits_scores_and_warpers_are_those_of_plain_decoding(targets, tmp_path):

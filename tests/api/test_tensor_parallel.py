@@ -178,7 +178,6 @@ def test_a_checkpoint_without_safetensors(tmp_path):
         ({"max_memory": {"cpu": "1GiB"}}, "does not go with max_memory"),
         ({"draft_device": "cpu"}, "does not go with draft_device"),
         ({"target_bits": 3}, "target_bits=3: use 8 or 4"),
-        ({"lm_head_bits": 8}, "does not go with lm_head_bits"),
         ({"gguf_file": "x.gguf"}, "does not go with gguf_file"),
         ({"load_in_4bit": True}, "does not go with quantization_config"),
         ({"num_hidden_layers": 3}, "does not go with num_hidden_layers"),

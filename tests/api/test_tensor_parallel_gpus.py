@@ -99,10 +99,10 @@ def test_bits_of_two_ranks_in_16_bits(dtype):
     assert far < 0.05, "sums in another order, and no more"
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [{"target_bits": 8}, {"target_bits": 4, "lm_head_bits": 8}], ids=str)
 def test_bits_of_packed_weights(bits):
     with pytest.warns(UserWarning, match="packed weights"):
-        _, ranked = pair("llama", WIDE, writer=write_random_head, dtype=torch.bfloat16, target_bits=bits)
+        _, ranked = pair("llama", WIDE, writer=write_random_head, dtype=torch.bfloat16, **bits)
     assert ranked.exactness == "bitwise", ranked.exactness.reason
     for batch, options in itertools.product((1, 3), ({}, {"temperature": 1.0, "seed": 7})):
         options = {**prompts(batch, "cuda:0"), **options, "max_new_tokens": NEW}

@@ -53,6 +53,28 @@ def test_text_of_every_layout(layout, targets, tmp_path):
     check_same(tmp_path, head)
 
 
+@pytest.mark.parametrize("options", [{}, {"target_bits": 4}], ids=["plain", "rounded"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_ends_in_8_bits(options, tied, tmp_path):
+    """The embedding whole on every rank, of lm_head a part: where it is tied, the embedding's own rows."""
+    model = make("llama", num_hidden_layers=2, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path / "model")
+    head = write_often_right_head(model, tmp_path / "head", "eagle")  # which reads the target's embedding and lm_head
+    options = {**options, "lm_head_bits": 8}
+    single, _ = load(tmp_path / "model", head, **options)
+    ranked, said = load(tmp_path / "model", head, tensor_parallel=CPUS, **options)
+    assert ["runs from its packed weights" in each for each in said] == [True]
+    for batch, sampled in ((1, {}), (3, {"temperature": 1.0, "seed": 7})):
+        asked = {**prompts(batch), **sampled, "max_new_tokens": 15}
+        expected = single.naivegenerate(**asked)
+        assert torch.equal(ranked.eagenerate(**asked), expected)
+        assert torch.equal(ranked.naivegenerate(**asked), expected)
+    for rank in cut_of(ranked.base_model).ranks:
+        assert type(rank.lm_head) is PackedLinear
+        assert rank.is_tied == tied
+        assert rank.embedding.kind == "int8"
+
+
 @pytest.mark.parametrize("layout", sorted(ORDERED))
 def test_an_order_of_columns_is_kept_but_across_heads(layout, targets, tmp_path):
     """Rows of gate and up take over that of down; o would read other ranks' heads."""

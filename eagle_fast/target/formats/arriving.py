@@ -91,6 +91,20 @@ class ArrivingEmbedding(ArrivingLinear):
 class ArrivingWithEmbedding(nn.Module):
     """Stands where an lm_head will that is the embedding."""
 
+    bias = None
+
+    def __init__(self, embedding: ArrivingEmbedding):
+        super().__init__()
+        self._tied = (embedding,)  # no module of this one
+
+    @property
+    def weight(self) -> torch.Tensor | nn.Module:
+        return self._tied[0].weight
+
+    @property
+    def out_features(self) -> int:
+        return self._tied[0].out_features
+
 
 class Unloaded(nn.Module):
     """Stands for a packed layer where nothing is loaded: as many bytes on the meta device."""
@@ -196,7 +210,8 @@ def make_room_for_ends(model: PreTrainedModel, bits: int) -> None:
     if is_tied and lm_head.bias is not None:
         raise Unreadable("its lm_head has a bias, and the weight of the embedding")
     scheme = RoundingScheme(bits, 0, embedding.weight.dtype)
-    setattr(*places[0], ArrivingEmbedding(embedding, scheme, places[1] if is_tied else None))
-    setattr(*places[1], ArrivingWithEmbedding() if is_tied else ArrivingLinear(lm_head, scheme))
+    rows = ArrivingEmbedding(embedding, scheme, places[1] if is_tied else None)
+    setattr(*places[0], rows)
+    setattr(*places[1], ArrivingWithEmbedding(rows) if is_tied else ArrivingLinear(lm_head, scheme))
     ours = {f"{names[id(end)]}.weight" for end in (embedding, lm_head)}
     model.all_tied_weights_keys = {key: value for key, value in tied.items() if not {key, value} & ours}
