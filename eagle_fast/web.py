@@ -19,7 +19,10 @@ STYLE = """
 .dark .eagle mark { background: #1f6b52; color: #eafff6; }
 footer { display: none !important; }
 """
-TITLE = "# eagle_fast\n<mark>Marked</mark> tokens were drafted by the head and accepted by the model, which is"
+TITLE = (
+    "# eagle_fast\n"
+    "<mark>Marked</mark> tokens were drafted by the head and accepted by the model; the others are its own."
+)
 EXAMPLES = (PROMPT, "What is the capital of France?", "Write a haiku about the sea.")
 
 
@@ -83,9 +86,9 @@ def page(chat: Chat, name: str) -> Any:
         yield "", shown, [*history, {"role": "assistant", "content": text}], figures
 
     with gr.Blocks(title="eagle_fast", analytics_enabled=False) as blocks:
-        gr.Markdown(f"{TITLE} {name}.", elem_classes="eagle")
+        gr.Markdown(f"{TITLE}\n\nModel: {name}", elem_classes="eagle")
         history = gr.State([])
-        window = gr.Chatbot(height=420, sanitize_html=False, latex_delimiters=[], elem_id="chat")
+        window = gr.Chatbot(height=420, sanitize_html=False, latex_delimiters=[], elem_id="chat", show_label=False)
         figures = gr.Markdown("", elem_id="figures")
         question = gr.Textbox(placeholder="Ask something", show_label=False, submit_btn=True, elem_id="question")
         with gr.Row():
@@ -104,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         import gradio  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"the page needs gradio ({error}): pip install 'eagle-fast[web]'") from error
+        raise ValueError(f"the page needs gradio ({error}): pip install 'gradio>=6,<7'") from error
     model = load_pair(args)
     blocks = page(Chat(model, model.tokenizer), name_of(args))
     print(f"the page is at http://{args.host}:{args.port} until Ctrl+C", flush=True)

@@ -4,7 +4,7 @@
     eagle-fast bench --model meta-llama/Llama-3.1-8B-Instruct --head yuhuili/EAGLE3-LLaMA3.1-Instruct-8B
     eagle-fast bench --model TARGET --head HEAD --prompts mine.jsonl --limit 20 --temperature 0 1
     eagle-fast bench --stock 0 --json > bench.json                     # no stock generate, JSON instead of the table
-    eagle-fast bench --out bench.json --plot bench.png                 # the plot needs eagle-fast[plot]
+    eagle-fast bench --out bench.json --plot bench.png                 # the plot needs matplotlib
 
 Prompts are twelve short ones of this package, or --prompts: .jsonl with an object a line (messages, turns, prompt or
 text), or a prompt a line. One at a time, each in all three ways after the other. Tokens a second are of whole calls,

@@ -5,7 +5,7 @@ shown while the answer grows, and speculation can be turned off: the text stays 
     eagle-fast web --model meta-llama/Llama-3.1-8B-Instruct --head yuhuili/EAGLE3-LLaMA3.1-Instruct-8B
     eagle-fast web --host 0.0.0.0 --port 8080            # for other machines too: the page asks nobody for a password
 
-Needs gradio: pip install 'eagle-fast[web]', in a checkout pip install '.[web]'.
+Needs gradio: pip install 'gradio>=6,<7', in a checkout pip install '.[web]'.
 """
 
 from __future__ import annotations

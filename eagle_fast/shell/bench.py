@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     """Before anything is loaded."""
     if args.plot and find_spec("matplotlib") is None:
-        raise ValueError("--plot draws with matplotlib, which is not installed: pip install 'eagle-fast[plot]'")
+        raise ValueError("--plot draws with matplotlib, which is not installed: pip install 'matplotlib>=3.9'")
     for name, path in (("--out", args.out), ("--plot", args.plot)):
         if path and not path.absolute().parent.is_dir():
             raise ValueError(f"{name} {path}: there is no folder {path.parent}")

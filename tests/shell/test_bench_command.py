@@ -104,7 +104,7 @@ def test_a_text_that_differs_is_told(pair, prompts, monkeypatch, capsys):
 def test_a_plot_without_matplotlib_is_refused_before_anything_is_loaded(monkeypatch, capsys):
     monkeypatch.setattr(bench, "find_spec", lambda name: None)
     assert main(["bench", "--model", "absent/absent", "--head", "absent/absent", "--plot", "bench.png"]) == 2
-    assert "pip install 'eagle-fast[plot]'" in capsys.readouterr().err
+    assert "pip install 'matplotlib>=3.9'" in capsys.readouterr().err
 
 
 def test_matplotlib_is_not_imported_without_a_plot():
