@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from eagle_fast.commands.loading import OPTIONS
 from eagle_fast.loading_options import UnknownOption
@@ -109,7 +111,9 @@ READ: dict[str, Callable[[str], Any]] = {
 
 @contextmanager
 def as_written() -> Iterator[None]:
-    """Around loading: its errors, with the names that arguments have on the command line."""
+    """Around loading: its errors, with the names that arguments have on the command line; bars on a terminal alone."""
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     try:
         yield
     except UnknownOption as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import html
+import socket
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -65,7 +66,7 @@ def took(counts: list[int], seconds: float) -> str:
     return (
         f"**{tokens / max(seconds, 1e-9):.1f} tokens/s**, {tokens} tokens in {rounds} rounds: "
         f"**{tokens / rounds:.2f} a round** (tau), {drafted} of them drafted and accepted "
-        f"({100 * drafted / max(tokens, 1):.0f} %)"
+        f"({100 * drafted / max(tokens, 1):.0f}\u00a0%)"
     )
 
 
@@ -80,8 +81,11 @@ def page(chat: Chat, name: str) -> Any:
         history = [*history, {"role": "user", "content": question}]
         shown = [*shown, {"role": "user", "content": question}]
         text, figures = "", ""
-        for answer, text, figures in chat.answer(history, *settings):  # noqa: B007  # the last text is kept
-            yield "", [*shown, {"role": "assistant", "content": answer}], history, figures
+        try:
+            for answer, text, figures in chat.answer(history, *settings):  # noqa: B007  # the last text is kept
+                yield "", [*shown, {"role": "assistant", "content": answer}], history, figures
+        except (ValueError, RuntimeError) as error:  # gradio shows no other ones
+            raise gr.Error(str(error)) from error
         shown = [*shown, {"role": "assistant", "content": answer}]
         yield "", shown, [*history, {"role": "assistant", "content": text}], figures
 
@@ -108,11 +112,26 @@ def run(args: argparse.Namespace) -> int:
         import gradio  # noqa: F401
     except ImportError as error:
         raise ValueError(f"the page needs gradio ({error}): pip install 'gradio>=6,<7'") from error
+    check_address(args.host, args.port)
     model = load_pair(args)
     blocks = page(Chat(model, model.tokenizer), name_of(args))
     print(f"the page is at http://{args.host}:{args.port} until Ctrl+C", flush=True)
     launch(blocks, args.host, args.port)
     return 0
+
+
+def check_address(host: str, port: int) -> None:
+    """Before anything is loaded: whether a page can be served there. Raises ValueError."""
+    if not 0 < port < 65536:
+        raise ValueError(f"--port {port}: use a number from 1 to 65535")
+    try:
+        family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(address)
+    except OSError as error:
+        why = f"no page can be served at --host {host} --port {port} ({error.strerror})"
+        raise ValueError(f"{why}: choose another one") from error
 
 
 def launch(blocks: Any, host: str, port: int | None, **options: Any) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import transformers
 from rich.console import Console
 from rich.style import Style
 from rich.text import Text
@@ -27,8 +26,6 @@ class Screen:
         self.colors = colors
         width = None if sys.stdout.isatty() else WIDTH
         self.answers, self.notes = Console(highlight=False, width=width), Console(stderr=True, highlight=False)
-        if not self.notes.is_terminal:
-            transformers.utils.logging.disable_progress_bar()
 
     @property
     def is_interactive(self) -> bool:

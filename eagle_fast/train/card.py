@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from eagle_fast.head.config import HeadConfig
 from eagle_fast.train.options import TrainOptions
+from eagle_fast.train.progress import amount
 
 TEMPLATE = """# EAGLE-3 draft head for {target}
 
@@ -22,7 +23,7 @@ tokens, which cover {coverage:.2f} % of its answers. It reads the inputs of the 
 ## Training
 
 `eagle-fast train` of eagle_fast. All answers are the target's own ({greedy:.0f} % greedy, the others at temperature 1);
-the questions are {questions}. {updates} updates over {tokens:.1f} M answer tokens (repeated passes counted) in
+the questions are {questions}. {updates} updates over {tokens} answer tokens (repeated passes counted) in
 {minutes:.0f} minutes, writing the texts included. Training-time test of {steps} steps with weights {decay}^j,
 cross-entropy to the target's distribution over the draft vocabulary, AdamW with peak learning rate {rate:g}, cosine.
 
@@ -86,7 +87,7 @@ def write_card(folder: Path, training: Training) -> None:
         greedy=100 * options.greedy_share,
         questions=given if training.num_prompts else own,
         updates=training.updates,
-        tokens=training.num_tokens / 1e6,
+        tokens=amount(training.num_tokens),
         minutes=training.seconds / 60,
         steps=options.steps,
         decay=options.decay,

@@ -86,7 +86,7 @@ class Log:
         )  # fmt: skip
         self.say(
             f"{_bar(budget)}  update {budget.updates}  lr {rate:.1e}  loss {losses[0]:.2f}  "
-            f"agrees {_shares(agreement)}  {speed / 1e3:.1f}k tokens/s"
+            f"agrees {_shares(agreement)}  {amount(speed)} tokens/s"
         )
 
     def held_out(self, budget: Budget, losses: list[float], agreement: list[float]) -> None:
@@ -109,6 +109,13 @@ def duration(seconds: float) -> str:
     if seconds >= 5400:
         return f"{seconds / 3600:.1f}h"
     return f"{seconds / 60:.0f}m" if seconds >= 90 else f"{seconds:.0f}s"
+
+
+def amount(number: float) -> str:
+    """In millions, thousands or as it is, whichever says enough."""
+    if number >= 1e5:
+        return f"{number / 1e6:.2f}M"
+    return f"{number / 1e3:.1f}k" if number >= 1e3 else f"{number:.0f}"
 
 
 def _shares(values: list[float]) -> str:

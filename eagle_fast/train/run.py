@@ -18,6 +18,7 @@ from eagle_fast.train.progress import duration
 from eagle_fast.train.setting import Setting
 from eagle_fast.train.trainer import Trainer
 
+WORTH = 1.5  # tokens per round; with fewer, rounds cost about what they bring
 TAU_PROMPTS = {"cuda": (32, 128), "cpu": (4, 32)}  # held-out prompts, new tokens
 
 
@@ -95,8 +96,12 @@ def finish(trainer: Trainer) -> Result:
     trainer.log.record("finished" if finished else "paused", agreement=agreement, taus=list(taus.values()))
     trainer.log.say(
         f"wrote {trainer.folder} after {duration(budget.seconds)}: "
-        + ", ".join(f"{tau:.2f} tokens per round at T={t:g}" for t, tau in taus.items())
+        + ", ".join(
+            f"{done.tau:.2f} tokens per round at T={t:g} ({done.rounds} rounds)" for t, done in measured.items()
+        )
     )
+    if finished and max(taus.values()) < WORTH:
+        trainer.log.say("few of its drafts are right: --resume with more --minutes (or --updates) goes on from here")
     name = getattr(setting.model, "name_or_path", "") or type(setting.model).__name__
     write_card(
         trainer.folder,

@@ -20,7 +20,7 @@ from eagle_fast.train.fresh import Measured, empty_head, head_config, measure, s
 from eagle_fast.train.learn import Learned, learn
 from eagle_fast.train.optimizer import MasterAdamW, learning_rate
 from eagle_fast.train.pool import Batch, collate, load_texts, plan, save_texts
-from eagle_fast.train.progress import Budget, Log
+from eagle_fast.train.progress import Budget, Log, amount
 from eagle_fast.train.setting import Setting
 from eagle_fast.train.teacher import Teacher
 from eagle_fast.train.vocabulary import choose_tokens
@@ -92,7 +92,7 @@ class Trainer:
             if passed - told > options.log_seconds:
                 told = passed
                 share = f", {100 * min(1.0, passed / limit):.0f} % of its time" if limit < float("inf") else ""
-                self.log.say(f"writing: {count / 1e6:.2f}M tokens of answers, {count / passed / 1e3:.1f}k/s{share}")
+                self.log.say(f"writing: {amount(count)} tokens of answers, {amount(count / passed)}/s{share}")
             late = passed > limit and (count > 0 or self.budget.spent)
             return count >= options.pool_tokens or late
 
@@ -118,8 +118,8 @@ class Trainer:
             "written", texts=len(wanted), tokens=count, seconds=passed, dropped=self.setting.writer.num_dropped
         )
         self.log.say(
-            f"wrote {len(wanted)} texts with {count / 1e6:.2f}M tokens of answers in {passed:.0f} s "
-            f"({count / passed / 1e3:.1f}k/s)"
+            f"wrote {len(wanted)} texts with {amount(count)} tokens of answers in {passed:.0f} s "
+            f"({amount(count / passed)}/s)"
         )
 
     def _begin(self) -> None:

@@ -4,6 +4,8 @@ import argparse
 import html
 import re
 import shutil
+import socket
+import sys
 
 import pytest
 import torch
@@ -60,6 +62,31 @@ def test_half_a_pair_is_refused():
     add_arguments(parser)
     with pytest.raises(ValueError, match="--model needs a draft head: name it with --head"):
         web.run(parser.parse_args(["--model", "somewhere"]))
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "message"),
+    [
+        ("127.0.0.1", None, "--port .* in use.*choose another one"),
+        ("127.0.0.1", 99999, "--port 99999: use a number from 1"),
+        ("no.such.host.invalid", 7860, "--host no.such.host.invalid .*choose another one"),
+    ],
+)
+def test_an_address_that_cannot_be_served_is_refused_before_anything_is_loaded(host, port, message, monkeypatch):
+    pytest.importorskip("gradio", minversion="6")
+    monkeypatch.setattr(web, "load_pair", lambda args: pytest.fail("loaded"))
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        args = argparse.Namespace(host=host, port=other.getsockname()[1] if port is None else port)
+        with pytest.raises(ValueError, match=message):
+            web.run(args)
+
+
+def test_without_gradio_the_page_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(ValueError, match="pip install 'gradio"):
+        web.run(argparse.Namespace())
 
 
 def test_a_chat_in_a_browser(chat):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from rich.console import Console
 from shell_pairs import eagle_fast
 
@@ -188,3 +189,12 @@ def test_a_text_does_not_drive_the_terminal(capsys):
     terminal.write("a\x1b[2Jb")
     pipe.write("a\x1b[2Jb")
     assert capsys.readouterr().out == "a\u241b[2Jb" + "a\x1b[2Jb"
+
+
+def test_a_pipe_is_shown_no_bars(capsys):
+    """Of transformers, while a command loads something: stderr is no terminal here."""
+    bars = transformers.utils.logging
+    bars.enable_progress_bar()
+    with loading_arguments.as_written():
+        pass
+    assert not bars.is_progress_bar_enabled()

@@ -17,7 +17,7 @@ from eagle_fast.loading import load_head
 from eagle_fast.train import TrainOptions, train
 from eagle_fast.train.evaluate import measure_decoding
 from eagle_fast.train.fresh import head_config
-from eagle_fast.train.progress import Budget, duration
+from eagle_fast.train.progress import Budget, amount, duration
 from eagle_fast.train.setting import Setting
 from eagle_fast.train.trainer import Trainer
 
@@ -248,7 +248,9 @@ def test_the_command(tmp_path, capsys):
     arguments = ["train", "--model", str(target), "--out", str(out), "--prompts", str(tmp_path / "prompts.txt")]
     arguments += ["--device", "cpu", "--held-out", "4", *sizes.split()]
     assert main(arguments) == 0
-    assert "held out" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "held out" in said
+    assert "few of its drafts are right: --resume" in said, "after three updates"
     assert EaModel.from_pretrained(base_model_path=str(target), ea_model_path=str(out)).ea_layer.token_ids.numel() == 60
     assert main(arguments) == 2
     assert "resume it" in capsys.readouterr().err
@@ -322,6 +324,7 @@ def test_time_is_kept_for_the_end_and_told():
     now, by_updates.updates = 551.0, 4
     assert by_updates.left == pytest.approx(15.0)
     assert [duration(seconds) for seconds in (3, 100, 7200)] == ["3s", "2m", "2.0h"]
+    assert [amount(number) for number in (0, 31.4, 9300, 98_200, 1_234_567)] == ["0", "31", "9.3k", "98.2k", "1.23M"]
 
 
 def test_measuring_keeps_to_its_seconds(run):
