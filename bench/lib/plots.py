@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-OURS, PLAIN, INK, OTHERS = "#0f8b6d", "#9aa5ab", "#24302c", ("#c98a2b", "#5b7db1", "#a8577e", "#7a6f9b", "#4f9fa8")
+from eagle_fast.shell.figures import COLOURS
+
+OURS, PLAIN, OTHERS = COLOURS["head"], COLOURS["plain"], (COLOURS["stock"], "#5b7db1", "#a8577e", "#7a6f9b", "#4f9fa8")
+INK = "#24302c"
 SETS = {"mt_bench": "MT-bench", "gsm8k": "GSM8K", "humaneval": "HumanEval"}
 
 
@@ -32,17 +35,23 @@ def bars(axes: Any, labels: Sequence[str], factors: Sequence[float], notes: Sequ
     """Horizontal bars of speed-ups with their numbers, and what they are made of as a note behind."""
     places = range(len(labels))
     axes.barh(places, factors, 0.62, color=[OURS if factor >= 1 else PLAIN for factor in factors])
-    for place, factor, note in zip(places, factors, notes, strict=True):
-        axes.text(factor, place, f" {factor:.2f}x  {note}", va="center", fontsize=8)
+    texts = [
+        axes.text(factor, place, f" {factor:.2f}x  {note}", va="center", fontsize=8, in_layout=False)
+        for place, factor, note in zip(places, factors, notes, strict=True)
+    ]
     axes.axvline(1, color=INK, linewidth=0.8, linestyle=":")
     axes.set(
         yticks=list(places),
         yticklabels=labels,
-        xlim=(0, 1.6 * max(factors)),
+        xlim=(0, max(factors)),
         ylim=(-0.6, len(labels) - 0.4),
         xlabel=f"times as fast as {over}",
     )
     axes.invert_yaxis()
+    axes.figure.draw_without_rendering()  # from then on widths are known
+    room = axes.get_window_extent().width
+    widths = [text.get_window_extent().width / room for text in texts]
+    axes.set_xlim(0, 1.02 * max(factor / (1 - width) for factor, width in zip(factors, widths, strict=True)))
 
 
 def plot_ops(record: dict, path: Path) -> None:

@@ -60,6 +60,8 @@ def head_config(
 ) -> HeadConfig:
     """One layer as wide as the target's, with its attention; 0 takes the target's intermediate size and key heads."""
     anatomy = Anatomy(model)
+    if num_kv_heads and anatomy.num_heads % num_kv_heads:
+        raise ValueError(f"kv_heads={num_kv_heads}: use a number that divides the target's {anatomy.num_heads} heads")
     hidden = anatomy.hidden_size
     embedding, lm_head = ends(model)
     return HeadConfig(

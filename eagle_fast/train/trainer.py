@@ -55,6 +55,8 @@ class Trainer:
         self.budget, self.log = Budget(self.options), Log(self.kept)
         self.budget.reserve = min(END_SECONDS, END_SHARE * 60 * self.options.minutes)
         self.initial = initial
+        if initial is None:
+            self._config(setting.target.vocab_size)  # what cannot be built is refused before texts are written
         self.place = Place()
         self.texts: list[Text] = []
         self.held_out: list[Text] = []
@@ -129,8 +131,7 @@ class Trainer:
         if self.initial is None:
             ids, self.coverage = choose_tokens(self.texts, vocab_size, self.options.draft_vocab, setting.special_ids)
             ids = None if ids is None else ids.to(setting.device)
-            options, size = self.options, vocab_size if ids is None else len(ids)
-            config = head_config(model, size, options.intermediate, options.kv_heads, options.share_lm_head)
+            config = self._config(vocab_size if ids is None else len(ids))
             head = empty_head(model, config, ids, self.options.seed)
         else:
             head, ids = self.initial.requires_grad_(True), self.initial.token_ids
@@ -144,6 +145,13 @@ class Trainer:
         self.log.say(
             f"head of {count / 1e6:.1f}M parameters, draft vocabulary {head.config.draft_vocab_size} "
             f"({100 * self.coverage:.2f} % of the answers' tokens)"
+        )
+
+    def _config(self, draft_vocab: int) -> HeadConfig:
+        """Of a fresh head."""
+        options = self.options
+        return head_config(
+            self.setting.model, draft_vocab, options.intermediate, options.kv_heads, options.share_lm_head
         )
 
     def _measured(self, feature_layers: tuple[int, ...]) -> Measured:

@@ -130,6 +130,13 @@ def test_a_plot(tmp_path):
     for name in ("bench.png", "bench.svg"):
         figures.plot({"model": "m", "dtype": "float32", "hardware": "cpu", "rows": rows}, tmp_path / name)
         assert (tmp_path / name).stat().st_size > 5000
+    figure = figures.draw({"model": "m", "dtype": "float32", "hardware": "cpu", "rows": rows})
+    figure.draw_without_rendering()
+    left = figure.axes[0]
+    assert sorted(text.get_text() for text in left.texts) == ["10.0"] * 3 + ["10.0, 1.00x"] * 2, "a number on every bar"
+    assert all(text.get_window_extent().x1 <= left.get_window_extent().x1 for text in left.texts)
+    assert left.get_legend() is None, "it would lie over bars"
+    assert "1.00x plain" in left.get_title()
     with pytest.raises(ValueError, match=r"--plot .*bench\.nothing"):
         figures.plot({"model": "m", "dtype": "float32", "hardware": "cpu", "rows": rows}, tmp_path / "bench.nothing")
 

@@ -359,6 +359,7 @@ def test_minutes_that_no_answer_fits_into(tmp_path):
         (["--out", "/dev/null/head"], "no folder /dev/null/head"),
         (["--model", "/nowhere/model"], "there is no such folder"),
         (["--initial", "/nowhere/head"], "no folder /nowhere/head"),
+        (["--kv-heads", "3"], "kv_heads=3: use a number that divides the target's 4 heads"),
     ],
 )
 def test_wrong_names_end_in_one_line(change, message, tmp_path, capsys):
@@ -366,6 +367,8 @@ def test_wrong_names_end_in_one_line(change, message, tmp_path, capsys):
     make_tokenizer().save_pretrained(tmp_path / "target")
     arguments = ["train", "--model", str(tmp_path / "target"), "--out", str(tmp_path / "head"), "--device", "cpu"]
     assert main([*arguments, *change]) == 2
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eagle-fast train:")]
+    shown = capsys.readouterr()
+    said = [line for line in shown.err.splitlines() if line.startswith("eagle-fast train:")]
     assert len(said) == 1
     assert message in said[0]
+    assert "wrote" not in shown.out, "before minutes are spent on texts"
