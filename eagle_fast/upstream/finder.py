@@ -6,15 +6,18 @@ the checkout's, `eagle.model.ea_model` ours, and a module that is neither is an 
 
 from __future__ import annotations
 
+import functools
 import runpy
 import sys
 import warnings
+from collections.abc import Callable
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from eagle_fast.upstream.children import hand_on
 from eagle_fast.upstream.loops import OWN_ROUNDS
 from eagle_fast.upstream.names import FUNCTIONS, modules
 
@@ -34,6 +37,7 @@ class Finder(MetaPathFinder, Loader):
     """Asked first, of all names below `eagle` and `model`."""
 
     def __init__(self, accept_lengths: bool = False):
+        self.accept_lengths = accept_lengths
         self.contents = modules(accept_lengths)
 
     def find_spec(self, fullname, path=None, target=None):
@@ -104,8 +108,9 @@ def choices(name: str) -> dict[str, Any]:
 
 
 def install(*, accept_lengths: bool = False, quiet: bool = False) -> None:
-    """Make `eagle.model` importable; a second time changes nothing. quiet: a package that is hidden is meant to be."""
-    if any(isinstance(each, Finder) for each in sys.meta_path):
+    """Make `eagle.model` importable, in this process and in those that multiprocessing spawns; a second time changes
+    nothing. quiet: a package that is hidden is meant to be."""
+    if _installed() is not None:
         return
     loaded = next((name for name in ("eagle.model", "eagle.model.ea_model") if name in sys.modules), None)
     if loaded is not None:
@@ -121,6 +126,17 @@ def install(*, accept_lengths: bool = False, quiet: bool = False) -> None:
             stacklevel=3,
         )
     sys.meta_path.insert(0, Finder(accept_lengths))
+    hand_on(_install_alike)
+
+
+def _installed() -> Finder | None:
+    return next((each for each in sys.meta_path if isinstance(each, Finder)), None)
+
+
+def _install_alike() -> Callable[[], None] | None:
+    """What another process calls to find what this one finds."""
+    finder = _installed()
+    return None if finder is None else functools.partial(install, accept_lengths=finder.accept_lengths, quiet=True)
 
 
 def is_ours(module: ModuleType | None) -> bool:
