@@ -58,15 +58,22 @@ def attach(
     if damage:
         raise ValueError(f"MODEL={model!r} {damage}")
     check_folder(str(drafter))
+    told = asdict(tree or TreeConfig()) | (options or {})
+    text = HOOK.format(head=HEAD, options=", ".join(f"{name}={value!r}" for name, value in told.items()))
+    try:
+        _write(place, source, drafter, text)
+    except OSError as error:
+        raise ValueError(f"FOLDER={str(place)!r} cannot be written: {error}") from error
+
+
+def _write(place: Path, source: Path, drafter: Path, hook: str) -> None:
     (place / HEAD).mkdir(parents=True)
     (place / "custom_generate").mkdir()
     for target, into in ((source, place), (drafter, place / HEAD)):
         for each in sorted(target.iterdir()):
             if each.name not in NOT_LINKED:
                 (into / each.name).symlink_to(each.absolute())
-    told = asdict(tree or TreeConfig()) | (options or {})
-    text = HOOK.format(head=HEAD, options=", ".join(f"{name}={value!r}" for name, value in told.items()))
-    (place / "custom_generate" / "generate.py").write_text(text, encoding="utf-8")
+    (place / "custom_generate" / "generate.py").write_text(hook, encoding="utf-8")
 
 
 def _local(name: str, path: str, hub: dict[str, Any]) -> Path:

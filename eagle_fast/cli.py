@@ -7,9 +7,11 @@ Each subcommand is a module of `commands` with its help and `add_arguments(parse
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import version
 
@@ -29,9 +31,31 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; errors that a user can mend end in one line and exit code 2, Ctrl-C in 130."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if not arguments or arguments[0] not in COMMANDS:
-        return _usage(arguments)
-    name = arguments[0]
+    if sys.stdin is None:  # closed
+        sys.stdin = io.StringIO()
+    name = arguments[0] if arguments and arguments[0] in COMMANDS else None
+    try:
+        code = _usage(arguments) if name is None else _run(name, arguments[1:])
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # as `eagle-fast generate ... | head -1` does
+        _leave_stdout()
+        return 141
+    except OSError as error:  # a file, or stdout, that the system refuses
+        print(f"eagle-fast{f' {name}' if name else ''}: {error}", file=sys.stderr)
+        with suppress(OSError):
+            sys.stdout.flush()
+            return 2
+        _leave_stdout()
+        return 2
+    except ValueError as error:
+        print(f"eagle-fast {name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(name: str, arguments: Sequence[str]) -> int:
     asked = import_module(f"eagle_fast.commands.{name}")
     parser = argparse.ArgumentParser(
         prog=f"eagle-fast {name}",
@@ -39,17 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     asked.add_arguments(parser)
-    try:
-        given = parser.parse_args(arguments[1:])
-        return import_module(COMMANDS[name][0]).run(given)
-    except ValueError as error:
-        print(f"eagle-fast {name}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # as `eagle-fast generate ... | head -1` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes at its end
-        return 141
+    given = parser.parse_args(arguments)
+    return import_module(COMMANDS[name][0]).run(given)
+
+
+def _leave_stdout() -> None:
+    """For what Python still writes at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _usage(arguments: Sequence[str]) -> int:

@@ -22,7 +22,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     """
     path, prompts = Path(path), []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise ValueError(f"the file of prompts {path} cannot be read: {reason}") from error
@@ -40,7 +40,7 @@ def _prompt(line: str, where: str) -> Prompt:
     except ValueError as error:
         raise ValueError(f"{where}: not JSON ({error})") from error
     if isinstance(record, str):
-        return record
+        return _text(record, where)
     for key in ("messages", "turns", "prompt", "text"):
         value = record.get(key) if isinstance(record, dict) else None
         if key == "messages" and value:
@@ -48,9 +48,17 @@ def _prompt(line: str, where: str) -> Prompt:
             users = [index for index, message in enumerate(value) if message["role"] == "user"]
             if users:
                 return value[: users[-1] + 1]
+        elif key == "turns" and value:
+            return _text(value[0] if isinstance(value, list) else value, f"{where}: turns")
         elif value:
-            return value[0] if key == "turns" else value
+            return _text(value, f"{where}: {key}")
     raise ValueError(f"{where}: needs a field messages, turns, prompt or text")
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name}={shown(value)} is no text")
+    return value
 
 
 def check_messages(messages: Any, name: str = "messages") -> None:
@@ -66,8 +74,8 @@ def check_messages(messages: Any, name: str = "messages") -> None:
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     """Token ids up to where the answer begins: in the chat template if there is one."""
     if tokenizer.chat_template is None:
-        text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
-        return tokenizer(text).input_ids
+        contents = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+        return token_ids(tokenizer, "\n".join(_text(each, "content") for each in contents))
     return encode(tokenizer, render(tokenizer, as_messages(prompt)))
 
 
@@ -77,10 +85,26 @@ def as_messages(prompt: Prompt) -> list[dict[str, Any]]:
 
 
 def render(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> str:
-    """Messages in the chat template, up to where the answer begins. options: the template's own."""
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
+    """Messages in the chat template, up to where the answer begins. options: the template's own. ValueError for what
+    the template does not take, such as a system message in some, or contents that are no text."""
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
+    except Exception as error:  # templates are programs, and raise what they like
+        given = "".join(f", {name}={shown(value)}" for name, value in options.items())
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"the chat template cannot use messages={shown(messages)}{given}: {reason}") from error
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text that has its special tokens already."""
-    return tokenizer(text, add_special_tokens=False).input_ids
+    return token_ids(tokenizer, text, add_special_tokens=False)
+
+
+def token_ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    """Token ids of a text. ValueError for one with half characters, as bytes that were no UTF-8 are read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = text[max(error.start - 10, 0) : error.end + 10]
+        raise ValueError(f"the text is no UTF-8 around {around!r}: give it in that encoding") from error
+    return tokenizer(text, **options).input_ids

@@ -10,7 +10,7 @@ import torch
 
 from eagle_fast.decoding.statistics import Statistics
 from eagle_fast.model import EaModel
-from eagle_fast.prompts import Prompt, encode_prompt
+from eagle_fast.prompts import Prompt, encode_prompt, token_ids
 from eagle_fast.shell.settings import Settings
 from eagle_fast.text import encode_chat
 
@@ -57,9 +57,12 @@ def encode(tokenizer: Any, prompt: Prompt, raw: bool, template: dict[str, Any]) 
     """Token ids of a prompt, in the chat template if there is one; raw: as it stands. template: options of it."""
     if not raw and getattr(tokenizer, "chat_template", None) is not None:
         return encode_chat(tokenizer, prompt, **template)
-    if raw and not isinstance(prompt, str):
+    if not raw:
+        ids = encode_prompt(tokenizer, prompt)
+    elif isinstance(prompt, str):
+        ids = token_ids(tokenizer, prompt)
+    else:
         raise ValueError("--raw continues texts as they stand, and this prompt is a list of messages")
-    ids = tokenizer(prompt).input_ids if raw else encode_prompt(tokenizer, prompt)
     if not ids:
         raise ValueError("the prompt has no tokens: there is nothing to continue from")
     return ids

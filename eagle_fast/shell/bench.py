@@ -64,6 +64,8 @@ def _check(args: argparse.Namespace) -> None:
     for name, path in (("--out", args.out), ("--plot", args.plot)):
         if path and not path.absolute().parent.is_dir():
             raise ValueError(f"{name} {path}: there is no folder {path.parent}")
+        if path and path.is_dir():
+            raise ValueError(f"{name} {path} is a folder: name a file")
     check_positive(limit=1 if args.limit is None else args.limit)
     if args.stock is not None and args.stock < 0:
         raise ValueError(f"--stock {args.stock}: use a number of prompts, 0 for none")

@@ -42,9 +42,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--stop: a text is empty")
     model, same = load_pair(args), []
     more = {"stopping_criteria": [StopStringCriteria(model.tokenizer, args.stop)]} if args.stop else {}
+    encoded = [encode(model.tokenizer, prompt, args.raw, args.chat_template_kwargs) for prompt in prompts]
     for first in range(0, len(prompts), args.batch):
-        some = prompts[first : first + args.batch]
-        ids = [encode(model.tokenizer, prompt, args.raw, args.chat_template_kwargs) for prompt in some]
+        some, ids = prompts[first : first + args.batch], encoded[first : first + args.batch]
         shown = not args.json
         titles = [f"--- {first + place} of {len(prompts)}" for place in range(1, len(some) + 1)]
         with_head = answers(model, ids, settings, more, screen, titles if shown and len(prompts) > 1 else [], shown)

@@ -79,7 +79,10 @@ def add_template_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _object(text: str) -> dict[str, Any]:
-    found = json.loads(text)
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: not JSON ({error})") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{text} is no JSON object")
+        raise argparse.ArgumentTypeError(f'{text} is no JSON object, as {{"enable_thinking": false}}')
     return found

@@ -3,6 +3,7 @@
 import copy
 import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,6 +159,7 @@ def test_generate_of_another_repository_still_runs(loaded, tmp_path):
         ("empty target", "has no config.json"),
         ("empty head", "no config.json in"),
         ("tree", "total_token=1: use 2"),
+        ("no folder", "FOLDER=.* cannot be written: "),
     ],
 )
 def test_what_cannot_be_attached(which, message, pair, folder, tmp_path, capsys):
@@ -166,6 +168,7 @@ def test_what_cannot_be_attached(which, message, pair, folder, tmp_path, capsys)
     given = {
         "full": [target, head, folder], "no target": ["/no/such", head, place],
         "empty target": [tmp_path / "empty", head, place], "empty head": [target, tmp_path / "empty", place],
+        "no folder": [target, head, Path(head) / "config.json" / "new"],
         "tree": [target, head, place, "--tree", "1", "7", "10"],
     }[which]  # fmt: skip
     assert main(["attach", *map(str, given)]) == 2

@@ -79,6 +79,20 @@ def test_what_is_no_conversation_is_refused(model, messages):
         model.chat(messages)
 
 
+@pytest.mark.parametrize("content", [5, None, ["w5"], [{"type": "text", "text": "w5"}], "w5 \udcff"])
+def test_contents_that_are_no_text_are_refused(model, content):
+    model.tokenizer.chat_template = "{{ 'w1 ' + messages[0].content }}"
+    with pytest.raises(ValueError, match=r"the chat template cannot use messages=|the text is no UTF-8"):
+        model.chat([{"role": "user", "content": content}])
+
+
+def test_what_a_template_refuses_is_said(model):
+    """As some do with system messages."""
+    model.tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(ValueError, match=r"messages=.*a=1.*System role not supported"):
+        model.chat("w5", chat_template_kwargs={"a": 1})
+
+
 def test_what_gives_no_text_is_refused(model):
     with pytest.raises(TypeError, match=r"chat\(\) takes no 'log'"):
         model.chat("w5", log=True)
@@ -133,6 +147,8 @@ def test_files_of_prompts(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
     assert read_prompts(file) == ["p", "t", "first", chat, "bare"]
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())  # as editors on Windows begin a file
+    assert read_prompts(file)[0] == "p"
     (tmp_path / "lines.txt").write_text("one\n\ntwo\n")
     assert read_prompts(tmp_path / "lines.txt") == ["one", "two"]
 
@@ -140,7 +156,9 @@ def test_files_of_prompts(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [(b"", "holds no prompts"), (b"\xff\xfe", "cannot be read"), (b"{", "line 1: not JSON"), (b"{}", "needs a field"),
-     (b'{"messages": ["x"]}', "line 1: messages")],
+     (b'{"messages": ["x"]}', "line 1: messages"), (b'"a"\n{"prompt": 5}', "line 2: prompt=5"),
+     (b'{"text": ["a", "b"]}', "line 1: text="), (b'{"turns": [5]}', "line 1: turns=5"),
+     (b'{"turns": {"a": 1}}', "line 1: turns=")],
 )  # fmt: skip
 def test_a_file_that_holds_no_prompts_is_named(content, reason, tmp_path):
     file = tmp_path / "prompts.jsonl"

@@ -145,7 +145,7 @@ def test_a_plot(tmp_path):
     ("arguments", "reason"),
     [(["--limit", "0"], "limit=0"), (["--stock", "-1"], "--stock -1"), (["--max-new-tokens", "0"], "max_new_tokens=0"),
      (["--temperature", "-1"], "temperature=-1"), (["--out", "no/such/folder/x.json"], "there is no folder"),
-     (["--prompts", "absent.txt"], "absent.txt cannot be read")],
+     (["--prompts", "absent.txt"], "absent.txt cannot be read"), (["--out", "/"], "--out / is a folder")],
 )  # fmt: skip
 def test_what_cannot_be_is_a_sentence(arguments, reason, capsys):
     assert main(["bench", "--model", "absent/absent", "--head", "absent/absent", *arguments]) == 2

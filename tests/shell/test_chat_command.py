@@ -1,7 +1,9 @@
 """`eagle-fast chat` in a terminal, keys sent and screen read, and out of a pipe."""
 
 import json
+import os
 import re
+import subprocess
 import time
 from types import SimpleNamespace
 
@@ -183,6 +185,16 @@ def test_out_of_a_pipe_every_line_is_a_turn(pair, expected):
     assert "\x1b" not in done.stdout + done.stderr
     assert len(re.findall(SUMMARY, done.stderr)) == 3
     assert "Loading" not in done.stderr
+
+
+def test_a_turn_that_is_no_text_does_not_end_the_conversation(pair, expected):
+    command = [*COMMAND, "chat", *pair, "--max-new-tokens", str(NEW)]
+    done = subprocess.run(
+        command, input=b"w5 \xff\nw7\n", capture_output=True, env=os.environ | ENVIRONMENT, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"the text is no UTF-8" in done.stderr
+    assert done.stdout.decode().splitlines() == [expected("w7")]
 
 
 def test_warming_up_on_a_gpu(capsys):

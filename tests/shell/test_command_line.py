@@ -2,7 +2,9 @@
 
 import importlib.metadata
 import inspect
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 import torch
 import transformers
 from rich.console import Console
-from shell_pairs import eagle_fast
+from shell_pairs import COMMAND, ENVIRONMENT, eagle_fast, write_pair
 
 from eagle_fast import EaModel, loading_arguments
 from eagle_fast.cli import COMMANDS, main
@@ -114,6 +116,27 @@ def test_python_m_and_versions():
     listed = eagle_fast("--help").stdout
     assert all(re.search(rf"^  {name} ", listed, re.MULTILINE) for name in COMMANDS)
     assert eagle_fast("nonsense").returncode == eagle_fast().returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "redirected", "code"),
+    [
+        (["--help"], ">/dev/full", 2), (["generate", "w5"], ">/dev/full", 2),
+        (["chat"], ">/dev/full", 2), (["generate"], "<&-", 2), (["chat"], "<&-", 0),
+    ],
+)  # fmt: skip
+def test_streams_that_cannot_be_used_are_a_sentence(arguments, redirected, code, tmp_path):
+    """A full disk; a stdin that is closed, which holds nothing."""
+    pair = write_pair(tmp_path) if arguments[-1] != "--help" else []
+    command = shlex.join([*COMMAND, *arguments, *pair])
+    done = subprocess.run(
+        f"echo w5 | {command} {redirected}", shell=True, capture_output=True, text=True,
+        env=os.environ | ENVIRONMENT, timeout=300, check=False,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert done.returncode == code, done.stderr
+    assert code == 0 or re.search("^eagle-fast.*: .", done.stderr)
 
 
 @pytest.fixture

@@ -145,13 +145,15 @@ def test_texts_that_differ_are_told_by_the_exit_code(monkeypatch, capsys, pair):
         (["w5", "--temperature", "-1"], "temperature=-1"), (["w5", "--dtype", "int"], "--dtype int"),
         (["w5", "--load", "nonsense=1"], "takes no 'nonsense'"), (["w5", "--load", "nonsense"], "write NAME=VALUE"),
         (["w5", "--load", "dtype=float16", "--dtype", "float32"], "--load dtype"),
+        (["w5", "w6 \udcff"], "the text is no UTF-8"), (["w5", "w6 \udcff", "--raw"], "the text is no UTF-8"),
         (["w5", "--batch", "0"], "batch=0"), (["w5", "--stop", ""], "--stop: a text is empty"),
         (["w5", "--device-map", "{"], "--device-map {: not JSON"), (["w5", "--model", "absent/"], "--model 'absent/'"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_a_sentence(arguments, reason, capsys, pair):
     assert main(["generate", *pair, *arguments]) == 2
-    error = capsys.readouterr().err
+    answers, error = capsys.readouterr()
+    assert answers == ""
     assert error.startswith("eagle-fast generate: ")
     assert reason in error
 
