@@ -13,6 +13,7 @@ from eagle_fast.config import SamplingParams, check_positive
 from eagle_fast.loading import names_options
 from eagle_fast.messages import shown
 from eagle_fast.model import EaModel
+from eagle_fast.prompts import check_text
 
 Path = str | os.PathLike
 
@@ -74,6 +75,7 @@ def run_multi_gpu_inference(
         raise ValueError(f"input_text is a {type(input_text).__name__}: pass a str")
     if not input_text:
         raise ValueError("input_text is empty: there is no token to continue from")
+    check_text(input_text, "input_text")
     with warnings.catch_warnings():  # before the minutes of loading; the call itself warns
         warnings.simplefilter("ignore")
         SamplingParams(temperature, top_p, sampling_top_k, min_p, seed)

@@ -101,10 +101,15 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def token_ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
-    """Token ids of a text. ValueError for one with half characters, as bytes that were no UTF-8 are read."""
+    """Token ids of a text. Raises ValueError, see `check_text`."""
+    check_text(text)
+    return tokenizer(text, **options).input_ids
+
+
+def check_text(text: str, name: str = "the text") -> None:
+    """ValueError for a text with half characters, as bytes that were no UTF-8 are read."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         around = text[max(error.start - 10, 0) : error.end + 10]
-        raise ValueError(f"the text is no UTF-8 around {around!r}: give it in that encoding") from error
-    return tokenizer(text, **options).input_ids
+        raise ValueError(f"{name} is no UTF-8 around {around!r}: give it in that encoding") from error

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import NoneType
 from typing import Any
 
 import torch
 
 from eagle_fast.config import check_positive
+from eagle_fast.messages import shown
 from eagle_fast.prompts import Prompt, as_messages, check_messages, encode, render
 
 OF_IDS = ("input_ids", "attention_mask", "log", "return_dict_in_generate")
@@ -99,6 +101,8 @@ class TextMixin:
         for name in OF_IDS:
             if name in options:
                 raise TypeError(f"chat() takes no {name!r}, since it gives text: call eagenerate")
+        if not isinstance(chat_template_kwargs, (dict, NoneType)):
+            raise ValueError(f'chat_template_kwargs={shown(chat_template_kwargs)}: pass a dict, as {{"name": value}}')
         (max_new_tokens,) = check_positive(max_new_tokens=max_new_tokens)
         ids = torch.tensor([encode_chat(self.tokenizer, messages, **(chat_template_kwargs or {}))])
         length = ids.shape[1]

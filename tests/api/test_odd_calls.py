@@ -230,7 +230,7 @@ def test_forward_takes_what_stock_takes(model, ids, device):
 def test_a_script_is_refused_before_it_loads():
     for options, message in (
         ({"input_text": ""}, "input_text is empty"), ({"temperature": -1}, "temperature=-1"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"input_text": "\udcff"}, "input_text is no UTF-8"), ({"max_new_tokens": 0}, "max_new_tokens=0"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             run_multi_gpu_inference("no such folder", "none", **{"input_text": "w3", **options})

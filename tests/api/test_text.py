@@ -94,6 +94,8 @@ def test_what_a_template_refuses_is_said(model):
 
 
 def test_what_gives_no_text_is_refused(model):
+    with pytest.raises(ValueError, match="chat_template_kwargs=5: pass a dict"):
+        model.chat("w5", chat_template_kwargs=5)
     with pytest.raises(TypeError, match=r"chat\(\) takes no 'log'"):
         model.chat("w5", log=True)
     with pytest.raises(ValueError, match="max_new_tokens=0"):
