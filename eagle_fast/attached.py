@@ -50,6 +50,7 @@ def hook(head: str, **options: Any) -> Callable:
 
     options: total_token, depth, top_k, adaptive and draft_int8, as in `EaModel.from_pretrained`.
     """
+    begin = Path.cwd()  # the head is read by the first call, and a program may have gone elsewhere by then
 
     def generate(*args, model: PreTrainedModel, custom_generate=None, trust_remote_code=None, **given):
         own: Any = type(model)
@@ -57,7 +58,7 @@ def hook(head: str, **options: Any) -> Callable:
         given = dict(zip(BY_POSITION, args, strict=False)) | given
         if custom_generate is not None:
             return stock(custom_generate=custom_generate, trust_remote_code=trust_remote_code, **given)
-        decoder = _decoder(model, head, options)
+        decoder = _decoder(model, head, begin, options)
         calls = vars(decoder)["calls"]
         calls.begun = False
         try:
@@ -72,11 +73,11 @@ def hook(head: str, **options: Any) -> Callable:
     return generate
 
 
-def _decoder(model: PreTrainedModel, head: str, options: dict[str, Any]) -> Attached:
+def _decoder(model: PreTrainedModel, head: str, begin: Path, options: dict[str, Any]) -> Attached:
     held = vars(model).setdefault(PLACE, Held())  # not by setattr, which would make it a module inside of the model
     with held.lock:
         if held.model is None:
-            held.model = _attach(model, _folder(model, head), **options)
+            held.model = _attach(model, _folder(model, head, begin), **options)
         return held.model
 
 
@@ -96,6 +97,9 @@ def _attach(
     return decoder
 
 
-def _folder(model: PreTrainedModel, head: str) -> Path:
+def _folder(model: PreTrainedModel, head: str, begin: Path) -> Path:
     name = str(model.name_or_path)
-    return (Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=f"{head}/*"))) / head
+    for place in (Path(name), begin / name):
+        if place.is_dir():
+            return place / head
+    return Path(snapshot_download(name, allow_patterns=f"{head}/*")) / head

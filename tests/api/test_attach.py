@@ -81,6 +81,17 @@ def test_generate_of_the_model_speculates_with_the_same_text(loaded, plain):
     assert loaded._eagle_fast.model is decoder
 
 
+def test_a_program_may_go_elsewhere_after_loading(folder, plain, tmp_path, monkeypatch):
+    """The folder was named from where the program was."""
+    (tmp_path / "named from here").symlink_to(folder)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained("named from here", trust_remote_code=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert torch.equal(model.generate(IDS, max_new_tokens=NEW), plain.generate(IDS, max_new_tokens=NEW))
+    assert rounds(model)
+
+
 def test_without_trust_it_is_the_plain_model(folder, plain):
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(model.generate(IDS, max_new_tokens=NEW), plain.generate(IDS, max_new_tokens=NEW))
