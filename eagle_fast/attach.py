@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from eagle_fast.config import TreeConfig
-from eagle_fast.head.checkpoint import check_folder
+from eagle_fast.head.checkpoint import check_folder, read_head
 from eagle_fast.loading import known_path
 from eagle_fast.loading_arguments import given
 from eagle_fast.loading_errors import find_damage, loading
+from eagle_fast.loading_target import read_config
+from eagle_fast.target.anatomy import Anatomy
 
 HEAD = "eagle_head"
 HOOK = '''"""The draft head in {head}, through transformers' custom_generate: written by `eagle-fast attach`."""
@@ -57,13 +60,30 @@ def attach(
     damage = find_damage(source)
     if damage:
         raise ValueError(f"MODEL={model!r} {damage}")
-    check_folder(str(drafter))
+    _check_head(model, source, str(drafter))
     told = asdict(tree or TreeConfig()) | (options or {})
     text = HOOK.format(head=HEAD, options=", ".join(f"{name}={value!r}" for name, value in told.items()))
     try:
         _write(place, source, drafter, text)
     except OSError as error:
         raise ValueError(f"FOLDER={str(place)!r} cannot be written: {error}") from error
+
+
+def _check_head(model: str, source: Path, drafter: str) -> None:
+    """ValueError for folders that are no target and a head for it, which would be found out when they are loaded."""
+    check_folder(drafter)
+    settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    if any("eagle" in str(each).lower() for each in settings.get("architectures") or []):
+        raise ValueError(f"MODEL={model!r} is a draft head: name the target first, then its head")
+    if "auto_map" in settings:
+        return  # code of the folder's own says what its sizes are
+    config = read_config(str(source), {}, "MODEL")
+    assert config is not None, "no gguf_file was named"
+    anatomy = Anatomy(config)
+    read_head(
+        drafter, target_hidden_size=anatomy.hidden_size, target_vocab_size=anatomy.vocab_size,
+        num_target_layers=anatomy.num_layers,
+    )  # fmt: skip
 
 
 def _write(place: Path, source: Path, drafter: Path, hook: str) -> None:

@@ -55,6 +55,7 @@ class CallsMixin:
     _adaptive: bool | None
     _is_followed: Callable[[], bool]
     _look_at_parts: Callable[[], None]
+    _refuse_touched: Callable[[], None]
 
     @property
     def exactness(self) -> Exactness:
@@ -105,6 +106,7 @@ class CallsMixin:
         """Before a call: where base_model was changed since the last one, work with what it is now."""
         if autocast_on():
             warn_user(AUTOCAST)
+        self._refuse_touched()
         turn = self.target.turn
         with turn.lock, turn():
             if self.target.is_current() and self._is_followed():

@@ -41,7 +41,7 @@ from eagle_fast.loading import (
 )
 from eagle_fast.loading_ranks import load_cut_target
 from eagle_fast.options import option_names, refuse_unknown
-from eagle_fast.parts import PartsMixin, where
+from eagle_fast.parts import PartsMixin
 from eagle_fast.target.devices import resolve_ranks
 from eagle_fast.target.placement import resolve_device, warn_if_slow
 from eagle_fast.target.rank_files import cut_of
@@ -78,11 +78,9 @@ class EaModel(CallsMixin, TextMixin, PartsMixin, HFGenerateMixin, HFModelMixin, 
         check_pair(base_model, ea_layer, tree, name)
         super().__init__()
         self.base_model, self.ea_layer = base_model, ea_layer
-        self.config = base_model.config
         self._adaptive = check_adaptive(adaptive, tree)
         self.tree = tree or TreeConfig()
         self.target = self._new_target()
-        self.device_map = where(base_model)
         self._name = os.fspath(name or "") or getattr(base_model, "name_or_path", "")
         self._tokenizer: Any = None
         self._tokenizer_options: dict[str, Any] = {}

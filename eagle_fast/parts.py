@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from eagle_fast.config import TreeConfig
 from eagle_fast.decoding.choice import resolved
@@ -16,7 +16,7 @@ from eagle_fast.loading import check_pair
 from eagle_fast.target import Target
 from eagle_fast.target.placement import device_map_of
 from eagle_fast.target.rank_files import cut_of
-from eagle_fast.target.twin import uncompiled
+from eagle_fast.target.twin import hooks_of, uncompiled
 
 
 def where(base_model: Any) -> dict[str, Any]:
@@ -45,8 +45,6 @@ class PartsMixin:
 
     base_model: PreTrainedModel
     ea_layer: DraftHead
-    config: Any
-    device_map: dict
     target: Target
     states: IdleStates
     _name: str
@@ -55,6 +53,32 @@ class PartsMixin:
     generate: Callable
     _heard: tuple[int, int] = (0, 0)  # of which head, and how many of the words for its tree
     total_token, depth, top_k = OfTree(), OfTree(), OfTree()
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """base_model's."""
+        return self.base_model.config
+
+    @property
+    def device_map(self) -> dict[str, Any]:
+        """Where base_model lies, module by module with the embedding first; {"": device} on one device."""
+        return where(self.base_model)
+
+    def _refuse_touched(self) -> None:
+        """ValueError for code that was put where rounds would never run it: on this model, whose forward they do not
+        call, and in the head, whose modules they go around. `accelerate.prepare` may have its forward."""
+        me: Any = self
+        if hooks_of(me) or ("forward" in vars(me) and "_original_forward" not in vars(me)):
+            raise ValueError(
+                "a hook or a forward was put on the EaModel, whose rounds do not call it: put it on model.base_model, "
+                "which is followed"
+            )
+        for name, module in self.ea_layer.named_modules():
+            if hooks_of(module) or "forward" in vars(module):
+                what = f"ea_layer.{name}" if name else "ea_layer"
+                raise ValueError(
+                    f"a hook or a forward was put on {what}, and rounds go around the head's modules: remove it"
+                )
 
     @property
     def tree(self) -> TreeConfig:
@@ -91,7 +115,6 @@ class PartsMixin:
         check_pair(base_model, self.ea_layer, self._tree)
         if self._heard[0] != id(self.ea_layer):
             self._settle(self._tree)
-        self.config, self.device_map = base_model.config, where(base_model)
         self._lend_generate()
         name = getattr(base_model, "name_or_path", "")
         if name and name != self._name:

@@ -169,16 +169,23 @@ def test_generate_of_another_repository_still_runs(loaded, tmp_path):
         ("no target", "MODEL='/no/such': there is no such folder"),
         ("empty target", "has no config.json"),
         ("empty head", "no config.json in"),
+        ("another target", "draft head .*: .*128"),
+        ("the head first", "is a draft head: name the target first"),
+        ("two targets", "draft head .*target"),
         ("tree", "total_token=1: use 2"),
         ("no folder", "FOLDER=.* cannot be written: "),
     ],
 )
 def test_what_cannot_be_attached(which, message, pair, folder, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
+    if which == "another target":
+        make("llama", hidden_size=128).save_pretrained(tmp_path / "wide")
     target, head, place = pair[0], pair[1], tmp_path / "new"
     given = {
         "full": [target, head, folder], "no target": ["/no/such", head, place],
         "empty target": [tmp_path / "empty", head, place], "empty head": [target, tmp_path / "empty", place],
+        "another target": [tmp_path / "wide", head, place], "the head first": [head, target, place],
+        "two targets": [target, target, place],
         "no folder": [target, head, Path(head) / "config.json" / "new"],
         "tree": [target, head, place, "--tree", "1", "7", "10"],
     }[which]  # fmt: skip

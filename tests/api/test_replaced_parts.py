@@ -127,3 +127,44 @@ def test_a_tokenizer_that_is_assigned_is_the_models(model):
     mine = object()
     model.tokenizer = mine
     assert model.get_tokenizer() is mine
+
+
+def forward_of_mine(self, *args, **options):
+    raise AssertionError("not called")
+
+
+@pytest.mark.parametrize("name", ["", "fc", "layers.0.qkv"])
+def test_what_is_put_on_the_head_is_refused(name, model):
+    """Its modules are gone around, or replayed from a graph: a hook there would be called now and then, or never."""
+    module, ids = model.ea_layer.get_submodule(name), prompt(5, model.device)
+    what = "ea_layer" + f".{name}" * bool(name)
+    handle = module.register_forward_hook(lambda *args: None)
+    with pytest.raises(ValueError, match=rf"put on {what}, and rounds go around"):
+        model.eagenerate(ids, max_new_tokens=2)
+    handle.remove()
+    module.forward = forward_of_mine.__get__(module)
+    with pytest.raises(ValueError, match=rf"put on {what}, and rounds go around"):
+        model.naivegenerate(ids, max_new_tokens=2)
+    del module.forward
+    model.eagenerate(ids, max_new_tokens=2)
+
+
+def test_what_is_put_on_the_model_itself_is_refused(model):
+    """Its base_model is followed; but `accelerate.prepare`, which keeps the forward that it replaces, is no edit."""
+    ids = prompt(5, model.device)
+    handle = model.register_forward_pre_hook(lambda *args: None)
+    with pytest.raises(ValueError, match="put on the EaModel, whose rounds do not call it"):
+        model.eagenerate(ids, max_new_tokens=2)
+    handle.remove()
+    model.forward = forward_of_mine.__get__(model)
+    with pytest.raises(ValueError, match="put on the EaModel"):
+        model.eagenerate(ids, max_new_tokens=2)
+    model._original_forward = model.forward
+    model.eagenerate(ids, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", ["config", "device_map"])
+def test_what_is_base_models_is_not_assigned_here(name, model):
+    with pytest.raises(AttributeError):
+        setattr(model, name, {})
+    assert model.config is model.base_model.config
