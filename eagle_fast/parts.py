@@ -16,7 +16,7 @@ from eagle_fast.loading import check_pair
 from eagle_fast.target import Target
 from eagle_fast.target.placement import device_map_of
 from eagle_fast.target.rank_files import cut_of
-from eagle_fast.target.twin import hooks_of, uncompiled
+from eagle_fast.target.twin import hooks_of, is_prepared, uncompiled
 
 
 def where(base_model: Any) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class PartsMixin:
         """ValueError for code that was put where rounds would never run it: on this model, whose forward they do not
         call, and in the head, whose modules they go around. `accelerate.prepare` may have its forward."""
         me: Any = self
-        if hooks_of(me) or ("forward" in vars(me) and "_original_forward" not in vars(me)):
+        if hooks_of(me) or ("forward" in vars(me) and not is_prepared(me)):
             raise ValueError(
                 "a hook or a forward was put on the EaModel, whose rounds do not call it: put it on model.base_model, "
                 "which is followed"

@@ -156,8 +156,8 @@ def build_head(target: PreTrainedModel, *, int8: bool | None = None) -> DraftHea
     if cut is None:
         matrices = matrix(embedding), dtype_of(embedding), device_of(lm_head)
     else:
-        first = cut.ranks[0].embedding
-        matrices = first, first.dtype, first.device
+        first = cut.ranks[0]
+        matrices = first.embedding, first.dtype, first.device
     head = DraftHead.random(head_config, embedding=matrices[0], dtype=matrices[1], device=matrices[2])
     if runs_in_int8(head, int8):
         head.quantize()
@@ -168,7 +168,7 @@ def target_bytes(target: PreTrainedModel) -> int:
     """Weight bytes that one forward reads: everything but the embedding, once where it is also the lm_head."""
     cut, (embedding, lm_head) = cut_of(target), ends(target)
     if cut is not None:
-        whole = cut.ranks[0].embedding.nbytes
+        whole = cut.ranks[0].table_bytes
         return sum(rank.num_bytes - whole for rank in cut.ranks) + whole * cut.ranks[0].is_tied
     total = _num_bytes(target)
     return total if are_tied(embedding, lm_head) else total - _num_bytes(embedding)

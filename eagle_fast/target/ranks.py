@@ -225,9 +225,17 @@ class Rank:
         """All that takes memory, but norms; a tied weight once."""
         linears = [each for layer in self.layers for each in (layer.qkv, layer.o, layer.gate_up, layer.down)]
         linears += [] if self.is_tied else [self.lm_head]
+        return [*self._table, *(each for linear in linears for each in tensors_of(linear))]
+
+    @property
+    def _table(self) -> list[Tensor]:
         table = self.embedding
-        rows = [table.words, table.scales] if isinstance(table, Packed) else [table]
-        return [*rows, *(each for linear in linears for each in tensors_of(linear))]
+        return [table.words, table.scales] if isinstance(table, Packed) else [table]
+
+    @property
+    def table_bytes(self) -> int:
+        """Of the embedding."""
+        return sum(each.nbytes for each in self._table)
 
     @property
     def num_bytes(self) -> int:

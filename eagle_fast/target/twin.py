@@ -91,6 +91,11 @@ def has_own_forward(module: nn.Module) -> bool:
     return "forward" in vars(module) or owner.forward.__module__ != owner.__module__
 
 
+def is_prepared(module: nn.Module) -> bool:
+    """Whether `accelerate.prepare` put a forward on a module, and kept the one that it replaced."""
+    return "_original_forward" in vars(module)
+
+
 def is_touched(module: nn.Module) -> bool:
     """Whether a twin's module, or one inside it, has hooks or a forward of its own: code that only stock layers run."""
     return bool(global_hooks()) or any(has_own_forward(each) or hooks_of(each) for each in module.modules())

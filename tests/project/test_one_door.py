@@ -47,7 +47,7 @@ PRIVATE_NAMES = {
     "target/twin.py": {
         "_hf_hook", "_old_forward", "_modules", "_buffers", "_forward_hooks", "_forward_hooks_with_kwargs",
         "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_global_forward_hooks", "_global_forward_pre_hooks",
-        "_compiled_call_impl", "_orig_mod", "_torchdynamo_orig_callable",
+        "_compiled_call_impl", "_orig_mod", "_original_forward", "_torchdynamo_orig_callable",
     },
     # torch
     "decoding/graph.py": {"_cuda_endAllocateToPool", "_cuda_releasePool"},
