@@ -30,17 +30,22 @@ def targets(tmp_path_factory):
     return found
 
 
+def check_texts(single, ranked):
+    """With the head and without, alone and in a batch."""
+    for batch, sampled in ((1, {}), (3, {"temperature": 1.0, "seed": 7})):
+        asked = {**prompts(batch), **sampled, "max_new_tokens": 15}
+        expected = single.naivegenerate(**asked)
+        assert torch.equal(ranked.eagenerate(**asked), expected)
+        assert torch.equal(ranked.naivegenerate(**asked), expected)
+
+
 def check_same(folder, head, **options):
     """The ranked decoder, after its text was that of one device."""
     single, _ = load(folder, head, **options)
     ranked, said = load(folder, head, tensor_parallel=CPUS, **options)
     assert len(said) == 1
     assert "runs from its packed weights" in said[0]
-    for batch, sampled in ((1, {}), (3, {"temperature": 1.0, "seed": 7})):
-        asked = {**prompts(batch), **sampled, "max_new_tokens": 15}
-        expected = single.naivegenerate(**asked)
-        assert torch.equal(ranked.eagenerate(**asked), expected)
-        assert torch.equal(ranked.naivegenerate(**asked), expected)
+    check_texts(single, ranked)
     for rank in cut_of(ranked.base_model).ranks:
         assert all(type(each) is PackedLinear for layer in rank.layers for each in (layer.gate_up, layer.down))
     return ranked
@@ -64,11 +69,7 @@ def test_ends_in_8_bits(options, tied, tmp_path):
     single, _ = load(tmp_path / "model", head, **options)
     ranked, said = load(tmp_path / "model", head, tensor_parallel=CPUS, **options)
     assert ["runs from its packed weights" in each for each in said] == [True]
-    for batch, sampled in ((1, {}), (3, {"temperature": 1.0, "seed": 7})):
-        asked = {**prompts(batch), **sampled, "max_new_tokens": 15}
-        expected = single.naivegenerate(**asked)
-        assert torch.equal(ranked.eagenerate(**asked), expected)
-        assert torch.equal(ranked.naivegenerate(**asked), expected)
+    check_texts(single, ranked)
     for rank in cut_of(ranked.base_model).ranks:
         assert type(rank.lm_head) is PackedLinear
         assert rank.is_tied == tied
