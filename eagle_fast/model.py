@@ -39,10 +39,12 @@ from eagle_fast.loading import (
     names_options,
     runs_in_int8,
 )
+from eagle_fast.loading_auto import load_cut_by_itself
 from eagle_fast.loading_ranks import load_cut_target
 from eagle_fast.options import option_names, refuse_unknown
 from eagle_fast.parts import PartsMixin
 from eagle_fast.target.devices import resolve_ranks
+from eagle_fast.target.packing import Bits
 from eagle_fast.target.placement import resolve_device, warn_if_slow
 from eagle_fast.target.rank_files import cut_of
 from eagle_fast.target.turns import own_precision
@@ -130,12 +132,12 @@ class EaModel(CallsMixin, TextMixin, PartsMixin, HFGenerateMixin, HFModelMixin, 
         lm_head_bits: 8: the same of lm_head and embedding, of any checkpoint that has them in 16 or 32 bits and whose
         layers are plain, packed or rounded.
         base_model_path may be a loaded model. threshold is accepted for SafeAILab/EAGLE's sake and changes nothing.
-        device_map: "auto" (one GPU if the pair fits on one, else "balanced"), "balanced", "balanced_low_0",
-        "sequential" with max_memory as in transformers, a device, or a dict of module names; draft_device: the head's,
-        by default the lm_head's.
+        device_map: "auto" (one GPU if the pair fits on one, else tensor_parallel where that is possible, else layer by
+        layer), "balanced", "balanced_low_0", "sequential" with max_memory as in transformers, a device, or a dict of
+        module names; draft_device: the head's, by default the lm_head's.
         tensor_parallel: every layer is cut over several GPUs, which work on it together: True for all GPUs, their
-        number, or a list of them, in place of device_map. base_model is then a skeleton without weights, whose generate
-        is that of this model. See docs/multi-gpu.md for what can be cut.
+        number, or a list of them, in place of device_map; False: never, whatever device_map is. base_model is then a
+        skeleton without weights, whose generate is that of this model. See docs/multi-gpu.md for what can be cut.
         feature_layers, norm_before_residual, norm_output, rope_theta, rope_interleaved override what the head's config
         says; everything else (dtype or torch_dtype, quantization_config, revision, token, ...) goes to the
         from_pretrained of transformers. Raises ValueError for what does not fit together, TypeError for unknown names.
@@ -148,13 +150,16 @@ class EaModel(CallsMixin, TextMixin, PartsMixin, HFGenerateMixin, HFModelMixin, 
         head_options |= {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
         check_head_arguments(head_path, threshold, use_eagle3, head_options)
         there = None if draft_device is None else resolve_device(draft_device, "draft_device")
-        ranks = resolve_ranks(tensor_parallel)
-        if ranks is None:
-            base_model = load_target(base_model_path, device_map, kwargs, max_memory, target_bits, lm_head_bits)
-        else:
-            beside = {"device_map": None if device_map == "auto" else device_map, "max_memory": max_memory}
-            beside |= {"draft_device": draft_device}
-            base_model = load_cut_target(base_model_path, ranks, kwargs, beside, target_bits, lm_head_bits)
+        ranks, automatic = resolve_ranks(tensor_parallel), isinstance(device_map, str) and device_map == "auto"
+        bits, base_model = Bits(target_bits, lm_head_bits), None
+        beside = {"device_map": None if automatic else device_map, "max_memory": max_memory}
+        beside |= {"draft_device": draft_device}
+        if ranks is not None:
+            base_model = load_cut_target(base_model_path, ranks, kwargs, beside, bits)
+        elif tensor_parallel is None and automatic:
+            base_model = load_cut_by_itself(base_model_path, kwargs, beside, bits)
+        if base_model is None:
+            base_model = load_target(base_model_path, device_map, kwargs, max_memory, *bits)
         head = load_head(
             head_path, base_model, use_eagle3=use_eagle3, revision=ea_revision, options=head_options, device=there
         )

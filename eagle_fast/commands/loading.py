@@ -20,7 +20,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         'as "cuda:1" or "cpu", or {"module": device, ...} as JSON'},
     "max_memory": {"metavar": "LIST", "help": 'of each GPU, as "70GiB,70GiB"; default: what is free'},
     "tensor_parallel": {"metavar": "N", "help": 'cut every layer over N GPUs, "all", or over "cuda:2,cuda:3", in place '
-        'of --device-map; "off": over none'},
+        'of --device-map; "off": not even a model that no GPU holds'},
     "draft_device": {"metavar": "DEVICE", "help": "of the head; default: where the lm_head is"},
     "dtype": {"help": "bfloat16, float16 or float32; default: the checkpoint's"},
     "target_bits": {"type": int, "choices": (4, 8), "help": "round the target's layers to so many bits"},

@@ -51,17 +51,21 @@ def check_peers(devices: Sequence[torch.device], name: str) -> None:
     """ValueError, with the pair, for GPUs that cannot reach each other's memory; those that can are let."""
     if os.environ.get("CUDA_LAUNCH_BLOCKING") == "1":
         raise ValueError(f"{name}: CUDA_LAUNCH_BLOCKING=1 lets the first GPU wait for the others for ever: unset it")
-    for here, there in permutations(devices, 2):
-        if not torch.cuda.can_device_access_peer(here, there):
-            raise ValueError(
-                f"{name}: {here} cannot reach the memory of {there} (no peer access, as on consumer cards and in some "
-                "virtual machines): leave it out and spread layers, device_map='balanced'"
-            )
+    for here, there in apart(devices):
+        raise ValueError(
+            f"{name}: {here} cannot reach the memory of {there} (no peer access, as on consumer cards and in some "
+            "virtual machines): leave it out and spread layers, device_map='balanced'"
+        )
     tensors = {device: torch.zeros(8, device=device) for device in devices}
     for here, there in permutations(devices, 2):
         tensors[there].copy_(tensors[here])  # the first copy opens the way
     for device in devices:
         torch.cuda.synchronize(device)
+
+
+def apart(devices: Sequence[torch.device]) -> list[tuple[torch.device, torch.device]]:
+    """Pairs of GPUs of which the first cannot reach the memory of the second."""
+    return [pair for pair in permutations(devices, 2) if not torch.cuda.can_device_access_peer(*pair)]
 
 
 class PeerLinks(Links):

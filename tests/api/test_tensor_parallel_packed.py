@@ -13,6 +13,7 @@ from eagle_fast import EaModel
 from eagle_fast.layers.packed import PackedLinear
 from eagle_fast.loading_ranks import load_cut_target
 from eagle_fast.target.anatomy import UnsupportedModel
+from eagle_fast.target.packing import Bits
 from eagle_fast.target.rank_files import cut_of
 from eagle_fast.target.ranks import cut_bytes, cuts_for
 
@@ -105,7 +106,7 @@ def test_groups_that_no_cut_runs_along(tmp_path):
     model = make("qwen3", num_hidden_layers=2, num_attention_heads=12, num_key_value_heads=4)
     model.save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModel, match=r"layer 0: columns 0 to 96 do not lie along groups of 64; leave"):
-        load_cut_target(str(tmp_path), [torch.device("cpu")] * 2, {}, {}, target_bits=4)
+        load_cut_target(str(tmp_path), [torch.device("cpu")] * 2, {}, {}, Bits(4))
 
 
 def test_a_packed_lm_head(targets, tmp_path):

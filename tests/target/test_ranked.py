@@ -22,6 +22,7 @@ from eagle_fast.layers.slab import KVSlab
 from eagle_fast.loading import load_head
 from eagle_fast.loading_ranks import load_cut_target
 from eagle_fast.target.anatomy import UnsupportedModel
+from eagle_fast.target.packing import Bits
 from eagle_fast.target.rank_files import cut_model
 from eagle_fast.target.ranked import RankedTarget
 from eagle_fast.target.ranks import cut_bytes, cuts_for
@@ -201,7 +202,7 @@ def test_rounds_over_devices_that_do_not_mix(bits, monkeypatch, tmp_path):
     paths, fakes = folders(make("qwen3"), tmp_path), [torch.device("cpu", index) for index in range(2)]
     single = EaModel.from_pretrained(**paths, target_bits=bits, **TREE)
     with FakeDevices() as devices:
-        base = load_cut_target(paths["base_model_path"], fakes, {}, {}, bits)
+        base = load_cut_target(paths["base_model_path"], fakes, {}, {}, Bits(bits))
         ranked = EaModel(base, load_head(paths["ea_model_path"], base), tree=single.tree)
         devices.between_devices()
         for options in ({}, {"temperature": 1.0, "seed": 7}):

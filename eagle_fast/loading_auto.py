@@ -1,0 +1,63 @@
+"""device_map="auto" of a target that no GPU holds: every layer over several GPUs, where that is possible."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from eagle_fast.layers.peer_links import apart
+from eagle_fast.loading_ranks import load_cut_target, not_taken, plan_of
+from eagle_fast.messages import warn_user
+from eagle_fast.target.devices import MOST_RANKS
+from eagle_fast.target.packing import Bits
+from eagle_fast.target.placement import WORKSPACE_BYTES, cache_bytes, free_bytes, head_bytes, plan_placement
+from eagle_fast.target.ranks import cut_bytes, cuts_for
+
+SAID = (
+    "device_map='auto': the model does not fit on one GPU, and every layer is cut over {gpus} (tensor_parallel), which "
+    "work on it together; base_model is a skeleton. tensor_parallel=False spreads whole layers instead"
+)
+
+
+def load_cut_by_itself(
+    path: Any, options: dict[str, Any], beside: dict[str, Any], bits: Bits
+) -> PreTrainedModel | None:
+    """What `load_cut_target` gives with the same arguments over GPUs that are chosen here, and says so; None where the
+    target is to be loaded in the ordinary way, which says what is wrong if something is."""
+    try:
+        devices = gpus_for(path, options, beside, bits)
+        if devices is None:
+            return None
+        model = load_cut_target(path, devices, options, beside, bits)
+    except ValueError:
+        return None
+    warn_user(SAID.format(gpus=" and ".join(map(str, devices))))
+    return model
+
+
+def gpus_for(path: Any, options: dict[str, Any], beside: dict[str, Any], bits: Bits) -> list[torch.device] | None:
+    """As many GPUs as ranks have run on, those with the most room, if they hold a target that one of them does not, and
+    reach each other. ValueError for a target that cannot be cut."""
+    count = torch.cuda.device_count()
+    if count < MOST_RANKS or isinstance(path, nn.Module) or not_taken(options, beside):
+        return None
+    plan = plan_of(path, options, bits)
+    sizes = plan.packing.model if plan.packing else plan.model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a placement that is not taken
+        if set(plan_placement(sizes, "auto")) == {""}:
+            return None
+    room = {torch.device("cuda", index): free_bytes(torch.device("cuda", index)) for index in range(count)}
+    devices = sorted(sorted(room, key=lambda gpu: -room[gpu])[:MOST_RANKS], key=lambda gpu: gpu.index)
+    needed = [each + WORKSPACE_BYTES for each in cut_bytes(plan.stored, cuts_for(plan.stored, MOST_RANKS))]
+    needed = [each + cache_bytes(sizes.config, sizes.dtype) // MOST_RANKS for each in needed]
+    needed[0] += head_bytes(sizes.config, sizes.dtype)
+    fits = all(each <= room[gpu] for each, gpu in zip(needed, devices, strict=True))
+    if not fits or apart(devices) or os.environ.get("CUDA_LAUNCH_BLOCKING") == "1":
+        return None
+    return devices
