@@ -66,10 +66,12 @@ class RankGraphs(GraphedStep):
             for graph, device in zip(graphs, self.devices, strict=True):
                 with torch.cuda.device(device):
                     graph.instantiate()
-        except RuntimeError as error:
-            pools.renew_home()
+        except BaseException as error:
+            pools.renew_home()  # also after an interrupt: torch takes no pool again whose graphs are gone
             for device in self.devices:
                 torch.cuda.synchronize(device)
+            if not isinstance(error, RuntimeError):
+                raise
             if isinstance(error.__context__, KeyboardInterrupt):
                 raise error.__context__ from None
             self.eager = True
