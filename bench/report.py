@@ -132,13 +132,14 @@ FIGURES = (
            "{:,.0f}", "0"),
     Figure("texts of the SmolLM2 pair that are plain decoding's, bfloat16", ("lossless-bfloat16",), _share_of_texts,
            "{:.1%}", "100 %"),
-    Figure("8B, half of the layers on each of two GPUs: the boundary adds", (f"{ROUND}-2gpus", ROUND), _boundary, "{:.0f} us", "≤ 60 us"),
+    Figure("8B, half of the layers on each of two GPUs: the boundary adds", (f"{ROUND}-2gpus", ROUND), _boundary,
+           "{:.0f} us", "≤ 60 us"),
     Figure("round, 8B with every layer on two GPUs, over one", (f"{ROUND}-tensor-parallel", f"{ROUND}-h200"),
            _ratio("round_ms"), "{:.2f} x", "≤ 0.68 x", lambda two, one: two["floor_ms"] / one["round_ms"]),
     Figure("plain token, the same", (f"{ROUND}-tensor-parallel", f"{ROUND}-h200"), _ratio("plain_ms"), "{:.2f} x",
            "≤ 0.65 x", lambda two, one: two["plain_floor_ms"] / one["plain_ms"]),
-    Figure("round, 70B, half of the layers on each of two GPUs", (f"{ROUND_70B}-2gpus",), _field("round_ms"), "{:.1f} ms", "≤ 1.15 x the floor",
-           _field("floor_ms")),
+    Figure("round, 70B, half of the layers on each of two GPUs", (f"{ROUND_70B}-2gpus",), _field("round_ms"),
+           "{:.1f} ms", "≤ 1.15 x the floor", _field("floor_ms")),
 )  # fmt: skip
 
 
