@@ -18,17 +18,20 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     """Prompts of a file: `.jsonl` with an object per line (`messages`, `turns`, `prompt` or `text`), else a line each.
 
     Of `turns` the first is used, of `messages` all up to the last of the user. ValueError for a file that cannot be
-    read, or holds none.
+    read, or holds none, and for `.json`, whose lines are no prompts.
     """
     path, prompts = Path(path), []
+    suffix = path.suffix.lower()
+    if suffix == ".json":
+        raise ValueError(f"the file of prompts {path} is one JSON text: write an object a line, and name it .jsonl")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not at U+2028 and others, which JSON has in texts
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise ValueError(f"the file of prompts {path} cannot be read: {reason}") from error
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            prompts.append(_prompt(line, f"{path}, line {number}") if path.suffix == ".jsonl" else line)
+            prompts.append(_prompt(line, f"{path}, line {number}") if suffix == ".jsonl" else line)
     if not prompts:
         raise ValueError(f"{path} holds no prompts")
     return prompts
@@ -84,7 +87,7 @@ def as_messages(prompt: Prompt) -> list[dict[str, Any]]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
-def render(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> str:
+def render(tokenizer: Any, messages: list[dict[str, Any]], /, **options: Any) -> str:
     """Messages in the chat template, up to where the answer begins. options: the template's own. ValueError for what
     the template does not take, such as a system message in some, or contents that are no text."""
     try:

@@ -52,7 +52,7 @@ class TextStream:
         return self.tokenizer.decode(self.ids[start:end], skip_special_tokens=True)
 
 
-def encode_chat(tokenizer: Any, messages: Prompt, **template: Any) -> list[int]:
+def encode_chat(tokenizer: Any, messages: Prompt, /, **template: Any) -> list[int]:
     """Token ids of a conversation up to where the answer begins. template: options of the tokenizer's chat template.
 
     Raises ValueError for what is no conversation, and for a tokenizer without a chat template.

@@ -57,6 +57,9 @@ def encode(tokenizer: Any, prompt: Prompt, raw: bool, template: dict[str, Any]) 
     """Token ids of a prompt, in the chat template if there is one; raw: as it stands. template: options of it."""
     if not raw and getattr(tokenizer, "chat_template", None) is not None:
         return encode_chat(tokenizer, prompt, **template)
+    if template:
+        why = "--raw leaves the chat template out" if raw else "the tokenizer has no chat template"
+        raise ValueError(f"--chat-template-kwargs would change nothing, since {why}: leave it out")
     if not raw:
         ids = encode_prompt(tokenizer, prompt)
     elif isinstance(prompt, str):

@@ -93,6 +93,12 @@ def test_what_a_template_refuses_is_said(model):
         model.chat("w5", chat_template_kwargs={"a": 1})
 
 
+@pytest.mark.parametrize("name", ["messages", "tokenize", "add_generation_prompt"])
+def test_names_that_a_template_has_already(model, name):
+    with pytest.raises(ValueError, match=f"the chat template cannot use messages=.*{name}="):
+        model.chat("w5", chat_template_kwargs={name: []})
+
+
 def test_what_gives_no_text_is_refused(model):
     with pytest.raises(ValueError, match="chat_template_kwargs=5: pass a dict"):
         model.chat("w5", chat_template_kwargs=5)
@@ -153,6 +159,22 @@ def test_files_of_prompts(tmp_path):
     assert read_prompts(file)[0] == "p"
     (tmp_path / "lines.txt").write_text("one\n\ntwo\n")
     assert read_prompts(tmp_path / "lines.txt") == ["one", "two"]
+
+
+def test_only_a_newline_ends_a_line(tmp_path):
+    """U+2028 and others stand in texts, and in JSON as they are."""
+    text = "a\u2028b\x85c\u2029d"
+    file = tmp_path / "prompts.JSONL"
+    file.write_bytes(json.dumps({"prompt": text}, ensure_ascii=False).encode() + b"\r\n")
+    assert read_prompts(file) == [text]
+    (tmp_path / "lines.txt").write_bytes(f"{text}\x0ce\r\nf".encode())
+    assert read_prompts(tmp_path / "lines.txt") == [f"{text}\x0ce", "f"]
+
+
+def test_json_that_has_no_lines_is_refused(tmp_path):
+    (tmp_path / "prompts.json").write_text('[{"prompt": "a"}]')
+    with pytest.raises(ValueError, match=r"prompts\.json is one JSON text.*\.jsonl"):
+        read_prompts(tmp_path / "prompts.json")
 
 
 @pytest.mark.parametrize(
