@@ -16,13 +16,12 @@ from types import FrameType
 from typing import Any
 
 import torch
-from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
     MaxLengthCriteria,
     StoppingCriteriaList,
-    StopStringCriteria,
 )
 
 from eagle_fast.config import whole_number
@@ -36,6 +35,7 @@ from eagle_fast.decoding.states import IdleStates
 from eagle_fast.decoding.validate import check_flags, check_hooks, check_prompts, id_list
 from eagle_fast.inputs import OF_OTHER_MODES, is_no_text, refuse_inputs
 from eagle_fast.messages import shown
+from eagle_fast.stop_strings import check_stop_strings, stop_criterion
 from eagle_fast.target import Target
 from eagle_fast.target.anatomy import generating_model
 from eagle_fast.target.interface import CACHE_ARGUMENTS
@@ -140,11 +140,8 @@ class HFGenerateMixin:
         if self.base_model.generation_config.stop_strings is not None:
             raise ValueError("stop_strings in base_model.generation_config: set them to None there, pass stop_strings=")
         if strings is not None:
-            _check_stop_strings(strings)
-            tokenizer = self.tokenizer if tokenizer is None else tokenizer
-            if not isinstance(tokenizer, PreTrainedTokenizerBase):
-                raise ValueError(f"tokenizer is {shown(tokenizer)}: pass the target's tokenizer, for stop_strings")
-            criteria.append(StopStringCriteria(tokenizer, strings))
+            check_stop_strings(strings)
+            criteria.append(stop_criterion(self.tokenizer if tokenizer is None else tokenizer, strings))
         return criteria, config
 
     def custom_generate(
@@ -233,16 +230,15 @@ def _check_generate(config, streamer, options: dict[str, Any]) -> None:
         size = whole_number(options.get(name, getattr(config, name, None)))
         if size is not None and size > MAX_NGRAM:  # transformers loops over it
             raise ValueError(f"{name}={shown(size)}: no text repeats so many tokens; leave it out")
+    if options.get("token_healing", getattr(config, "token_healing", False)):
+        raise ValueError(
+            "token_healing: transformers keeps the tokenizer from loops of others; pass the healed prompt, "
+            "base_model.heal_tokens(input_ids, tokenizer)"
+        )
     if isinstance(streamer, type):
         raise ValueError(f"streamer is the class {streamer.__name__}: pass an object of it, {streamer.__name__}(...)")
     if streamer is not None and not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
         raise ValueError(f"streamer is a {type(streamer).__name__}: pass an object with put() and end()")
-
-
-def _check_stop_strings(strings) -> None:
-    several = isinstance(strings, (list, tuple)) and len(strings) > 0
-    if not all(isinstance(each, str) and each for each in (strings if several else [strings])):
-        raise ValueError(f"stop_strings={shown(strings)}: pass a text or a list of texts, none of them empty")
 
 
 def _cannot_use(error: Exception, options: dict) -> str:

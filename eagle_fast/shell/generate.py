@@ -8,8 +8,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from transformers import StopStringCriteria
-
 from eagle_fast.config import check_positive
 from eagle_fast.decoding.statistics import Statistics
 from eagle_fast.loading_arguments import load_pair
@@ -18,6 +16,7 @@ from eagle_fast.prompts import Prompt, read_prompts
 from eagle_fast.shell.answer import decode, decode_batch, encode, figures, parted, summary
 from eagle_fast.shell.screen import Screen
 from eagle_fast.shell.settings import Settings, settings_of
+from eagle_fast.stop_strings import stop_criterion
 from eagle_fast.text import TextStream
 
 
@@ -41,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     if not all(args.stop):
         raise ValueError("--stop: a text is empty")
     model, same = load_pair(args), []
-    more = {"stopping_criteria": [StopStringCriteria(model.tokenizer, args.stop)]} if args.stop else {}
+    more = {"stopping_criteria": [stop_criterion(model.tokenizer, args.stop, "--stop")]} if args.stop else {}
     encoded = [encode(model.tokenizer, prompt, args.raw, args.chat_template_kwargs) for prompt in prompts]
     for first in range(0, len(prompts), args.batch):
         some, ids = prompts[first : first + args.batch], encoded[first : first + args.batch]

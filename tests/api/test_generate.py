@@ -141,6 +141,21 @@ def test_stop_strings(model, device):
         model.generate(ids, max_new_tokens=NEW, stop_strings="w1 w2")
 
 
+def test_stop_strings_of_a_tokenizer_that_transformers_does_not_understand(model, device):
+    words = tokenizer()
+    words.convert_tokens_to_string = lambda tokens: ""
+    with pytest.raises(ValueError, match=r"stop_strings=\['w9'\]: transformers cannot tell how .* leave stop_strings"):
+        model.generate(prompt(11, device), max_new_tokens=NEW, stop_strings=["w9"], tokenizer=words)
+
+
+def test_healed_prompts_are_made_by_their_own_method(model, device):
+    ids, words = prompt(11, device), tokenizer()
+    with pytest.raises(ValueError, match=r"token_healing: .*heal_tokens"):
+        model.generate(ids, max_new_tokens=NEW, token_healing=True, tokenizer=words)
+    with pytest.raises(ValueError, match=r"token_healing: .*heal_tokens"):
+        model.generate(ids, GenerationConfig(token_healing=True, max_new_tokens=NEW), tokenizer=words)
+
+
 @pytest.mark.parametrize("entry", ["generate", "custom_generate", "custom_generate in a function"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_streamer_gets_what_stock_gives_it(entry, batch, model, device):
