@@ -124,18 +124,23 @@ def load_target(
         check_layers(options["num_hidden_layers"] if known else Anatomy(config).stated_layers, what)
     _check_attention(options.get("attn_implementation"))
     placement = _placement(config, device, device_map, max_memory, options, packing)
-    with loading(name, path, options), without_its_warning():
-        given = options if packing is None else packed_options(packing, path, options, config)
-        model, missing, unexpected = _load(auto, path, given | placement)
+    try:
+        with loading(name, path, options), without_its_warning():
+            given = options if packing is None else packed_options(packing, path, options, config)
+            model, missing, unexpected = _load(auto, path, given | placement)
+    except ValueError as error:
+        if not reason:
+            raise
+        raise ValueError(f"{error}. Its library was asked since {reason}") from error
     drop_wrappers(model, options)
+    if packing is not None or not (config is None or "quantization_config" in options or Anatomy(config).is_quantized):
+        check_all_read(unexpected, packing, what)
     if missing:
         beside = f" with {said(options)}" if options else ""
         raise ValueError(
             f"{what}{beside} lacks tensors of {type(model).__name__}, which would be random: "
             f"{listed(missing)}; is it complete, no draft head, and its config.json its own?"
         )
-    if packing is not None:
-        check_all_read(unexpected, packing, what)
     check_base(model, name)
     say_how_it_runs(model, what, packing, reason)
     if Anatomy(model).softcap and "attn_implementation" not in options:

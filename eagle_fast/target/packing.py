@@ -20,7 +20,7 @@ from eagle_fast.target.placement import GIB, model_bytes, skeleton
 LM_HEAD_BITS = (8,)
 PACKED_TENSORS = (
     "qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_scale_inv", "weight_zero_point",
-    "weight_g_idx",
+    "weight_g_idx", "SCB", "absmax",
 )  # fmt: skip
 
 

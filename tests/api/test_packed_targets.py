@@ -232,11 +232,39 @@ def test_packed_tensors_of_plain_weights_are_refused(targets, tmp_path):
         load(tmp_path, head)
 
 
+@pytest.mark.parametrize(
+    "layout", ["gptq", "awq", "w4a16", "w8a16_bytes", "w8a8", "fp8_dynamic", "fp8_blocks", "fp8_auto"]
+)
+def test_packed_files_without_a_quantization_config_are_refused(layout, targets, tmp_path):
+    """Some state it in a file of its own. Codes would be taken for weights, without their scales."""
+    model, head = targets["llama"]
+    write_quantized(model, tmp_path, LAYOUTS[layout])
+    rewrite(tmp_path, lambda _, settings: settings.pop("quantization_config"))
+    with pytest.raises(ValueError, match=r"packed tensors where its config.json speaks of plain weights"):
+        load(tmp_path, head)
+
+
+def test_why_a_library_is_needed_is_said(targets, tmp_path):
+    model, head = targets["llama"]
+    write_quantized(model, tmp_path, LAYOUTS["gptq"], checkpoint_format="marlin")
+    with pytest.raises(ValueError, match=r"(optimum|gptqmodel).* since its checkpoint_format is 'marlin'"):
+        load(tmp_path, head)
+
+
 def test_a_missing_part_is_named(targets, tmp_path):
     model, head = targets["llama"]
     write_quantized(model, tmp_path, LAYOUTS["awq"])
     rewrite(tmp_path, lambda tensors, _: tensors.pop("model.layers.1.mlp.up_proj.qzeros"))
     with pytest.raises(ValueError, match=r"lacks tensors .*model.layers.1.mlp.up_proj.qzeros"):
+        load(tmp_path, head)
+
+
+@pytest.mark.parametrize(("layout", "part"), [("gptq", "g_idx"), ("w4a16", "weight_shape")])
+def test_a_missing_part_that_is_looked_into_is_named(layout, part, targets, tmp_path):
+    model, head = targets["llama"]
+    write_quantized(model, tmp_path, LAYOUTS[layout])
+    rewrite(tmp_path, lambda tensors, _: tensors.pop(f"model.layers.1.mlp.up_proj.{part}"))
+    with pytest.raises(ValueError, match=rf"{part}.* lacks"):
         load(tmp_path, head)
 
 

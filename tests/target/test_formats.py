@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from zoo import make
 
 from eagle_fast.layers.packed import PackedLinear
-from eagle_fast.target.formats.arriving import ArrivingLinear, shrink
+from eagle_fast.target.formats.arriving import ArrivingLinear, make_room, shrink
 from eagle_fast.target.formats.choose import format_of
 from eagle_fast.target.formats.quantizer import PackedConfig, PackedQuantizer, packed_config
 from eagle_fast.target.formats.rounding import rounded_groups
@@ -191,6 +191,9 @@ def test_groups_of_compressed_tensors():
     assert kinds(settings | both, Q, UP, DOWN, "lm_head") == [8, 4, 8, 0]
     assert kinds(settings | both | {"ignore": ["re:.*layers\\.1.*", UP]}, Q, UP, DOWN) == [8, 0, 0]
     assert "4 bits in groups of 32 and 8 bits in groups of 64" in format_of(settings | both).name
+    ordered = [changed(settings, actorder=word) for word in ("group", "dynamic", "weight", "static", None)]
+    schemes = [format_of(each).scheme(Q, torch.nn.Linear(64, 64), True) for each in ordered]
+    assert [each.act_order for each in schemes] == [True, True, False, False, False]
     only = {"config_groups": {"a": four | {"targets": ["re:.*up_proj"]}}}
     assert kinds(settings | only, Q, UP) == [0, 4]
 
@@ -230,6 +233,9 @@ REFUSED = {
     "other": ({"quant_method": "aqlm"}, "'aqlm', and gptq, awq"),
     "nothing": ({}, "None"),
     "numbers": (fp8().settings | {"weight_block_size": 128}, "odd .*TypeError"),
+    "awq names": (awq().settings | {"modules_to_not_convert": "lm_head"}, "'lm_head', and a list of names"),
+    "fp8 names": (fp8().settings | {"ignored_layers": {"lm_head": 1}}, "ignored_layers is .* a list of names"),
+    "ct names": (CT | {"ignore": [5]}, r"ignore is \[5\], and a list of names"),
 }
 
 
@@ -238,6 +244,45 @@ def test_what_cannot_be_read_has_a_reason(case):
     settings, reason = REFUSED[case]
     with pytest.raises(Unreadable, match=reason):
         format_of(settings)
+
+
+RULES = {
+    "gptq": gptq().settings | {"dynamic": {"-:[": {}}},
+    "awq": awq().settings | {"modules_to_not_convert": ["["]},
+    "fp8": fp8().settings | {"modules_to_not_convert": ["["]},
+    "ct": CT | {"ignore": ["re:["]},
+}
+
+
+@pytest.mark.parametrize("case", RULES)
+def test_rules_that_are_no_patterns_have_a_reason(case):
+    with pytest.raises(Unreadable, match="no pattern"):
+        make_room(make("llama", num_hidden_layers=1), format_of(RULES[case]))
+
+
+LIES = {
+    "fp8 said to be whole": (compressed_fp8(), changed(compressed(8, -1, packed=False).settings), "weight", None),
+    "whole said to be fp8": (compressed(8, -1, packed=False), compressed_fp8().settings, "weight", None),
+    "e5m2": (fp8(), fp8().settings, "weight", torch.float8_e5m2),
+    "scales in bytes": (fp8(), fp8().settings, "weight_scale_inv", torch.uint8),
+    "words as floats": (gptq(), gptq().settings, "qweight", torch.float32),
+    "scales as whole numbers": (awq(), awq().settings, "scales", torch.int32),
+}
+
+
+@pytest.mark.parametrize("case", LIES)
+def test_numbers_of_another_kind_than_the_config_says_are_refused(case, model, tmp_path):
+    """transformers would turn the ones into the others, which are something else."""
+    layout, settings, end, dtype = LIES[case]
+    write_quantized(model, tmp_path, layout, **settings)
+    if dtype is not None:
+        file = tmp_path / "model.safetensors"
+        tensors = load_file(file)
+        for name in [each for each in tensors if each.endswith(f"up_proj.{end}")]:
+            tensors[name] = tensors[name].float().to(dtype)
+        save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{end} is of \w+ in its file, and by its config.json of \w+"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("groups", [[0] * 40 + [1] * 24, [0, 1] * 30 + [0] * 4])

@@ -7,6 +7,7 @@ quantizer says so: no moment holds more than what is packed and one layer more.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -162,7 +163,10 @@ def _make_room_for_linears(model: PreTrainedModel, found: Format) -> None:
     lm_head, inside = model.get_output_embeddings(), f"{listed[0]}."
     linears = [(name, each) for name, each in model.named_modules() if type(each) is nn.Linear]
     for name, linear in linears:
-        scheme = found.scheme(name, linear, name.startswith(inside))
+        try:
+            scheme = found.scheme(name, linear, name.startswith(inside))
+        except re.error as error:
+            raise Unreadable(f"one of its rules for names is no pattern ({error})") from error
         if scheme is None:
             continue
         if linear is lm_head and f"{name}.weight" in model.all_tied_weights_keys:
@@ -171,23 +175,36 @@ def _make_room_for_linears(model: PreTrainedModel, found: Format) -> None:
         setattr(model.get_submodule(parent), leaf, ArrivingLinear(linear, scheme))
 
 
-def fit_single_numbers(model: PreTrainedModel, files: Sequence[str]) -> None:
-    """Give what is one number the number of dimensions that it has in the files, none or some, as writers please."""
+def fit_to_files(model: PreTrainedModel, files: Sequence[str]) -> None:
+    """Look at what is to come before it comes. What is one number gets the number of dimensions that it has in the
+    files, none or some, as writers please. ValueError for numbers of another kind than the format has, of which
+    transformers would make that kind without a word."""
     wanted = {
         f"{name}.{key}": (module, key)
         for name, module in model.named_modules()
         if isinstance(module, ArrivingLinear)
-        for key, parameter in module.named_parameters()
-        if parameter.numel() == 1
+        for key, _ in module.named_parameters()
     }
     for file in [each for each in files if wanted and each.endswith(".safetensors")]:
         with safe_open(file, "pt") as opened:
-            for name in wanted.keys() & set(opened.keys()):
+            for name in sorted(wanted.keys() & set(opened.keys())):
                 module, key = wanted[name]
-                shape, held = opened.get_slice(name).get_shape(), module.get_parameter(key)
-                if math.prod(shape) == 1:
-                    empty = torch.empty(shape, dtype=held.dtype, device="meta")
+                stored, held = opened.get_slice(name), module.get_parameter(key)
+                if not _is_kind(stored.get_dtype(), held.dtype):
+                    raise ValueError(
+                        f"{name} is of {stored.get_dtype()} in its file, and by its config.json of "
+                        f"{str(held.dtype).removeprefix('torch.')}"
+                    )
+                if held.numel() == math.prod(stored.get_shape()) == 1:
+                    empty = torch.empty(stored.get_shape(), dtype=held.dtype, device="meta")
                     setattr(module, key, nn.Parameter(empty, requires_grad=False))
+
+
+def _is_kind(stored: str, dtype: torch.dtype) -> bool:
+    """Whether numbers of a safetensors dtype are those of another dtype: bytes are codes, and only themselves."""
+    if dtype.itemsize == 1:
+        return stored == {torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3"}.get(dtype, stored)
+    return stored.startswith(("F", "BF")) if dtype.is_floating_point else stored.startswith(("I", "U"))
 
 
 def make_room_for_ends(model: PreTrainedModel, bits: int) -> None:

@@ -19,6 +19,7 @@ from eagle_fast.target.formats.scheme import (
     fields,
     group_of,
     group_size,
+    names,
     symmetric,
     whole,
 )
@@ -56,7 +57,7 @@ class Awq:
         form = str(settings.get("version") or settings.get("format") or "gemm").lower()
         if form != "gemm":
             raise Unreadable(f"its version is {form!r}, and 'gemm' can be read")
-        self.kept: list[str] = list(settings.get("modules_to_not_convert") or [])
+        self.kept = names(settings, "modules_to_not_convert")
         self.one_scheme = AwqScheme(group_size(settings.get("group_size", settings.get("q_group_size"))))
         groups = f"groups of {self.one_scheme.group}" if self.one_scheme.group > 0 else "one group a row"
         self.name = f"AWQ, 4 bits in {groups}"

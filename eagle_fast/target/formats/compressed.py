@@ -23,6 +23,7 @@ from eagle_fast.target.formats.scheme import (
     group_of,
     group_size,
     in_order,
+    names,
     symmetric,
     whole,
 )
@@ -61,7 +62,9 @@ class WholeScheme(FileScheme):
         if self.in_words:
             shape = tensors["weight_shape"].tolist()
             if shape != [rows, columns]:
-                raise ValueError(f"a weight of {rows} x {columns} says that it is {shape}: is the file damaged?")
+                raise ValueError(
+                    f"a weight of {rows} x {columns} has a weight_shape of {shape}, or the file lacks it: is it whole?"
+                )
             codes = fields(tensors["weight_packed"], self.bits)[:, :columns].contiguous()
         else:
             codes = self._from_zero(tensors["weight"])
@@ -90,7 +93,7 @@ class Compressed:
             raise Unreadable(f"it is sparse ({sparsity})")
         if (settings.get("transform_config") or {}).get("config_groups"):
             raise Unreadable("its layers turn their input (transform_config)")
-        self.ignored: list[str] = list(settings.get("ignore") or [])
+        self.ignored = names(settings, "ignore")
         self.targets: dict[str, Scheme | None] = {}
         said: list[str] = []
         for group in settings["config_groups"].values():
@@ -139,7 +142,7 @@ def _scheme(group: Mapping[str, Any], form: str) -> tuple[Scheme | None, str]:
     even = bool(weights.get("symmetric", True))
     if strategy == "tensor" and not even:
         raise Unreadable("it has one zero point for a whole weight")
-    act_order = weights.get("actorder") in ("group", True)
+    act_order = weights.get("actorder") in ("group", "dynamic", True)  # two words for one
     scheme = WholeScheme(bits, size, even, form == PACKED, act_order, strategy == "tensor")
     beside = "" if even else ", zero points"
     return scheme, f"{bits} bits{f' in groups of {size}' if size > 0 else ''}{beside}{', act-order' * act_order}"

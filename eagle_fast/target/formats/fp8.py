@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from eagle_fast.target.formats.scheme import Codes, FileScheme, Scheme, Stored, Unreadable, group_of
+from eagle_fast.target.formats.scheme import Codes, FileScheme, Scheme, Stored, Unreadable, group_of, names
 
 ACTIVATIONS = "its activations, which the file would round to {bits} bits, stay in 16"
 CACHED = "keys and values, which the file would round, are cached as they are"
@@ -60,7 +60,7 @@ class Fp8:
                 raise Unreadable(f"its weight_block_size is {block}, and blocks of 32, 64 or 128 columns can be read")
         of_transformers = "weight_block_size" in settings
         self.one_scheme = BlockScheme(block) if of_transformers else BlockScheme(None, "weight_scale")
-        self.kept: list[str] = list(settings.get("modules_to_not_convert") or settings.get("ignored_layers") or [])
+        self.kept = names(settings, "modules_to_not_convert", "ignored_layers")
         self.name = "FP8, one scale a weight" if block is None else f"FP8 in blocks of {block[0]} x {block[1]}"
 
     def scheme(self, name: str, linear: nn.Linear, inside: bool) -> Scheme | None:
@@ -72,7 +72,7 @@ class FbgemmFp8:
 
     def __init__(self, settings: dict[str, Any]):
         self.beside, self.notes = [BESIDE], [ACTIVATIONS.format(bits=8)]
-        self.kept: list[str] = list(settings.get("modules_to_not_convert") or [])
+        self.kept = names(settings, "modules_to_not_convert")
         self.name = "FP8, a scale a row"
 
     def scheme(self, name: str, linear: nn.Linear, inside: bool) -> Scheme | None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from eagle_fast.target.formats.arriving import ArrivingLinear, fit_single_numbers, make_room
+from eagle_fast.target.formats.arriving import ArrivingLinear, fit_to_files, make_room
 from eagle_fast.target.formats.choose import format_of
 from eagle_fast.target.formats.rounding import Rounding
 from eagle_fast.target.formats.scheme import Format
@@ -57,7 +57,7 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **_):
         found = self.quantization_config.format
         make_room(model, found, self.quantization_config.lm_head_bits)
-        fit_single_numbers(model, [str(each) for each in checkpoint_files or ()])
+        fit_to_files(model, [str(each) for each in checkpoint_files or ()])
         ignored = model._keys_to_ignore_on_load_unexpected  # a list, or in later releases a set
         ignored = [] if ignored is None else ignored
         more = [each for each in (found.beside if found else ()) if each not in ignored]

@@ -88,6 +88,17 @@ def whole(value: Any, name: str, *allowed: int) -> int:
     return value
 
 
+def names(settings: Mapping[str, Any], *keys: str) -> list[str]:
+    """Names of modules, or patterns of them, under the first of these keys that has any."""
+    for key in keys:
+        found = settings.get(key) or []
+        if not isinstance(found, (list, tuple)) or not all(isinstance(each, str) for each in found):
+            raise Unreadable(f"its {key} is {found!r}, and a list of names can be read")
+        if found:
+            return list(found)
+    return []
+
+
 def group_size(value: Any) -> int:
     """That a config gives; -1 for one group."""
     return whole(-1 if value is None else value, "group_size", -1, 32, 64, 128)
@@ -111,6 +122,8 @@ def in_order(found: Codes, groups: Tensor | None) -> Codes:
         return found
     order = groups.argsort(stable=True)
     if not torch.equal(groups[order].long(), expected):
-        raise ValueError(f"its groups of columns (g_idx) are not of {size} columns each: is the file damaged?")
+        raise ValueError(
+            f"its groups of columns (g_idx) are not of {size} columns each, or the file lacks them: is it whole?"
+        )
     codes = found.codes.view(torch.uint8)[:, order].view(found.codes.dtype)
     return found._replace(codes=codes, order=order)
