@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from eagle_fast.config import TreeConfig
+from eagle_fast.decoding.validate import check_adaptive
 from eagle_fast.head.checkpoint import check_folder, read_head
 from eagle_fast.loading import known_path
 from eagle_fast.loading_arguments import given
@@ -50,6 +51,8 @@ def attach(
     options: draft_int8 and adaptive, as from_pretrained takes them; hub: revision, ea_revision, cache_dir and
     local_files_only, for names on the hub.
     """
+    tree = tree or TreeConfig()
+    check_adaptive((options or {}).get("adaptive"), tree)
     own = dict(hub or {})
     revisions = {"model": own.pop("revision", None), "head": own.pop("ea_revision", None)}
     place = Path(folder)
@@ -61,7 +64,7 @@ def attach(
     if damage:
         raise ValueError(f"MODEL={model!r} {damage}")
     _check_head(model, source, str(drafter))
-    told = asdict(tree or TreeConfig()) | (options or {})
+    told = asdict(tree) | (options or {})
     text = HOOK.format(head=HEAD, options=", ".join(f"{name}={value!r}" for name, value in told.items()))
     try:
         _write(place, source, drafter, text)

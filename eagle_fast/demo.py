@@ -16,6 +16,8 @@ from transformers.utils import logging
 from eagle_fast.loading_arguments import load_pair
 from eagle_fast.model import EaModel
 from eagle_fast.pairs import SMOLLM2
+from eagle_fast.prompts import check_text
+from eagle_fast.shell.settings import Settings
 from eagle_fast.typewriter import DRAFTED, PLAIN, Typewriter, takes_colour
 
 ON_A_CPU = 1.3  # speed-up below which the demo says why it is so little
@@ -91,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
     """Returns 0 if the texts are the same, as far as that is promised."""
     started = time.perf_counter()
     logging.disable_progress_bar()  # of half a second
+    check_text(args.prompt, "the prompt")
+    Settings(temperature=args.temperature, seed=args.seed, max_new_tokens=args.max_new_tokens)  # checks them
     model = load_pair(args)
     tokenizer = model.tokenizer
     chat = [{"role": "user", "content": args.prompt}]

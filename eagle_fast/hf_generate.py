@@ -90,7 +90,7 @@ class HFGenerateMixin:
         )
         if kwargs.get("cache_implementation") == "paged":
             raise ValueError("cache_implementation='paged' would bypass eagle_fast: leave it out")
-        _check_generate(generation_config, streamer, kwargs)
+        _check_generate(generation_config, streamer, kwargs, self.base_model.generation_config)
         self._follow()
         given = inputs if inputs is not None else kwargs.get("input_ids")
         if given is not None:
@@ -220,8 +220,8 @@ def _stock_generate(base_model: Any) -> Callable:
     return base_model.generate if generate is None else functools.partial(generate, base_model)
 
 
-def _check_generate(config, streamer, options: dict[str, Any]) -> None:
-    """What transformers would stumble over, or use without a look."""
+def _check_generate(config, streamer, options: dict[str, Any], own: GenerationConfig) -> None:
+    """What transformers would stumble over, or use without a look. own: base_model's config."""
     if config is not None and not isinstance(config, GenerationConfig):
         raise ValueError(
             f"generation_config is a {type(config).__name__}: pass a GenerationConfig, or its settings as arguments"
@@ -230,7 +230,8 @@ def _check_generate(config, streamer, options: dict[str, Any]) -> None:
         size = whole_number(options.get(name, getattr(config, name, None)))
         if size is not None and size > MAX_NGRAM:  # transformers loops over it
             raise ValueError(f"{name}={shown(size)}: no text repeats so many tokens; leave it out")
-    if options.get("token_healing", getattr(config, "token_healing", False)):
+    healing = [options.get("token_healing"), *(getattr(each, "token_healing", None) for each in (config, own))]
+    if next((each for each in healing if each is not None), False):
         raise ValueError(
             "token_healing: transformers keeps the tokenizer from loops of others; pass the healed prompt, "
             "base_model.heal_tokens(input_ids, tokenizer)"

@@ -27,6 +27,7 @@ from eagle_fast.shell.own_prompts import PROMPTS
 from eagle_fast.shell.screen import Screen
 from eagle_fast.shell.settings import Settings
 
+PLOTS = (".png", ".pdf", ".svg")
 WARM_TOKENS = 24  # of the first prompt, in every way, before the clock
 
 
@@ -59,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Before anything is loaded."""
+    if args.plot and args.plot.suffix.lower() not in PLOTS:
+        raise ValueError(f"--plot {args.plot}: name a file that ends in {', '.join(PLOTS[:-1])} or {PLOTS[-1]}")
     if args.plot and find_spec("matplotlib") is None:
         raise ValueError("--plot draws with matplotlib, which is not installed: pip install 'matplotlib>=3.9'")
     for name, path in (("--out", args.out), ("--plot", args.plot)):

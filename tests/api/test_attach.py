@@ -173,6 +173,7 @@ def test_generate_of_another_repository_still_runs(loaded, tmp_path):
         ("the head first", "is a draft head: name the target first"),
         ("two targets", "draft head .*target"),
         ("tree", "total_token=1: use 2"),
+        ("fixed and free", "total_token=-1 .* and adaptive=False holds it fixed"),
         ("no folder", "FOLDER=.* cannot be written: "),
     ],
 )
@@ -188,6 +189,7 @@ def test_what_cannot_be_attached(which, message, pair, folder, tmp_path, capsys)
         "two targets": [target, target, place],
         "no folder": [target, head, Path(head) / "config.json" / "new"],
         "tree": [target, head, place, "--tree", "1", "7", "10"],
+        "fixed and free": [target, head, place, "--tree", "-1", "7", "10", "--no-adaptive"],
     }[which]  # fmt: skip
     assert main(["attach", *map(str, given)]) == 2
     assert re.search(message, capsys.readouterr().err)

@@ -10,6 +10,7 @@ from chatty import make_tokenizer
 from decoders import decoder, rebuilt
 
 from eagle_fast import demo
+from eagle_fast.cli import main
 from eagle_fast.commands.demo import add_arguments
 from eagle_fast.typewriter import DRAFTED, PLAIN, Typewriter
 
@@ -61,6 +62,17 @@ def test_three_texts_and_how_they_compare(small, capsys, temperature):
     tau = re.search(r"tokens per round \(tau\) +([\d.]+) +1.00 +1.00", out)
     assert tau
     assert float(tau[1]) > 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(["--temperature", "-1"], "temperature=-1"), (["--max-new-tokens", "0"], "max_new_tokens=0"),
+     (["--seed", "-1"], "seed=-1"), (["a\udcff"], "the prompt is no UTF-8")],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_before_anything_is_loaded(change, reason, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "load_pair", lambda args: pytest.fail("loaded"))
+    assert main(["demo", *change]) == 2
+    assert f"eagle-fast demo: {reason}" in capsys.readouterr().err
 
 
 def test_a_text_that_is_not_the_same_is_said_to_be(small, capsys):

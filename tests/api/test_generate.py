@@ -154,6 +154,11 @@ def test_healed_prompts_are_made_by_their_own_method(model, device):
         model.generate(ids, max_new_tokens=NEW, token_healing=True, tokenizer=words)
     with pytest.raises(ValueError, match=r"token_healing: .*heal_tokens"):
         model.generate(ids, GenerationConfig(token_healing=True, max_new_tokens=NEW), tokenizer=words)
+    changed = rebuilt(model, lambda base: base.generation_config.update(token_healing=True))
+    with pytest.raises(ValueError, match=r"token_healing: .*heal_tokens"):
+        changed.generate(ids, max_new_tokens=NEW)
+    expected = stock(model, ids, max_new_tokens=NEW)
+    assert torch.equal(changed.generate(ids, do_sample=False, max_new_tokens=NEW, token_healing=False), expected)
 
 
 @pytest.mark.parametrize("entry", ["generate", "custom_generate", "custom_generate in a function"])

@@ -22,7 +22,7 @@ CONFIG_FIELDS = {
     "doctor/trees.py": {"acceptance"},  # of a head
     "hf_generate.py": {  # of a generation config
         "?", "_pad_token_tensor", "do_sample", "get_generation_mode", "return_dict_in_generate",
-        "stop_strings", "token_healing",
+        "stop_strings",
     },
     "hf_model.py": {"setter"},  # of a property
     "pairs.py": {"eos_token_id", "pad_token_id", "quantization_config"},  # written, of the demo's model

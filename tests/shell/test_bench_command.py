@@ -107,6 +107,12 @@ def test_a_plot_without_matplotlib_is_refused_before_anything_is_loaded(monkeypa
     assert "pip install 'matplotlib>=3.9'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["bench", "bench.xyz", "bench.txt"])
+def test_a_plot_of_no_kind_is_refused_before_anything_is_loaded(name, capsys):
+    assert main(["bench", "--model", "absent/absent", "--head", "absent/absent", "--plot", name]) == 2
+    assert f"--plot {name}: name a file that ends in .png" in capsys.readouterr().err
+
+
 def test_matplotlib_is_not_imported_without_a_plot():
     code = "import sys, eagle_fast.shell.bench; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
