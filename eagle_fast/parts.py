@@ -97,6 +97,11 @@ class PartsMixin:
 
     def _settle(self, tree: TreeConfig) -> None:
         head, tree = self.ea_layer, resolved(tree)
+        sayable = head.config.draft_vocab_size
+        if tree.top_k > sayable:
+            raise ValueError(
+                f"top_k={tree.top_k} is more than the {sayable} tokens that the head can propose: lower top_k"
+            )
         self._tree, head.tree, head.heard = tree, tree, len(head.asked)
         self._heard = id(head), head.heard
 

@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 from decoders import decoder, prompt, stock
-from often_right import write_often_right_head
+from often_right import write_often_right_head, write_random_head
 
 from eagle_fast import EaModel, TreeConfig
 from eagle_fast.loading import load_head
@@ -65,6 +65,27 @@ def test_a_head_of_several_models_says_it_to_all(model):
     assert (model.tree, other.tree) == (TreeConfig(16, 4, 4), TreeConfig(8, 4, 3))
     third = EaModel(model.base_model, model.ea_layer, tree=TreeConfig(8, 2, 3))
     assert third.tree == TreeConfig(8, 2, 3)
+
+
+def test_a_tree_wider_than_the_heads_vocabulary_is_refused(model, tmp_path):
+    write_random_head(model.base_model, tmp_path, draft_vocab_size=3)
+    small, ids = load_head(str(tmp_path), model.base_model), prompt(9, model.device)
+    with pytest.raises(ValueError, match=r"top_k=4 is more than the 3 tokens that the head can propose"):
+        EaModel(model.base_model, small, tree=TreeConfig(16, 3, 4))
+    narrow = EaModel(model.base_model, small, tree=TreeConfig(16, 3, 3), adaptive=False)
+    expected = stock(model, ids, max_new_tokens=NEW)
+    assert torch.equal(narrow.eagenerate(ids, max_new_tokens=NEW), expected)
+    with pytest.raises(ValueError, match="top_k=4 is more than the 3"):
+        narrow.tree = TreeConfig(16, 3, 4)
+    assert torch.equal(narrow.eagenerate(ids, max_new_tokens=NEW), expected)
+    small.top_k = 4
+    with pytest.raises(ValueError, match="top_k=4 is more than the 3"):
+        narrow.eagenerate(ids, max_new_tokens=NEW)
+    small.top_k = 3
+    assert torch.equal(narrow.eagenerate(ids, max_new_tokens=NEW), expected)
+    model.ea_layer = small
+    with pytest.raises(ValueError, match="top_k=4 is more than the 3"):
+        model.eagenerate(ids, max_new_tokens=NEW)
 
 
 def test_a_stream_under_way_goes_on_with_its_tree(model):
