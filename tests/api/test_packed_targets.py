@@ -244,6 +244,18 @@ def test_packed_files_without_a_quantization_config_are_refused(layout, targets,
         load(tmp_path, head)
 
 
+@pytest.mark.parametrize("options", [{}, {"target_bits": 4}, {"lm_head_bits": 8}])
+def test_packed_models_are_not_saved(options, targets, tmp_path):
+    model, head = targets["llama"]
+    if options:
+        model.save_pretrained(tmp_path)
+    else:
+        write_quantized(model, tmp_path, LAYOUTS["gptq"])
+    decoder, _ = load(tmp_path, head, **options)
+    with pytest.warns(UserWarning, match="keep the checkpoint"), pytest.raises(ValueError, match="not serializable"):
+        decoder.base_model.save_pretrained(tmp_path / "saved")
+
+
 def test_why_a_library_is_needed_is_said(targets, tmp_path):
     model, head = targets["llama"]
     write_quantized(model, tmp_path, LAYOUTS["gptq"], checkpoint_format="marlin")

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from eagle_fast.messages import warn_user
 from eagle_fast.target.formats.arriving import ArrivingLinear, fit_to_files, make_room
 from eagle_fast.target.formats.choose import format_of
 from eagle_fast.target.formats.rounding import Rounding
@@ -71,6 +72,11 @@ class PackedQuantizer(HfQuantizer):
         return param.element_size()
 
     def is_serializable(self):
+        """Asked by save_pretrained, whose error speaks of warnings."""
+        warn_user(
+            "packed weights are not written: keep the checkpoint that the model was loaded from, and load it again "
+            "with these options"
+        )
         return False
 
     @property
