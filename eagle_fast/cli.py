@@ -33,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if sys.stdin is None:  # closed
         sys.stdin = io.StringIO()
+    elif isinstance(sys.stdin, io.TextIOWrapper):  # what is no text is told of by whoever reads it, in every locale
+        sys.stdin.reconfigure(errors="surrogateescape")
     name = arguments[0] if arguments and arguments[0] in COMMANDS else None
     try:
         code = _usage(arguments) if name is None else _run(name, arguments[1:])

@@ -187,11 +187,11 @@ def test_out_of_a_pipe_every_line_is_a_turn(pair, expected):
     assert "Loading" not in done.stderr
 
 
-def test_a_turn_that_is_no_text_does_not_end_the_conversation(pair, expected):
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # as Python reads stdin in most locales, and in C
+def test_a_turn_that_is_no_text_does_not_end_the_conversation(pair, expected, errors):
     command = [*COMMAND, "chat", *pair, "--max-new-tokens", str(NEW)]
-    done = subprocess.run(
-        command, input=b"w5 \xff\nw7\n", capture_output=True, env=os.environ | ENVIRONMENT, timeout=300
-    )
+    environment = os.environ | ENVIRONMENT | {"PYTHONIOENCODING": f"utf-8:{errors}"}
+    done = subprocess.run(command, input=b"w5 \xff\nw7\n", capture_output=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     assert b"the text is no UTF-8" in done.stderr
     assert done.stdout.decode().splitlines() == [expected("w7")]
