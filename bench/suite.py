@@ -45,7 +45,12 @@ BITS = {  # record -> arguments of bits.py
     "bits-llama-3.1-8b": [],
     "bits-llama-3.1-8b-float16": ["--dtype", "float16"],
 }
-BATCH = "batch-smollm2-135m"
+OVER_TWO = {  # the same where there are two GPUs, and beside them on one
+    "round-llama-3.1-8b-tensor-parallel": ["llama-3.1-8b", "--tensor-parallel", "2"],
+    "round-llama-3.1-8b-tensor-parallel-32k": ["llama-3.1-8b", "--tensor-parallel", "2", "--context", "32768"],
+    "round-llama-3.1-8b-tensor-parallel-beside": ["llama-3.1-8b"],
+}
+BATCH, SHAPES = "batch-smollm2-135m", "batch-llama-3.1-8b"
 LOSSLESS = ("float32", "bfloat16", "float16")
 OVER_SEVERAL = ("llama-3.1-8b", "llama-3.3-70b")  # over 2, 4 and 8 GPUs, where there are as many
 
@@ -72,7 +77,7 @@ def rounds() -> dict[str, list[str]]:
     several = {
         f"round-{shape}-{count}gpus": [shape, "--device-map", str(count)] for count in counts for shape in OVER_SEVERAL
     }
-    return ROUNDS | several
+    return ROUNDS | several | (OVER_TWO if counts else {})
 
 
 def run_round(name: str, args: argparse.Namespace) -> bool:
@@ -121,7 +126,7 @@ def of_pair() -> dict[str, list[str]]:
     return {
         **{f"lossless-{dtype}": ["lossless.py", "--chat", "--dtype", dtype] for dtype in LOSSLESS},
         "int8-head-smollm2-135m": ["int8_head.py"],
-        BATCH: ["batch.py"],
+        BATCH: ["batch.py", "--shape", "none"],
         **several,
     }
 
@@ -141,6 +146,7 @@ def main() -> int:
         return 1
     benches = {name: lambda name=name: run_round(name, args) for name in rounds()}
     benches |= {name: lambda name=name: run_bits(name, args) for name in BITS}
+    benches[SHAPES] = lambda: run("batch.py", "--out", str(RESULTS / f"{SHAPES}.json"), "--commit", args.commit)
     benches["ops"] = lambda: run_ops(args)
     if args.prompts and (user_cache() / SMOLLM2 / "model.safetensors").is_file():
         benches["decode-smollm2-135m"] = lambda: run_decode(args)

@@ -95,9 +95,10 @@ def plot_decode(record: dict, path: Path) -> None:
 def plot_batch(record: dict, path: Path, trees: Sequence[str]) -> None:
     """Of a record of batch.py: tokens a second over plain decoding's, by sequences: lines, with doubling as a step."""
     plots = pyplot()
-    tables = {"the pair": [row for row in record["pair"] if row["temperature"] == 0]}
+    where = record["hardware"].removeprefix("NVIDIA ")
+    tables = {f"the pair, {where}": [row for row in record["pair"] if row["temperature"] == 0]}
     if record["shapes"]:
-        tables[f"{record['shapes']['shape']}, the pair's acceptance"] = record["shapes"]["rows"]
+        tables[f"{record['shapes']['shape']} with the pair's acceptance, {where}"] = record["shapes"]["rows"]
     tables = {title: rows for title, rows in tables.items() if rows}
     figure, panels = plots.subplots(
         1, len(tables), figsize=(5.6 * len(tables), 4.2), squeeze=False, layout="constrained"
@@ -106,7 +107,10 @@ def plot_batch(record: dict, path: Path, trees: Sequence[str]) -> None:
         batches = [row["batch"] for row in rows]
         for place, name in enumerate([*trees, "adaptive"]):
             speeds = [row["tokens_per_second"] for row in rows]
-            style = {"linewidth": 3, "color": OURS} if name == "adaptive" else {"color": OTHERS[place % len(OTHERS)]}
+            dashes = ("-", "--", ":")[place // len(OTHERS) % 3]
+            style = {"color": OTHERS[place % len(OTHERS)], "linestyle": dashes}
+            if name == "adaptive":
+                style = {"linewidth": 3, "color": OURS}
             factors = [each[name] / each["plain"] for each in speeds]
             axes.plot(batches, factors, label=name, marker="o", markersize=3, **{"linewidth": 1, **style})
             if name == "adaptive":
