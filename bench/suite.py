@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from lib.records import RESULTS, environment, write
-from report import README, render
+from report import BATCH, OVER_TWO, README, SHAPES, render
 
 from eagle_fast.pairs import SMOLLM2, smollm2_head, user_cache
 
@@ -45,12 +45,11 @@ BITS = {  # record -> arguments of bits.py
     "bits-llama-3.1-8b": [],
     "bits-llama-3.1-8b-float16": ["--dtype", "float16"],
 }
-OVER_TWO = {  # the same where there are two GPUs, and beside them on one
-    "round-llama-3.1-8b-tensor-parallel": ["llama-3.1-8b", "--tensor-parallel", "2"],
-    "round-llama-3.1-8b-tensor-parallel-32k": ["llama-3.1-8b", "--tensor-parallel", "2", "--context", "32768"],
-    "round-llama-3.1-8b-tensor-parallel-beside": ["llama-3.1-8b"],
+ON_TWO = {  # the same where there are two GPUs, and beside them on one
+    OVER_TWO: ["llama-3.1-8b", "--tensor-parallel", "2"],
+    f"{OVER_TWO}-32k": ["llama-3.1-8b", "--tensor-parallel", "2", "--context", "32768"],
+    f"{OVER_TWO}-beside": ["llama-3.1-8b"],
 }
-BATCH, SHAPES = "batch-smollm2-135m", "batch-llama-3.1-8b"
 LOSSLESS = ("float32", "bfloat16", "float16")
 OVER_SEVERAL = ("llama-3.1-8b", "llama-3.3-70b")  # over 2, 4 and 8 GPUs, where there are as many
 
@@ -77,7 +76,7 @@ def rounds() -> dict[str, list[str]]:
     several = {
         f"round-{shape}-{count}gpus": [shape, "--device-map", str(count)] for count in counts for shape in OVER_SEVERAL
     }
-    return ROUNDS | several | (OVER_TWO if counts else {})
+    return ROUNDS | several | (ON_TWO if counts else {})
 
 
 def run_round(name: str, args: argparse.Namespace) -> bool:

@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     logging.disable_progress_bar()  # of half a second
     check_text(args.prompt, "the prompt")
-    Settings(temperature=args.temperature, seed=args.seed, max_new_tokens=args.max_new_tokens)  # checks them
+    settings = Settings(temperature=args.temperature, seed=args.seed, max_new_tokens=args.max_new_tokens)
     model = load_pair(args)
     tokenizer = model.tokenizer
     chat = [{"role": "user", "content": args.prompt}]
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
         stock_generate(model, ids, max_new_tokens=2, do_sample=False)
     print(f"{SMOLLM2} on {hardware(model.target.device)}, ready after {time.perf_counter() - started:.1f} s")
     print(f"> {args.prompt}\n")
-    runs = decode_all(model, tokenizer, ids, args)
+    runs = decode_all(model, tokenizer, ids, settings)
     show(runs, model.target.device)
     return judge(runs, model.target.dtype, args.temperature)
 
@@ -119,19 +119,18 @@ def stock_generate(model: EaModel, ids: torch.Tensor, **options: Any) -> None:
     stock.generate(ids, attention_mask=torch.ones_like(ids), **options)
 
 
-def decode_all(model: EaModel, tokenizer: Any, ids: torch.Tensor, args: argparse.Namespace) -> dict[str, Run]:
+def decode_all(model: EaModel, tokenizer: Any, ids: torch.Tensor, settings: Settings) -> dict[str, Run]:
     """The prompt ids [1, L] in three ways, each shown as it goes."""
-    options = {"temperature": args.temperature, "seed": args.seed, "max_new_tokens": args.max_new_tokens}
-    options["max_length"] = ids.shape[1] + args.max_new_tokens
+    options, temperature = settings.arguments(ids.shape[1]), settings.temperature
 
     def ours(method: Callable[..., Iterator[torch.Tensor]], recorder: Recorder) -> None:
         for sequences in method(ids, **options):
             recorder.take(sequences[0, ids.shape[1] :].tolist())
 
     def stock(recorder: Recorder) -> None:
-        sampling = {"do_sample": True, "temperature": args.temperature, "top_k": 0} if args.temperature else {}
-        settings = sampling or {"do_sample": False}
-        stock_generate(model, ids, max_new_tokens=args.max_new_tokens, streamer=Streamer(recorder), **settings)
+        greedy = {"do_sample": False}
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else greedy
+        stock_generate(model, ids, max_new_tokens=settings.max_new_tokens, streamer=Streamer(recorder), **sampling)
 
     coloured = takes_colour(sys.stdout)
     legend = f" ({DRAFTED}green{PLAIN}: drafted by the head, accepted by the model)" if coloured else ""

@@ -133,7 +133,8 @@ def load_target(
             raise
         raise ValueError(f"{error}. Its library was asked since {reason}") from error
     drop_wrappers(model, options)
-    if packing is not None or not (config is None or "quantization_config" in options or Anatomy(config).is_quantized):
+    is_plain = config is not None and "quantization_config" not in options and not Anatomy(config).is_quantized
+    if is_plain or packing is not None:  # else its library answers for what it reads
         check_all_read(unexpected, packing, what)
     if missing:
         beside = f" with {said(options)}" if options else ""
