@@ -31,7 +31,6 @@ from torch import Tensor
 from eagle_fast.layers.links import Links, OutOfStepError
 
 MOST_ROWS = 512  # M: more are exchanged in turns
-NEVER = -(2**62)  # exchanges before the running one: no flag is below
 
 
 class Buffer(NamedTuple):
@@ -69,39 +68,39 @@ def apart(devices: Sequence[torch.device]) -> list[tuple[torch.device, torch.dev
 
 
 class PeerLinks(Links):
-    """Between distinct GPUs that reach each other's memory. looks: at a flag, before a wait runs out."""
+    """Between distinct GPUs that reach each other's memory. looks: before a wait runs out."""
 
     @torch.inference_mode(False)  # counters are written in every mode
     def __init__(self, devices: Sequence[torch.device], hidden_size: int, looks: int = LOOKS):
         super().__init__(devices)
         check_peers(devices, f"tensor_parallel={[str(device) for device in devices]}")
-        self.looks, self.index = looks, 0
+        self.looks, self.turn = looks, 0
         self.broken = self.inside = False  # an exchange was not launched on all ranks; one is being launched
         self.loaded: set[tuple] = set()  # kernels of exchanges
         self.buffers: dict[tuple, Buffer] = {}  # graphs go on using those that became too small
         count = len(self.devices)
-        rows = [torch.zeros(count, 2, MOST_ROWS, hidden_size, device=device) for device in self.devices]
-        flags = [torch.zeros(count, 2, MOST_ROWS, dtype=torch.long, device=device) for device in self.devices]
-        self.never = [torch.full((1,), NEVER, device=device) for device in self.devices]
+        rows = [
+            torch.empty(count, 2, MOST_ROWS, hidden_size, dtype=torch.int32, device=device) for device in self.devices
+        ]
+        addresses = tuple(each.data_ptr() for each in rows)
         self.mailboxes = [
             Mailbox(
-                rank, rows[rank], flags[rank], *(_addresses(each, device) for each in (rows, flags)),
-                torch.zeros(1, dtype=torch.long, device=device), torch.zeros(1, dtype=torch.int32, device=device),
-                torch.zeros(1, dtype=torch.long, device="cpu", pin_memory=device.type == "cuda"),
+                rank, rows[rank], addresses, torch.empty(1, dtype=torch.int32, device=device),
+                torch.empty(1, dtype=torch.long, device="cpu", pin_memory=device.type == "cuda"),
             )
             for rank, device in enumerate(self.devices)
         ]  # fmt: skip
+        self._clear()
 
     # -- in a forward ----------------------------------------------------------------------------------------------
 
     @contextmanager
     def forward(self) -> Iterator[None]:
         with self.whole():
-            self.index = 0
             yield
-            count = self.index + self.index % 2  # the next one's turns of rows begin where this one's did
-            for mailbox in self.mailboxes:
-                mailbox.base.add_(count)
+            assert self.turn == 0, (
+                "a graph begins with the first turn again: a forward exchanges an even number of times"
+            )
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -138,13 +137,15 @@ class PeerLinks(Links):
         key = parts, dtypes, size % 16, len(residuals[0]) <= MOST_FUSED
         if key not in self.loaded:
             self._synchronize()
-            for (product, residual, weight, mailbox, out), never in zip(arguments, self.never, strict=True):
-                exchange_add_rms_norm(product, residual, weight, eps, mailbox, self.index, out, base=never)
+            self._launch(arguments, eps, looks=0)
             self._synchronize()
             self.loaded.add(key)
+        self._launch(arguments, eps, self.looks)
+        self.turn = 1 - self.turn
+
+    def _launch(self, arguments, eps: float, looks: int) -> None:
         for product, residual, weight, mailbox, out in arguments:
-            exchange_add_rms_norm(product, residual, weight, eps, mailbox, self.index, out, looks=self.looks)
-        self.index += 1
+            exchange_add_rms_norm(product, residual, weight, eps, mailbox, self.turn, out, looks=looks)
 
     # -- from and to rank 0 ----------------------------------------------------------------------------------------
 
@@ -195,14 +196,18 @@ class PeerLinks(Links):
         if not self.broken:
             return
         self._synchronize()
+        self._clear()
+        self.turn = 0
+        self.broken = False
+
+    def _clear(self) -> None:
+        """As if nothing had ever been exchanged."""
         for mailbox in self.mailboxes:
-            for each in (mailbox.base, mailbox.flags, mailbox.fault, mailbox.told):
-                each.zero_()
+            mailbox.clear()
         for buffer in self.buffers.values():
             buffer.arrived.zero_()
             buffer.expected.zero_()
         self._synchronize()
-        self.broken = False
 
     def check(self) -> None:
         told = [int(mailbox.told) for mailbox in self.mailboxes]
@@ -217,10 +222,6 @@ class PeerLinks(Links):
     def _synchronize(self) -> None:
         for device in self.devices:
             torch.cuda.synchronize(device)
-
-
-def _addresses(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    return torch.tensor([each.data_ptr() for each in tensors], dtype=torch.long, device=device)
 
 
 def _rounded(count: int) -> int:

@@ -272,14 +272,14 @@ def test_a_fault_outside_of_a_call_is_over_at_the_next(monkeypatch):
     assert isinstance(links, PeerLinks)
     links.looks = 100_000
     rows = torch.zeros(1, ranked.target.anatomy.hidden_size, device="cuda:0")
-    for index in range(0, 200, 2):
+    for _ in range(100):
         peer_links.exchange_add_rms_norm(
             rows,
             rows,
             rows[0].clone(),
             1e-5,
             links.mailboxes[0],
-            index,
+            0,
             (rows.clone(), rows.clone()),
             looks=links.looks,
         )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from eagle_fast_kernels.exchange import waiting
-from machine import links_on, played
+from machine import NOTHING, links_on, played
 
 import eagle_fast.layers.peer_links as peer_links
 from eagle_fast.layers.links import Links, OutOfStepError
@@ -41,14 +41,14 @@ def test_sums_of_forwards_of_many_sizes(machine, ranks):
     links = links_on(machine, [CPU] * ranks, WIDTH)
     for rows in (1, 60, 2 * MOST_ROWS + 7, 60, 1):
         check_forward(links, ranks, rows)
-    assert [int(each.base) for each in links.mailboxes] == [4 * 4 + 4 * 3] * ranks
+        assert all((each.rows == NOTHING).all() for each in links.mailboxes)
 
 
-def test_an_odd_number_of_sums_leaves_the_turns_in_step(machine):
+def test_an_odd_number_of_sums_would_take_a_turn_twice(machine):
     links = links_on(machine, [CPU] * 2, WIDTH)
-    for _ in range(3):
+    with pytest.raises(AssertionError, match="an even number of times"):
         check_forward(links, 2, 5, sites=3)
-    assert [int(each.base) for each in links.mailboxes] == [12, 12]
+    check_forward(links, 2, 5)
 
 
 def test_after_the_first_no_forward_waits_for_a_device(machine):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from eagle_fast_kernels.exchange import (
     MOST_FUSED,
+    NOTHING,
     Mailbox,
     await_pushes,
     exchange_add_rms_norm,
@@ -64,22 +65,19 @@ def test_rows_do_not_depend_on_how_many_there_are():
 
 def mailboxes(devices, width, most=16):
     """Of ranks on these devices."""
-    count = len(devices)
-    rows = [torch.zeros(count, 2, most, width, device=device) for device in devices]
-    flags = [torch.zeros(count, 2, most, dtype=torch.long, device=device) for device in devices]
-    pinned = devices[0].type == "cuda"
-
-    def addresses(tensors, device):
-        return torch.tensor([each.data_ptr() for each in tensors], device=device)
-
-    return [
+    count, pinned = len(devices), devices[0].type == "cuda"
+    rows = [torch.empty(count, 2, most, width, dtype=torch.int32, device=device) for device in devices]
+    addresses = tuple(each.data_ptr() for each in rows)
+    boxes = [
         Mailbox(
-            rank, rows[rank], flags[rank], addresses(rows, device), addresses(flags, device),
-            torch.zeros(1, dtype=torch.long, device=device), torch.zeros(1, dtype=torch.int32, device=device),
-            torch.zeros(1, dtype=torch.long, pin_memory=pinned),
+            rank, rows[rank], addresses, torch.empty(1, dtype=torch.int32, device=device),
+            torch.empty(1, dtype=torch.long, pin_memory=pinned),
         )
         for rank, device in enumerate(devices)
     ]  # fmt: skip
+    for each in boxes:
+        each.clear()
+    return boxes
 
 
 def test_a_cpu_has_no_peer():
@@ -95,18 +93,18 @@ def test_a_cpu_has_no_peer():
         ({"product": torch.zeros(3, 4, 64)}, "x is .*expected .*5, 64"),
         ({"product": torch.zeros(5, 64)}, "x is float32"),
         ({"weight": torch.zeros(63, dtype=torch.bfloat16)}, "weight is"),
-        ({"index": -1}, "index is -1"),
+        ({"turn": 2}, "turn is 2"),
         ({"eps": float("nan")}, "eps is"),
         ({"out": (torch.zeros(5, 64), torch.zeros(5, 64))}, "normed is"),
     ],
 )
 def test_arguments_that_do_not_fit(changed, match):
     (product, _), residual, weight = case()
-    given = {"product": product, "weight": weight, "index": 0, "eps": EPS, "out": (residual, residual), **changed}
+    given = {"product": product, "weight": weight, "turn": 0, "eps": EPS, "out": (residual, residual), **changed}
     box = mailboxes([torch.device("cpu")] * 2, 64)[0]
     with pytest.raises(ValueError, match=match):
         exchange_add_rms_norm(
-            given["product"], residual, given["weight"], given["eps"], box, given["index"], given["out"]
+            given["product"], residual, given["weight"], given["eps"], box, given["turn"], given["out"]
         )
 
 
@@ -133,11 +131,15 @@ for ranks in (2, 4):
         products, residual, weight = case(ranks, parts, rows, 4096, dtype)
         box = mailboxes([torch.device("cpu")] * ranks, 4096)[1]
         out = residual.clone(), residual.clone()
-        exchange.exchange_add_rms_norm(products[1], residual, weight, 1e-5, box, 3, out)
-exchange.push(residual[:, :4000].contiguous(), out[0][:, 96:], box.base)
-exchange.await_pushes(box.base, box.base.clone(), 64, box, 1)
+        exchange.exchange_add_rms_norm(products[1], residual, weight, 1e-5, box, 1, out)
+exchange.push(residual[:, :4000].contiguous(), out[0][:, 96:], box.told)
+exchange.await_pushes(box.told, box.told.clone(), 64, box, 1)
 ptx = compiled[0].asm["ptx"]
-assert "st.global.v4" in ptx, "rows are pushed four numbers at a time"
+assert "st.global.v4" in ptx and "ld.volatile.global.v4" in ptx, "rows go and come four numbers at a time"
+if capability >= 90:
+    before, after = ptx.split("griddepcontrol.wait")
+    assert "ld.global" in before and "st.global" not in before, "weights alone are read early"
+ptx = "".join(each.asm["ptx"] for each in compiled[-2:])
 assert "release" in ptx and "acquire" in ptx and ".sys" in ptx
 print("compiled", len(compiled))
 """
@@ -161,7 +163,7 @@ def gpus():
     return devices
 
 
-def exchanged(devices, boxes, case_, index, **options):
+def exchanged(devices, boxes, case_, turn, **options):
     """(normed, total) of every rank."""
     products, residual, weight = case_
     given = [
@@ -172,20 +174,16 @@ def exchanged(devices, boxes, case_, index, **options):
     for each in devices:
         torch.cuda.synchronize(each)
     for (x, rest, scale), box, out in zip(given, boxes, outs, strict=True):
-        exchange_add_rms_norm(x, rest, scale, EPS, box, index, out, **options)
+        exchange_add_rms_norm(x, rest, scale, EPS, box, turn, out, **options)
     for each in devices:
         torch.cuda.synchronize(each)
     return outs
 
 
 def load(devices, boxes, case_):
-    """Run once without waiting: nothing may be loaded while a rank waits."""
-    never = [torch.full((1,), -(2**62), device=device) for device in devices]
-    products, residual, weight = case_
-    for product, box, base, device in zip(products, boxes, never, devices, strict=True):
-        x, rest, scale = (each.to(device) for each in (product, residual, weight))
-        exchange_add_rms_norm(x, rest, scale, EPS, box, 0, (rest.clone(), rest.clone()), base=base)
-        torch.cuda.synchronize(device)
+    """Run once without exchanging anything: nothing may be loaded while a rank waits."""
+    exchanged(devices, boxes, case_, 0, looks=0)
+    assert all((each.rows == NOTHING.value).all() for each in boxes)
 
 
 @pytest.mark.multi_gpu
@@ -197,7 +195,7 @@ def test_ranks_end_with_the_twins_bits(gpus, rows, parts, dtype):
     load(gpus, boxes, case(2, parts, rows, 4096, dtype))
     for index in range(5):
         given = case(2, parts, rows, 4096, dtype, seed=index)
-        outs = exchanged(gpus, boxes, given, index)
+        outs = exchanged(gpus, boxes, given, index % 2)
         expected = exchange_add_rms_norm_ref(
             [each.to(gpus[0]) for each in given[0]], *(x.to(gpus[0]) for x in given[1:]), EPS
         )
@@ -209,13 +207,26 @@ def test_ranks_end_with_the_twins_bits(gpus, rows, parts, dtype):
 
 
 @pytest.mark.multi_gpu
+def test_a_sum_with_the_bits_of_nothing_arrives_as_no_number(gpus):
+    boxes = mailboxes(gpus, 4096)
+    products, residual, weight = case(2, 2, 5, 4096)
+    products[0].view(torch.int32)[:, 2, 7] = NOTHING.value
+    load(gpus, boxes, (products, residual, weight))
+    for normed, total in exchanged(gpus, boxes, (products, residual, weight), 0):
+        assert total[2, 7].isnan()
+        assert normed[2].isnan().all()
+        assert not total.flatten()[torch.arange(5 * 4096) != 2 * 4096 + 7].isnan().any()
+    assert not any(int(box.fault) or int(box.told) for box in boxes)
+
+
+@pytest.mark.multi_gpu
 def test_a_wait_runs_out_and_later_ones_fall_through(gpus):
     boxes = mailboxes(gpus, 4096)
     given = case(2, 2, 5, 4096)
     load(gpus, boxes, given)
     x, rest, scale = (each.to(gpus[0]) for each in (given[0][0], *given[1:]))
-    for index in range(50):  # rank 1 launches nothing
-        exchange_add_rms_norm(x, rest, scale, EPS, boxes[0], index, (rest.clone(), rest.clone()), looks=20_000)
+    for turn in (0, 1) * 25:  # rank 1 launches nothing
+        exchange_add_rms_norm(x, rest, scale, EPS, boxes[0], turn, (rest.clone(), rest.clone()), looks=20_000)
     torch.cuda.synchronize(gpus[0])
     assert waited_for(int(boxes[0].told)) == (0, 1)
     assert int(boxes[0].fault) == 1

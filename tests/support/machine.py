@@ -19,6 +19,8 @@ from torch import Tensor
 import eagle_fast.layers.peer_links as peer_links
 from eagle_fast.layers.peer_links import PeerLinks
 
+NOTHING = exchange.NOTHING.value
+
 
 class Kernel:
     """What takes a kernel's place: `play` of its arguments by name, after Triton's rules say what is compiled anew."""
@@ -60,35 +62,31 @@ class Machine:
         self.boxes, self.waiting, self.runs_out, self.synchronized = [], [], False, 0
 
     def exchange(self, given, programs):
-        rank, index, x, residual = given["RANK"], given["index"], given["x_ptr"], given["residual_ptr"]
-        mailbox, dtype = self.boxes[rank], residual.dtype
-        wanted, turn, rows = int(given["base_ptr"]) + index + 1, index % 2, slice(len(residual))
+        if not given["looks"]:
+            return
+        rank, turn, x, residual = given["RANK"], given["turn"], given["x_ptr"], given["residual_ptr"]
+        mailbox, dtype, rows = self.boxes[rank], residual.dtype, slice(len(residual))
         mine = own_sum_ref(x, dtype) if given["PARTS"] > 1 else own_sum_ref(x[0], dtype)
         if given["PUSH"]:
             for peer in self.boxes:
                 if peer is not mailbox:
-                    assert not self.reads(peer, turn, wanted), "rows are pushed over rows that are still to be read"
-                    peer.rows[rank, turn, rows] = mine
-                    peer.flags[rank, turn, rows] = wanted
+                    place = peer.rows[rank, turn, rows]
+                    assert (place == NOTHING).all(), "rows are pushed over rows that are still to be read"
+                    place.copy_(mine.view(torch.int32))
         if not given["WAIT"]:
             return
-
-        def there():
-            flags = [mailbox.flags[source, turn, rows] for source in range(len(self.boxes)) if source != rank]
-            return all(bool((each >= wanted).all()) for each in flags)
+        others = [mailbox.rows[source, turn, rows] for source in range(len(self.boxes)) if source != rank]
 
         def finish():
             total = torch.zeros_like(residual, dtype=torch.float32)
             for source in range(len(self.boxes)):
-                total += mine if source == rank else mailbox.rows[source, turn, rows]
+                total += mine if source == rank else mailbox.rows[source, turn, rows].view(torch.float32)
+            for each in others:
+                each.fill_(NOTHING)
             given["total_ptr"].copy_(total.to(dtype) + residual)
             given["normed_ptr"].copy_(rms_norm_ref(given["total_ptr"], given["weight_ptr"], given["eps"]))
 
-        self.launch(mailbox, there, finish, (turn, wanted))
-
-    def reads(self, mailbox, turn, wanted):
-        """Whether a rank has yet to read rows of an earlier exchange in these turns."""
-        return any(each[0] is mailbox and each[3][0] == turn and each[3][1] < wanted for each in self.waiting)
+        self.launch(mailbox, lambda: all((each != NOTHING).all() for each in others), finish)
 
     def push(self, given, programs):
         given["there_ptr"].copy_(given["x_ptr"])
@@ -99,10 +97,10 @@ class Machine:
         arrived, expected = given["arrived_ptr"], given["expected_ptr"]
         wanted = int(expected) + given["count"]
         (mailbox,) = [each for each in self.boxes if each.told is given["told_ptr"]]
-        self.launch(mailbox, lambda: int(arrived) >= wanted, lambda: expected.fill_(wanted), (None, 0))
+        self.launch(mailbox, lambda: int(arrived) >= wanted, lambda: expected.fill_(wanted))
 
-    def launch(self, mailbox, there, finish, reads):
-        self.waiting.append((mailbox, there, finish, reads))
+    def launch(self, mailbox, there, finish):
+        self.waiting.append((mailbox, there, finish))
         self.go_on()
 
     def go_on(self):
