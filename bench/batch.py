@@ -64,7 +64,10 @@ def parse() -> argparse.Namespace:
         "--temperature", type=float, default=1.0, metavar="T", help="for the smallest batch (default 1)"
     )
     parser.add_argument(
-        "--min-prompts", type=int, default=40, metavar="N",
+        "--min-prompts",
+        type=int,
+        default=40,
+        metavar="N",
         help="prompts of a file at least (default 40: a run of a few would take some tenths of a second)",
     )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
