@@ -38,7 +38,7 @@ def changed(module: Any, name: str, value: Any) -> Iterator[None]:
 def variants() -> Iterator[tuple[str, Any]]:
     """(what is changed, the change)."""
     yield "as it is", contextlib.nullcontext()
-    yield "no prefetch of a product's own weight", changed(linear, "PREFETCH", 2**40)
+    yield "no prefetch of a product's own weight", changed(linear, "PREFETCHED", 0)
     yield "long caches attended to as short ones", changed(tree_attention, "HOPPER_CACHE", 2**40)
     yield (
         "attention launched after what is before",

@@ -25,6 +25,7 @@ ROUND = "round-llama-3.1-8b"
 OVER_TWO = f"{ROUND}-tensor-parallel"
 ROUND_70B = "round-llama-3.3-70b"
 DECODE = "decode-smollm2-135m"
+EXCHANGE = "exchange-llama-3.1-8b"
 BATCH, SHAPES = "batch-smollm2-135m", "batch-llama-3.1-8b"
 OPS = "ops"
 
@@ -139,6 +140,8 @@ FIGURES = (
            _ratio("round_ms"), "{:.2f} x", "≤ 0.68 x", lambda two, one: two["floor_ms"] / one["round_ms"]),
     Figure("plain token, the same", (OVER_TWO, f"{OVER_TWO}-beside"), _ratio("plain_ms"), "{:.2f} x", "≤ 0.65 x",
            lambda two, one: two["plain_floor_ms"] / one["plain_ms"]),
+    Figure("an exchange of 60 rows between two GPUs, in a verify of 8B", (EXCHANGE,),
+           lambda record: record["table"][0]["exchange_us"], "{:.1f} us", "≤ 4 us"),
     Figure("round, 70B, half of the layers on each of two GPUs", (f"{ROUND_70B}-2gpus",), _field("round_ms"),
            "{:.1f} ms", "≤ 1.15 x the floor", _field("floor_ms")),
 )  # fmt: skip

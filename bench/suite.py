@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from lib.records import RESULTS, environment, write
-from report import BATCH, OVER_TWO, README, SHAPES, render
+from report import BATCH, EXCHANGE, OVER_TWO, README, SHAPES, render
 
 from eagle_fast.pairs import SMOLLM2, smollm2_head, user_cache
 
@@ -145,6 +145,10 @@ def main() -> int:
         return 1
     benches = {name: lambda name=name: run_round(name, args) for name in rounds()}
     benches |= {name: lambda name=name: run_bits(name, args) for name in BITS}
+    if torch.cuda.device_count() > 1:
+        benches[EXCHANGE] = lambda: run(
+            "exchange.py", "llama-3.1-8b", "--out", str(RESULTS / f"{EXCHANGE}.json"), "--commit", args.commit
+        )
     benches[SHAPES] = lambda: run("batch.py", "--out", str(RESULTS / f"{SHAPES}.json"), "--commit", args.commit)
     benches["ops"] = lambda: run_ops(args)
     if args.prompts and (user_cache() / SMOLLM2 / "model.safetensors").is_file():

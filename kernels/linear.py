@@ -45,7 +45,7 @@ MOST_ROWS_CPU = 32
 ROW_STEP = 8  # on a CPU whole vectors of rows are fast, what is left over is not
 MOST_ROWS = 64  # on a GPU more rows go to cuBLAS: a second tile of rows costs a third more time, cuBLAS nearly nothing
 MOST_ROWS_INT8 = 256  # cuBLAS needs a bf16 copy per call: 9 bytes per weight against 1, and L2
-PREFETCH = 512  # bytes of each weight row of a tile, fetched before the wait
+PREFETCHED = 2  # pieces of 256 bytes of each weight row of a tile, fetched before the wait
 
 
 class Tile(NamedTuple):
@@ -131,9 +131,9 @@ def to_dtype(w, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def _prefetch_rows(row_ptrs):
-    """Bring the first 512 bytes of each row [N, 1] into L2, in two pieces: as many as there are threads."""
-    addresses = row_ptrs.to(tl.int64) + tl.arange(0, 2)[None, :] * 256
+def _prefetch_rows(row_ptrs, PIECES: tl.constexpr):
+    """Bring the first pieces of 256 bytes of each row [N, 1] into L2, one a thread where N is half of the threads."""
+    addresses = row_ptrs.to(tl.int64) + tl.arange(0, PIECES)[None, :] * 256
     tl.inline_asm_elementwise(
         "cp.async.bulk.prefetch.L2.global [$1], 256; // $0", "=r,l", [addresses],
         dtype=tl.int32, is_pure=False, pack=1,
@@ -141,12 +141,12 @@ def _prefetch_rows(row_ptrs):
 
 
 @triton.jit
-def after_fetching_rows(row_ptrs, PREFETCH: tl.constexpr, PDL: tl.constexpr):
-    """`after_earlier_kernels`, with the first bytes of the weight's rows asked for before the wait."""
+def after_fetching_rows(row_ptrs, PIECES: tl.constexpr, PDL: tl.constexpr):
+    """`after_earlier_kernels`, with the first pieces of the weight's rows asked for before the wait."""
     if PDL:
         gdc_launch_dependents()
-        if PREFETCH:
-            _prefetch_rows(row_ptrs)
+        if PIECES:
+            _prefetch_rows(row_ptrs, PIECES)
         gdc_wait()
 
 
@@ -182,7 +182,7 @@ def tile_product(
 def _few_rows_kernel(
     x_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, num_rows, num_columns, inner, stride_x, stride_weight, splits,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
-    PREFETCH: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+    PIECES: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """num_columns: of the output. GATED tiles take rows of gate and up in turns, which end in one thread."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -195,7 +195,7 @@ def _few_rows_kernel(
     share = tl.cdiv(tl.cdiv(inner, BLOCK_K), splits) * BLOCK_K
     first = split * share
     weight_ptrs = weight_ptr + weight_rows.to(tl.int64)[:, None] * stride_weight + first
-    after_fetching_rows(weight_ptrs, PREFETCH, PDL)
+    after_fetching_rows(weight_ptrs, PIECES, PDL)
     x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_x + first
     row_mask = (rows < num_rows)[:, None]
     z = tile_product(x_ptrs, weight_ptrs, row_mask, tl.minimum(share, inner - first), BLOCK_K, EVEN, UPCAST)
@@ -245,10 +245,11 @@ def _check(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None,
         tensor("bias", bias, "N", dtypes, (num_columns,), near=("weight", weight), layout=ANY)
 
 
-def prefetches(weight: Tensor, inner: int) -> bool:
-    """Whether `after_fetching_rows` may ask for the first of `inner` elements of the weight's rows."""
+def prefetched(weight: Tensor, inner: int) -> int:
+    """How many pieces `after_fetching_rows` may ask for, of `inner` elements of the weight's rows."""
     size = weight.element_size()
-    return weight.stride(0) * size % 16 == 0 and weight.data_ptr() % 16 == 0 and inner * size >= PREFETCH
+    aligned = weight.stride(0) * size % 16 == 0 and weight.data_ptr() % 16 == 0
+    return PREFETCHED if aligned and inner * size >= PREFETCHED * 256 else 0
 
 
 def _autocast(device_type: str) -> bool:
@@ -324,7 +325,7 @@ def _launch(
             rows, weight, scale, bias, out, len(rows), num_columns, inner, rows.stride(0), weight.stride(0),
             tile.splits, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GATED=gated,
             EVEN=even, UPCAST=upcast(x.dtype),
-            PREFETCH=even and prefetches(weight, inner // tile.splits),
+            PIECES=prefetched(weight, inner // tile.splits) if even else 0,
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=False, **dependent_launch(x.device),
         )  # fmt: skip
 

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from .check import BY_ROWS, FLOAT32, FLOATS, HALVES, INT64, INTEGERS, given_together, tensor, whole
 from .launch import device_guard, resources, upcast, use_triton
-from .linear import after_fetching_rows, few_rows_matmul, prefetches, tile_product
+from .linear import after_fetching_rows, few_rows_matmul, prefetched, tile_product
 from .noise import gumbel, gumbel_ref, gumbel_row_ref
 from .order_key import ABSENT, order_key, order_value, pack_ref, take_best, unpack_ref
 from .overlap import after_earlier_kernels, dependent_launch
@@ -64,7 +64,7 @@ def _tile_topk_kernel(
     gain_ptr, share_ptr, positions_ptr, seeds_ptr, sequences_ptr,
     num_rows, rows_per_sequence, vocab_size, hidden_size, stride_hidden, stride_weight,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
-    PREFETCH: tl.constexpr, ONE_SEQUENCE: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+    PIECES: tl.constexpr, ONE_SEQUENCE: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Of each tile: keys and columns [R, tiles, K] of the best logits in order; peaks and masses [R, tiles], the
     maximum and the sum of exponentials below it."""
@@ -73,7 +73,7 @@ def _tile_topk_kernel(
     columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask, column_mask = rows < num_rows, columns < vocab_size
     weight_ptrs = weight_ptr + tl.minimum(columns, vocab_size - 1).to(tl.int64)[:, None] * stride_weight
-    after_fetching_rows(weight_ptrs, PREFETCH, PDL)
+    after_fetching_rows(weight_ptrs, PIECES, PDL)
     hidden_ptrs = hidden_ptr + rows.to(tl.int64)[:, None] * stride_hidden
     z = tile_product(hidden_ptrs, weight_ptrs, row_mask[:, None], hidden_size, BLOCK_K, EVEN, UPCAST)
     if scale_ptr is not None:
@@ -203,7 +203,7 @@ def lm_head_topk(
             keys, columns, peaks, masses, hidden, weight, bias, scale, token_ids, *noise,
             num_rows, rows_per_sequence, vocab_size, hidden_size, hidden.stride(0), weight.stride(0),
             K=k, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, EVEN=even,
-            PREFETCH=even and prefetches(weight, hidden_size), ONE_SEQUENCE=rows_per_sequence == num_rows,
+            PIECES=prefetched(weight, hidden_size) if even else 0, ONE_SEQUENCE=rows_per_sequence == num_rows,
             UPCAST=upcast(hidden.dtype),
             num_warps=num_warps, num_stages=num_stages, **dependent_launch(hidden.device),
         )  # fmt: skip

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .check import ANY, FLOATS, HALVES, described, tensor
 from .launch import INTERPRET, device_guard, resources, upcast, use_triton
-from .linear import few_rows_matmul_ref
+from .linear import PREFETCHED, few_rows_matmul_ref
 from .overlap import dependent_launch
 from .packed_kernels import packed_kernel
 from .packed_layout import WORDS, Packed, factors_of, group_of_kernel, has_kernel, pack, step_columns, unpack
@@ -41,7 +41,7 @@ if HAS_GLUON:
 __all__ = ["Packed", "factors_of", "pack", "packed_gated", "packed_matmul", "packed_sums", "unpack"]
 
 MOST_ROWS = 256  # up to which the kernel, in tiles of 64, is faster than the weight made dense and cuBLAS
-PREFETCHED = 4  # steps of a row, 512 bytes
+PIECE_STEPS = 2  # of a row, 256 bytes
 
 
 class PackedTile(NamedTuple):
@@ -186,7 +186,7 @@ def launch(
             len(rows), num_columns, inner, steps, rows.stride(0), tile.splits,
             KIND=packed.kind, GROUP=group_of_kernel(packed), ZEROS=packed.zeros is not None,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, GATED=gated, EVEN=inner % step_columns(packed.kind) == 0,
-            PREFETCH=shortest >= PREFETCHED, UPCAST=upcast(x.dtype),
+            PIECES=PREFETCHED if shortest >= PREFETCHED * PIECE_STEPS else 0, UPCAST=upcast(x.dtype),
             PTX=not INTERPRET and torch.version.hip is None, num_warps=tile.num_warps, num_stages=tile.num_stages,
             enable_fp_fusion=False, **dependent_launch(x.device),
         )  # fmt: skip

@@ -145,7 +145,7 @@ def _factors(
 def packed_kernel(
     x_ptr, words_ptr, factors_ptr, bias_ptr, out_ptr, num_rows, num_columns, inner, steps, stride_x, splits,
     KIND: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    GATED: tl.constexpr, EVEN: tl.constexpr, PREFETCH: tl.constexpr, UPCAST: tl.constexpr, PTX: tl.constexpr,
+    GATED: tl.constexpr, EVEN: tl.constexpr, PIECES: tl.constexpr, UPCAST: tl.constexpr, PTX: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """num_columns: of the output; steps: of a row of the weight. GROUP 0: one scale a row, fp32, for the sum.
@@ -168,7 +168,7 @@ def packed_kernel(
     share = tl.cdiv(steps, splits)
     first = split * share
     row_ptrs = words_ptr + (weight_rows.to(tl.int64) * steps + first)[:, None] * WORDS
-    after_fetching_rows(row_ptrs, PREFETCH, PDL)
+    after_fetching_rows(row_ptrs, PIECES, PDL)
     x_ptrs = x_ptr + m.to(tl.int64)[None, :] * stride_x + first * STEP + i[:, None]
     live = (m < num_rows)[None, :]
     z = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)

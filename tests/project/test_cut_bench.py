@@ -1,5 +1,6 @@
-"""bench/lib/shapes.py on a CPU: targets of any shape over ranks, plain and packed, with a head."""
+"""Benches of cut targets on a CPU: any shape over ranks, plain and packed, with a head; what exchanges cost."""
 
+import argparse
 import importlib
 from pathlib import Path
 
@@ -7,7 +8,9 @@ import pytest
 import torch
 
 from eagle_fast import EaModel, TreeConfig
+from eagle_fast.layers.links import Links
 from eagle_fast.target.rank_files import cut_of
+from eagle_fast.target.ranked import RankedTarget
 
 BENCH = Path(__file__).resolve().parent.parent.parent / "bench"
 
@@ -29,3 +32,27 @@ def test_targets_over_ranks(bits, monkeypatch):
         assert held == shapes.target_bytes(dense) - norms - rotary
     else:
         assert held < shapes.target_bytes(dense)
+
+
+def test_exchanges_are_timed_by_leaving_them_out(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    bench, shapes = importlib.import_module("exchange"), importlib.import_module("lib.shapes")
+    cut = cut_of(model := shapes.build_cut_target("tiny", [torch.device("cpu")] * 2, dtype=torch.float32))
+    target = RankedTarget(model, cut.ranks, cut.order)
+    counted, sums = [], Links.add_rms_norm
+
+    def counting(self, *args):
+        counted[-1] += 1
+        return sums(self, *args)
+
+    def milliseconds(work, repeats, devices, links):
+        counted.append(0)
+        work()
+        return 3.0 if len(counted) == 1 else 1.0
+
+    monkeypatch.setattr(Links, "add_rms_norm", counting)
+    monkeypatch.setattr(bench, "milliseconds", milliseconds)
+    row = bench.measure(target, 5, argparse.Namespace(context=7, repeats=1))
+    assert counted == [2 * 2, 0]
+    assert (row["rows"], row["exchanges"], row["exchange_us"]) == (5, 4, 500.0)
+    assert "add_rms_norm" not in vars(target.links)

@@ -156,6 +156,7 @@ def test_the_suite_runs_every_bench_and_completes_its_record(bench, monkeypatch,
     assert suite.main() == 1, "three of them failed"
     assert commands == ["round.py"] * 17 + [
         *["bits.py"] * 2,
+        "exchange.py",
         "batch.py",
         "ops.py",
         "decode.py",
