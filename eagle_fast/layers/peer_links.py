@@ -1,6 +1,6 @@
-"""`Links` between GPUs of one host, through each other's memory: see the kernel `exchange`.
+"""`Links` between GPUs of one host, through each other's memory: see the kernels `exchange` and `exchange_best`.
 
-n ranks, R rows, H hidden size, V vocabulary, M rows of a mailbox.
+n ranks, R rows, H hidden size, V vocabulary, k candidates of a row, M rows of a mailbox.
 
 One thread launches for all ranks. Whatever may compile, allocate or wait for a device is done before an exchange is
 launched, and then the exchange on all ranks with nothing in between: a rank never spins for one that is not on its way.
@@ -26,9 +26,10 @@ from eagle_fast_kernels.exchange import (
     push,
     waited_for,
 )
+from eagle_fast_kernels.exchange_best import WORDS, Candidates, exchange_best
 from torch import Tensor
 
-from eagle_fast.layers.links import Links, OutOfStepError
+from eagle_fast.layers.links import Links, OutOfStepError, Proposed
 
 MOST_ROWS = 512  # M: more are exchanged in turns
 NEVER = -(2**62)  # exchanges before the running one: no flag is below
@@ -91,6 +92,12 @@ class PeerLinks(Links):
             )
             for rank, device in enumerate(self.devices)
         ]  # fmt: skip
+        words = [torch.zeros(count, 2, MOST_ROWS, WORDS, dtype=torch.long, device=device) for device in self.devices]
+        flags = [torch.zeros_like(mailbox.flags) for mailbox in self.mailboxes]
+        self.candidates = [
+            Candidates(words[rank], flags[rank], *(_addresses(each, device) for each in (words, flags)))
+            for rank, device in enumerate(self.devices)
+        ]
 
     # -- in a forward ----------------------------------------------------------------------------------------------
 
@@ -146,6 +153,28 @@ class PeerLinks(Links):
             exchange_add_rms_norm(product, residual, weight, eps, mailbox, self.index, out, looks=self.looks)
         self.index += 1
 
+    def best(self, proposals: Sequence[Proposed]) -> list[tuple[Tensor, Tensor]]:
+        outs = [(torch.empty_like(each.scores), torch.empty_like(each.tokens)) for each in proposals]
+        for first in range(0, len(proposals[0].scores), MOST_ROWS):
+            rows = slice(first, first + MOST_ROWS)
+            parts = [tuple(part[rows] for part in each) for each in proposals]
+            self._exchange_best(parts, [(scores[rows], tokens[rows]) for scores, tokens in outs])
+        return outs
+
+    def _exchange_best(self, parts, outs) -> None:
+        """Of up to MOST_ROWS rows."""
+        arguments = list(zip(parts, self.mailboxes, self.candidates, outs, strict=True))
+        key = "best", parts[0][0].shape[1]
+        if key not in self.loaded:
+            self._synchronize()
+            for (part, mailbox, candidates, out), never in zip(arguments, self.never, strict=True):
+                exchange_best(*part, mailbox, candidates, self.index, out, base=never)
+            self._synchronize()
+            self.loaded.add(key)
+        for part, mailbox, candidates, out in arguments:
+            exchange_best(*part, mailbox, candidates, self.index, out, looks=self.looks)
+        self.index += 1
+
     # -- from and to rank 0 ----------------------------------------------------------------------------------------
 
     def send(self, name: str, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
@@ -198,6 +227,8 @@ class PeerLinks(Links):
         for mailbox in self.mailboxes:
             for each in (mailbox.base, mailbox.flags, mailbox.fault, mailbox.told):
                 each.zero_()
+        for candidates in self.candidates:
+            candidates.flags.zero_()
         for buffer in self.buffers.values():
             buffer.arrived.zero_()
             buffer.expected.zero_()

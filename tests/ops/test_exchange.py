@@ -4,7 +4,6 @@ import pytest
 import torch
 from eagle_fast_kernels.exchange import (
     MOST_FUSED,
-    Mailbox,
     await_pushes,
     exchange_add_rms_norm,
     exchange_add_rms_norm_ref,
@@ -13,6 +12,7 @@ from eagle_fast_kernels.exchange import (
     waiting,
 )
 from eagle_fast_kernels.rms_norm import add_rms_norm_ref
+from mailboxes import mailboxes
 from no_gpu import run_program
 
 EPS = 1e-5
@@ -60,26 +60,6 @@ def test_rows_do_not_depend_on_how_many_there_are():
             [each[:, row : row + 1] for each in products], residual[row : row + 1], weight, EPS
         )
         assert all(torch.equal(a, b[row : row + 1]) for a, b in zip(alone, whole, strict=True))
-
-
-def mailboxes(devices, width, most=16):
-    """Of ranks on these devices."""
-    count = len(devices)
-    rows = [torch.zeros(count, 2, most, width, device=device) for device in devices]
-    flags = [torch.zeros(count, 2, most, dtype=torch.long, device=device) for device in devices]
-    pinned = devices[0].type == "cuda"
-
-    def addresses(tensors, device):
-        return torch.tensor([each.data_ptr() for each in tensors], device=device)
-
-    return [
-        Mailbox(
-            rank, rows[rank], flags[rank], addresses(rows, device), addresses(flags, device),
-            torch.zeros(1, dtype=torch.long, device=device), torch.zeros(1, dtype=torch.int32, device=device),
-            torch.zeros(1, dtype=torch.long, pin_memory=pinned),
-        )
-        for rank, device in enumerate(devices)
-    ]  # fmt: skip
 
 
 def test_a_cpu_has_no_peer():

@@ -11,8 +11,9 @@ import inspect
 from collections.abc import Sequence
 
 import torch
-from eagle_fast_kernels import exchange
+from eagle_fast_kernels import exchange, exchange_best
 from eagle_fast_kernels.exchange import own_sum_ref, waiting
+from eagle_fast_kernels.exchange_best import exchange_best_ref
 from eagle_fast_kernels.rms_norm import rms_norm_ref
 from torch import Tensor
 
@@ -58,6 +59,7 @@ class Machine:
 
     def __init__(self):
         self.boxes, self.waiting, self.runs_out, self.synchronized = [], [], False, 0
+        self.candidates = []
 
     def exchange(self, given, programs):
         rank, index, x, residual = given["RANK"], given["index"], given["x_ptr"], given["residual_ptr"]
@@ -84,11 +86,37 @@ class Machine:
             given["total_ptr"].copy_(total.to(dtype) + residual)
             given["normed_ptr"].copy_(rms_norm_ref(given["total_ptr"], given["weight_ptr"], given["eps"]))
 
-        self.launch(mailbox, there, finish, (turn, wanted))
+        self.launch(mailbox, there, finish, (mailbox, turn, wanted))
+
+    def best(self, given, programs):
+        rank, index, mine = given["RANK"], given["index"], [given[name] for name in ("y_ptr", "tokens_ptr", "sums_ptr")]
+        mailbox, own = self.boxes[rank], self.candidates[rank]
+        wanted, turn, k = int(given["base_ptr"]) + index + 1, index % 2, mine[0].shape[1]
+        rows = slice(len(mine[0]))
+        for peer in self.candidates:
+            assert peer is own or not self.reads(peer, turn, wanted), "words are pushed over words still to be read"
+            peer.words[rank, turn, rows, :k] = (mine[0].view(torch.int32).long() << 32) | mine[1]
+            peer.words[rank, turn, rows, k] = mine[2].view(torch.long)[:, 0]
+            if peer is not own:
+                peer.flags[rank, turn, rows] = wanted
+
+        def there():
+            flags = [own.flags[source, turn, rows] for source in range(len(self.boxes)) if source != rank]
+            return all(bool((each >= wanted).all()) for each in flags)
+
+        def finish():
+            parts = []
+            for words in own.words[:, turn, rows, : k + 1].unbind():
+                sums = words[:, k:].clone().view(torch.float32)
+                parts.append(((words[:, :k] >> 32).int().view(torch.float32), words[:, :k] & 0xFFFFFFFF, sums))
+            for out, found in zip((given["scores_ptr"], given["best_ptr"]), exchange_best_ref(parts), strict=True):
+                out.copy_(found)
+
+        self.launch(mailbox, there, finish, (own, turn, wanted))
 
     def reads(self, mailbox, turn, wanted):
         """Whether a rank has yet to read rows of an earlier exchange in these turns."""
-        return any(each[0] is mailbox and each[3][0] == turn and each[3][1] < wanted for each in self.waiting)
+        return any(each[3][0] is mailbox and each[3][1] == turn and each[3][2] < wanted for each in self.waiting)
 
     def push(self, given, programs):
         given["there_ptr"].copy_(given["x_ptr"])
@@ -99,7 +127,7 @@ class Machine:
         arrived, expected = given["arrived_ptr"], given["expected_ptr"]
         wanted = int(expected) + given["count"]
         (mailbox,) = [each for each in self.boxes if each.told is given["told_ptr"]]
-        self.launch(mailbox, lambda: int(arrived) >= wanted, lambda: expected.fill_(wanted), (None, 0))
+        self.launch(mailbox, lambda: int(arrived) >= wanted, lambda: expected.fill_(wanted), (None, 0, 0))
 
     def launch(self, mailbox, there, finish, reads):
         self.waiting.append((mailbox, there, finish, reads))
@@ -126,7 +154,9 @@ def played(monkeypatch) -> Machine:
     for name, play in (("exchange", machine.exchange), ("push", machine.push), ("await", machine.await_pushes)):
         kernel = getattr(exchange, f"_{name}_kernel")
         monkeypatch.setattr(exchange, f"_{name}_kernel", Kernel(machine, kernel, play))
-    monkeypatch.setattr(exchange, "_check_gpu", lambda *_: None)
+    monkeypatch.setattr(exchange_best, "_best_kernel", Kernel(machine, exchange_best._best_kernel, machine.best))
+    for module in (exchange, exchange_best):
+        monkeypatch.setattr(module, "_check_gpu", lambda *_: None)
     monkeypatch.setattr(peer_links, "check_peers", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "synchronize", machine.synchronize)
     return machine
@@ -134,5 +164,5 @@ def played(monkeypatch) -> Machine:
 
 def links_on(machine: Machine, devices: Sequence[torch.device], width: int) -> PeerLinks:
     links = PeerLinks(devices, width)
-    machine.boxes = links.mailboxes
+    machine.boxes, machine.candidates = links.mailboxes, links.candidates
     return links
