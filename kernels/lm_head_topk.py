@@ -9,6 +9,9 @@ Bytes: the weights, Vd H elements, once for every 64 rows (EAGLE-3's 32000 x 409
 exponentials (R tiles (8 k + 8) bytes, 0.4 MB at R = 10, which stay in L2). One program per row then reads the maxima:
 the k best logits lie in the k tiles with the best maxima, and only those tiles' lists are read. Lower draft ids win
 ties; a NaN counts as -inf.
+
+Of a part of the vocabulary, as one of several ranks has it, there are y itself and the sums that the normaliser of the
+whole is merged from (`exchange_best.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .check import BY_ROWS, FLOAT32, FLOATS, HALVES, INT64, INTEGERS, given_together, tensor, whole
+from .check import BY_ROWS, FLOAT32, FLOATS, HALVES, INT64, INTEGERS, given_together, tensor, whole, written
 from .launch import device_guard, resources, upcast, use_triton
 from .linear import after_fetching_rows, few_rows_matmul, prefetched, tile_product
 from .noise import gumbel, gumbel_ref, gumbel_row_ref
@@ -110,17 +113,17 @@ def _tile_topk_kernel(
 
 @triton.jit
 def _merge_kernel(
-    scores_ptr, tokens_ptr, keys_ptr, columns_ptr, peaks_ptr, masses_ptr, token_ids_ptr, num_tiles,
+    scores_ptr, tokens_ptr, sums_ptr, keys_ptr, columns_ptr, peaks_ptr, masses_ptr, token_ids_ptr, num_tiles,
     K: tl.constexpr, SLOTS: tl.constexpr, BLOCK_TILES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One row: the K tiles with the best peaks, then the K best of their lists. SLOTS >= K."""
+    """One row: the K tiles with the best peaks, then the K best of their lists. SLOTS >= K. With sums, of a part."""
     after_earlier_kernels(PDL)
     row = tl.program_id(0).to(tl.int64)
     tiles, slots = tl.arange(0, BLOCK_TILES), tl.arange(0, SLOTS)
     peaks = tl.load(peaks_ptr + row * num_tiles + tiles, mask=tiles < num_tiles, other=float("-inf"))
     masses = tl.load(masses_ptr + row * num_tiles + tiles, mask=tiles < num_tiles, other=0.0)
     peak = tl.max(peaks, 0)
-    log_sum = peak + tl.log(tl.sum(masses * tl.exp(peaks - tl.where(peak == float("-inf"), 0.0, peak)), 0))
+    mass = tl.sum(masses * tl.exp(peaks - tl.where(peak == float("-inf"), 0.0, peak)), 0)
 
     keys = tl.where(tiles < num_tiles, order_key(peaks), ABSENT)
     chosen = tl.full([SLOTS], num_tiles, tl.int32)  # no such tile, for slots that stay empty
@@ -137,7 +140,12 @@ def _merge_kernel(
         best, column, keys = take_best(keys, columns, 0)
         top_keys = tl.where(slots == j, best, top_keys)
         top_columns = tl.where(slots == j, column, top_columns)
-    scores = order_value(top_keys) - log_sum
+    scores = order_value(top_keys)
+    if sums_ptr is not None:
+        tl.store(sums_ptr + row * 2, peak)
+        tl.store(sums_ptr + row * 2 + 1, mass)
+    else:
+        scores -= peak + tl.log(mass)
     tl.store(scores_ptr + row * K + slots, tl.where(scores == scores, scores, float("-inf")), mask=slots < K)
     tokens = top_columns.to(tl.int64)
     if token_ids_ptr is not None:
@@ -158,12 +166,14 @@ def lm_head_topk(
     positions: torch.Tensor | None = None,
     seeds: torch.Tensor | None = None,
     sequences: torch.Tensor | None = None,
+    sums: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(scores [R, k] float32 log-probabilities in descending order, tokens [R, k] int64 target ids).
 
     bias and scale (of a quantized weight's rows) are [Vd]; token_ids [Vd] maps draft to target ids (None: the same).
     gain and share (at least 0) float32, positions, seeds and sequences int64 are [B], each for R / B rows in turn, and
-    given together or not at all: without them y = z.
+    given together or not at all: without them y = z. sums [R, 2] float32 where the weight is a part of the vocabulary:
+    the largest y and the sum of exp(y - that) are written to it, and scores are y.
     """
     num_rows, hidden_size = tensor("hidden", hidden, "R H", FLOATS, layout=BY_ROWS)
     near = ("hidden", hidden)
@@ -185,10 +195,13 @@ def lm_head_topk(
         raise ValueError(f"gain has B = {num_sequences}, hidden R = {num_rows}; expected R to be a multiple of B")
     if vocab_size > MOST_TILES * 64:
         raise ValueError(f"weight has Vd = {vocab_size} rows; expected at most {MOST_TILES * 64}")
+    if sums is not None:
+        tensor("sums", sums, "R 2", FLOAT32, (num_rows, 2), near=near)
+        written([("sums", sums)], [near, ("weight", weight), ("bias", bias), ("scale", scale), ("gain", gain)])
     if not use_triton(hidden, weight, bias, scale):
         return lm_head_topk_ref(
             hidden, weight, k, bias=bias, scale=scale, token_ids=token_ids,
-            gain=gain, share=share, positions=positions, seeds=seeds, sequences=sequences,
+            gain=gain, share=share, positions=positions, seeds=seeds, sequences=sequences, sums=sums,
         )  # fmt: skip
     device, rows_per_sequence = hidden.device, num_rows // num_sequences
     block_m, block_n, block_k, num_warps, num_stages = topk_tile(num_rows, weight)
@@ -208,7 +221,7 @@ def lm_head_topk(
             num_warps=num_warps, num_stages=num_stages, **dependent_launch(hidden.device),
         )  # fmt: skip
         _merge_kernel[(num_rows,)](
-            scores, tokens, keys, columns, peaks, masses, token_ids, num_tiles,
+            scores, tokens, sums, keys, columns, peaks, masses, token_ids, num_tiles,
             K=k, SLOTS=slots, BLOCK_TILES=block_tiles, num_warps=max(1, max(block_tiles, slots**2) // WARP_KEYS),
             **dependent_launch(hidden.device),
         )  # fmt: skip
@@ -228,6 +241,7 @@ def lm_head_topk_ref(
     positions: torch.Tensor | None = None,
     seeds: torch.Tensor | None = None,
     sequences: torch.Tensor | None = None,
+    sums: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     z = few_rows_matmul(hidden.float(), weight.float())
     if scale is not None:
@@ -250,6 +264,11 @@ def lm_head_topk_ref(
                 noise = gumbel_ref(seeds[:, None], sequences[:, None], positions[:, None], token_ids)
             z = z + (share[:, None] * noise)[:, None]
         z = z.flatten(0, 1)
-    best, index = unpack_ref(pack_ref(z, draft_ids).topk(k, -1).values)
-    scores = best - z.masked_fill(z.isnan(), float("-inf")).logsumexp(-1, keepdim=True)
+    scores, index = unpack_ref(pack_ref(z, draft_ids).topk(k, -1).values)
+    z = z.masked_fill(z.isnan(), float("-inf"))
+    if sums is None:
+        scores = scores - z.logsumexp(-1, keepdim=True)
+    else:
+        sums[:, 0] = z.amax(-1)
+        sums[:, 1] = (z - sums[:, :1].masked_fill(sums[:, :1].isinf(), 0.0)).exp().sum(-1)
     return scores.masked_fill(scores.isnan(), float("-inf")), index if token_ids is None else token_ids[index]

@@ -5,6 +5,7 @@ The rule: within a round nothing reads a value on the host. What the host decide
 In reading order:
 
 round        the algorithm: draft, verify, accept, compact, absorb; and the state that it carries
+ranked_round, ranked_draft   the same where the head is cut over ranks as the target is
 tree, draft  the tree as tensors; how the head grows it and absorbs what was accepted
 sampling     the next token as a deterministic function of logits, seed and position; the draft's scores
 processors   logits processors on a tree, on the host: each node sees its own prefix

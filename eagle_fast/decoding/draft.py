@@ -23,6 +23,8 @@ from eagle_fast.decoding.sampling import SamplingTensors
 from eagle_fast.decoding.tree import Tree, chain_masks, root_only
 from eagle_fast.head import Attend, DraftHead
 from eagle_fast.layers.attention import PrefillStep, Step, TreeStep
+from eagle_fast.layers.links import Proposed
+from eagle_fast.layers.lockstep import Work, alone
 from eagle_fast.layers.slab import KVSlab, LayerShape
 
 MOST_WAITING = 64  # rows that wait for the head: as many as a word of an ancestor mask has bits
@@ -34,6 +36,11 @@ class NoHead:
     def __init__(self, device: torch.device):
         self.device = device
         self.slabs: list[Tensor] = []
+
+    @property
+    def parts(self) -> list[NoHead]:
+        """Drafters of one device each."""
+        return [self]
 
     def grow(self, roots: Tensor, lengths: Tensor, sampling: SamplingTensors) -> Tree:
         """The tree under roots [B], whose position is lengths [B]."""
@@ -86,8 +93,8 @@ class Drafter(NoHead):
         super().__init__(head.device)
         self.head, self.batch = head, batch
         device, config = head.device, head.config
-        shape = LayerShape(config.num_kv_heads, config.head_dim, head.dtype, device)
-        self.slab = KVSlab([shape] * config.num_layers, batch, capacity)
+        shapes = [LayerShape(layer.num_kv_heads, layer.head_dim, head.dtype, device) for layer in head.draft_layers]
+        self.slab = KVSlab(shapes, batch, capacity)
         self.slabs = self.slab.slabs
         self.cos, self.sin = head.rope_table(capacity)
         self.hidden = torch.zeros(batch, config.hidden_size, dtype=head.dtype, device=device)
@@ -119,6 +126,10 @@ class Drafter(NoHead):
     # -- grow ------------------------------------------------------------------------------------------------------
 
     def grow(self, roots: Tensor, lengths: Tensor, sampling: SamplingTensors) -> Tree:
+        return alone(self.growing(roots, lengths, sampling))
+
+    def growing(self, roots: Tensor, lengths: Tensor, sampling: SamplingTensors) -> Work[Tree]:
+        """`grow`, which stops where ranks have to hear of each other; so does what else ends in -ing here."""
         if self.tree.total_token == 1:
             return root_only(roots)
         k, batch = self.tree.top_k, roots.numel()
@@ -126,21 +137,24 @@ class Drafter(NoHead):
         candidate_tokens, parents = torch.empty(2, *size, dtype=torch.long, device=self.device)
         candidates = torch.empty(size, dtype=torch.float32, device=self.device), candidate_tokens, parents
         positions, slots = lengths + self.level_offsets  # [depth + 1, B]
-        best = self._propose(self.states[:, None], lengths, sampling)
+        best = yield from self._proposing(self.states[:, None], lengths, sampling)
         tokens, scores, beam, rows, masks = grow(*best, *self.root, 0, *candidates)
         hidden = self.hidden
         for level in range(1, self.tree.depth + 1):
             step = TreeStep(lengths, masks, self.level_depths.expand(batch, -1), first=(level - 1) * k)
             attend = self._attend(step, slots[level - 1])
             rows_at = positions[level - 1][:, None].expand_as(tokens)
-            hidden, states = self.head(tokens, hidden, rows_at, attend, rows=rows, parts=True)
-            best = self._propose(states, positions[level], sampling)
+            hidden, states = yield from self.head.passing(tokens, hidden, rows_at, attend, rows=rows, parts=True)
+            best = yield from self._proposing(states, positions[level], sampling)
             tokens, scores, beam, rows, masks = grow(*best, scores, beam, masks, level, *candidates)
         return Tree(*finish_tree(*candidates, roots, self.tree.total_token))
 
-    def _propose(self, states: Tensor, positions: Tensor, sampling: SamplingTensors) -> tuple[Tensor, Tensor]:
+    def _proposing(
+        self, states: Tensor, positions: Tensor, sampling: SamplingTensors
+    ) -> Work[tuple[Tensor, Tensor]]:  # fmt: skip
         """Best k next tokens after rows [B, R, H] whose tokens stand at positions [B]: (scores, tokens) [B, R, k]."""
         batch, rows, _ = states.shape
+        sums = states.new_empty(batch * rows, 2, dtype=torch.float32) if self.head.is_part else None
         scores, tokens = lm_head_topk(
             states.reshape(batch * rows, -1),
             self.head.lm_head_weight,
@@ -153,7 +167,10 @@ class Drafter(NoHead):
             positions=positions,
             seeds=sampling.seeds,
             sequences=sampling.sequences,
+            sums=sums,
         )
+        if sums is not None:
+            scores, tokens = yield Proposed(scores, tokens, sums)
         return scores.view(batch, rows, -1), tokens.view(batch, rows, -1)
 
     def _attend(self, step: Step, slots: Tensor) -> Attend:
@@ -174,44 +191,56 @@ class Drafter(NoHead):
 
     def absorb(self, features: Tensor, path: Tensor, tokens: Tensor, counts: Tensor, lengths: Tensor) -> None:
         """Rows r >= counts[b] are computed too; what they write lies past the new length and is written over later."""
+        alone(self.absorbing(features, path, tokens, counts, lengths))
+
+    def absorbing(self, features: Tensor, path: Tensor, tokens: Tensor, counts: Tensor, lengths: Tensor) -> Work[None]:
         features = features.gather(1, path[..., None].expand(-1, -1, features.shape[-1]))
-        hidden, states, last = self._run_path(features, tokens, counts, lengths, self.path)
+        hidden, states, last = yield from self._passing_path(features, tokens, counts, lengths, self.path)
         torch.gather(hidden, 1, last, out=self.hidden[:, None])
         torch.gather(states, 1, last, out=self.states[:, None])
 
-    def absorb_waiting(self, features: Tensor, tokens: Tensor, counts: Tensor, lengths: Tensor, rows: PathRows) -> None:
+    def absorbing_waiting(
+        self, features: Tensor, tokens: Tensor, counts: Tensor, lengths: Tensor, rows: PathRows
+    ) -> Work[None]:  # fmt: skip
         """Take in features [B, N, F] of counts [B] tokens, those from position lengths [B] on, and the tokens [B, N]
         after each. A sequence of which none waits goes on from what it has."""
-        hidden, states, last = self._run_path(features, tokens, counts, lengths, rows)
+        hidden, states, last = yield from self._passing_path(features, tokens, counts, lengths, rows)
         some = counts[:, None] > 0
         for mine, new in ((self.hidden, hidden), (self.states, states)):
             torch.where(some, new.gather(1, last)[:, 0], mine, out=mine)
 
-    def _run_path(
+    def _passing_path(
         self, features: Tensor, tokens: Tensor, counts: Tensor, lengths: Tensor, rows: PathRows
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Work[tuple[Tensor, Tensor, Tensor]]:
         """(hidden, states) [B, A, H] of the rows of paths, and where in them [B, 1, H] the last of each path stands."""
         positions = lengths[:, None] + rows.numbers
         step = TreeStep(lengths, rows.masks, rows.numbers.expand(lengths.numel(), -1))
-        attend = self._attend(step, lengths)
-        hidden, states = self.head(tokens, self.head.embed_features(features), positions, attend, parts=True)
+        attend, given = self._attend(step, lengths), self.head.embed_features(features)
+        hidden, states = yield from self.head.passing(tokens, given, positions, attend, parts=True)
         return hidden, states, rows.last[counts][:, None, None].expand(-1, 1, hidden.shape[-1])
 
     def absorb_prompt(self, features: Tensor, tokens: Tensor, start: int) -> None:
+        alone(self.absorbing_prompt(features, tokens, start))
+
+    def absorbing_prompt(self, features: Tensor, tokens: Tensor, start: int) -> Work[None]:
         batch, count = tokens.shape
         attend = self._attend(PrefillStep(start, count), torch.full((batch,), start, device=tokens.device))
         positions = torch.arange(start, start + count, device=tokens.device).expand_as(tokens)
-        hidden, states = self.head(tokens, self.head.embed_features(features), positions, attend, parts=True)
+        given = self.head.embed_features(features)
+        hidden, states = yield from self.head.passing(tokens, given, positions, attend, parts=True)
         self.hidden.copy_(hidden[:, -1])
         self.states.copy_(states[:, -1])
 
     def start_without_prefix(self, roots: Tensor) -> None:
         """A sequence of one token has no features yet: draft its first tree from zeros. Costs acceptance, not text."""
+        alone(self.starting_without_prefix(roots))
+
+    def starting_without_prefix(self, roots: Tensor) -> Work[None]:
         batch, path = roots.numel(), self.tree.max_path
         features = torch.zeros(batch, path, self.head.feature_size, dtype=self.hidden.dtype, device=self.device)
         nothing = torch.zeros_like(roots)
         first = torch.zeros(batch, path, dtype=torch.long, device=self.device)
-        self.absorb(features, first, roots[:, None].repeat(1, path), nothing + 1, nothing)
+        yield from self.absorbing(features, first, roots[:, None].repeat(1, path), nothing + 1, nothing)
 
     def row(self, index: int) -> Drafter:
         one, view = slice(index, index + 1), copy.copy(self)
@@ -261,8 +290,19 @@ class Postponed(NoHead):
         self.features.scatter_(1, place[..., None].expand(-1, -1, features.shape[-1]), features)
         self.tokens.scatter_(1, place, tokens)
 
+    def start_from(self, lengths: Tensor) -> None:
+        """Nothing waits: the head has lengths [B] rows."""
+        self.absorbed.copy_(lengths)
+
+    def set_row(self, row: int, length: int) -> None:
+        """The same of one sequence."""
+        self.absorbed[row].fill_(length)  # an assignment would wait for the device
+
     def release(self, lengths: Tensor) -> None:
         """Let the head absorb what waits; then it has lengths [B] rows, as many as the target."""
+        alone(self.releasing(lengths))
+
+    def releasing(self, lengths: Tensor) -> Work[None]:
         counts = (lengths - self.absorbed).clamp(0, MOST_WAITING)
-        self.drafter.absorb_waiting(self.features, self.tokens, counts, self.absorbed, self.rows)
+        yield from self.drafter.absorbing_waiting(self.features, self.tokens, counts, self.absorbed, self.rows)
         self.absorbed.copy_(lengths)

@@ -46,10 +46,10 @@ def token_bytes(states: IdleStates, speculative: bool) -> dict[torch.device, int
     for shape in states.target.layer_shapes:
         found[shape.device] += shape.token_bytes
     if speculative:
-        head = states.head
-        width = head.config.num_kv_heads * head.config.head_dim
-        found[head.device] += 2 * head.config.num_layers * width * head.dtype.itemsize
-        found[head.device] += 16 * head.config.head_dim  # its rotary table, while it is computed
+        for head in states.heads or [states.head]:
+            widths = [layer.num_kv_heads * layer.head_dim for layer in head.draft_layers]
+            found[head.device] += 2 * sum(widths) * head.dtype.itemsize
+            found[head.device] += 16 * head.config.head_dim  # its rotary table, while it is computed
     return dict(found)
 
 

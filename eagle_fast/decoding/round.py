@@ -46,6 +46,8 @@ class Round:
     Its rounds may run under one tree and then under another of `trees`, see `under`; the root alone is one.
     """
 
+    heads: Sequence[DraftHead] | None = None  # of a head that is cut over ranks: see `RankedRound`
+
     def __init__(
         self,
         target: Target,
@@ -64,8 +66,8 @@ class Round:
         capacity = -(-(max_length + slots) // 64) * 64
         self.cache = target.new_cache(batch, capacity)
         device = target.device
-        self.drafter = drafter = Drafter(head, self.tree, batch, capacity) if head else NoHead(device)
-        self.waiting = Postponed(drafter) if postpones and isinstance(drafter, Drafter) else None
+        self.drafter = self._new_drafter(head, capacity)
+        self.waiting = self._new_waiting() if postpones else None
         self.devices = distinct([*target.devices, self.drafter.device])
         self.sampling = self.draft_sampling = SamplingTensors(batch, device)
         if self.drafter.device != device:
@@ -81,6 +83,13 @@ class Round:
         self.views: dict[TreeConfig, Round] = {self.tree: self}  # by tree
         self.held: Held | None = None  # what a call that prefills may count on, kept by whoever runs rounds
 
+    def _new_drafter(self, head: DraftHead | None, capacity: int) -> NoHead:
+        return Drafter(head, self.tree, self.batch, capacity) if head else NoHead(self.target.device)
+
+    def _new_waiting(self) -> Postponed:
+        assert isinstance(self.drafter, Drafter)
+        return Postponed(self.drafter)
+
     @property
     def num_nodes(self) -> int:
         """Nodes of a tree."""
@@ -94,8 +103,8 @@ class Round:
     @property
     def num_bytes(self) -> int:
         """Memory of the caches and of all other tensors here, over all devices."""
-        owners: list[object] = [self, self.sampling, self.draft_sampling, self.kept and self.kept.largest]
-        owners += [view.drafter for view in self.views.values()]
+        owners: list[object] = [self, self.sampling, *self.draft_sampling.parts, self.kept and self.kept.largest]
+        owners += [part for view in self.views.values() for part in view.drafter.parts]
         named = [vars(owner) for owner in owners if owner is not None]
         tensors = [each for names in named for each in names.values() if isinstance(each, Tensor)]
         tensors += [*self.cache.slab.slabs, *self.cache.long_rows.values(), *self.drafter.slabs]
@@ -135,7 +144,7 @@ class Round:
         if self.waiting.rounds >= MOST_WAITING:
             self.catch_up()
         if self.waiting.rounds == 0:
-            self.waiting.absorbed.copy_(self.lengths)
+            self.waiting.start_from(self.lengths)
         self.waiting.rounds += 1
 
     @torch.no_grad()
@@ -238,8 +247,11 @@ class Round:
             drafter.start_without_prefix(tokens[:, 0].to(drafter.device))
         for first in range(start, prefix, PREFILL_CHUNK):
             last = min(first + PREFILL_CHUNK, prefix)
-            features = self.target.prefill(tokens[:, first:last], first, cache)
+            features = self._prefill(tokens[:, first:last], first, cache)
             drafter.absorb_prompt(features, tokens[:, first + 1 : last + 1].to(drafter.device), first)
+
+    def _prefill(self, tokens: Tensor, start: int, cache: SlabCache) -> Tensor:
+        return self.target.prefill(tokens, start, cache)
 
     def _begin_like(self, source: int, row: int, text: Sequence[int], end: int) -> None:
         """`begin_row` by a copy of sequence `source`, which has the same prompt."""
@@ -252,7 +264,7 @@ class Round:
         for values, value in ((self.lengths, len(text) - 1), (self.roots, text[-1]), (self.ends, end)):
             values[row].fill_(value)  # an assignment would wait for the device
         if self.waiting is not None:
-            self.waiting.absorbed[row].fill_(len(text) - 1)
+            self.waiting.set_row(row, len(text) - 1)
         cache = self.cache.row(row)
         self.target.choose_frequencies(cache, torch.tensor([len(text)], device=HOST))
         return cache, self.drafter.row(row)

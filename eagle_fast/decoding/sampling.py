@@ -53,6 +53,11 @@ class SamplingTensors:
         self.seeds = torch.zeros(batch, dtype=torch.long, device=device)
         self.sequences = torch.zeros(batch, dtype=torch.long, device=device)
 
+    @property
+    def parts(self) -> list[SamplingTensors]:
+        """Those of one device each."""
+        return [self]
+
     def load(self, params: SamplingParams, shared_noise: bool) -> None:
         """Fill in place. One seed: its streams differ by sequence; a seed per sequence: each as if it ran alone."""
         batch, device = self.seeds.numel(), self.seeds.device

@@ -20,10 +20,12 @@ import torch
 from eagle_fast.config import ROOT_ALONE, TreeConfig
 from eagle_fast.decoding.graph import SideStreams, is_capturing
 from eagle_fast.decoding.held import Texts
+from eagle_fast.decoding.ranked_round import RankedRound, parts_for
 from eagle_fast.decoding.records import Keeps
 from eagle_fast.decoding.round import Round
 from eagle_fast.decoding.steps import RoundSteps
 from eagle_fast.head import DraftHead
+from eagle_fast.head.cut import Portrait, portrait
 from eagle_fast.target import Target
 
 LENGTH_STEP = 1024
@@ -60,12 +62,16 @@ class IdleStates:
     max_count: how many there may be, 0 for none.
     max_bytes: their memory over all devices, by default a quarter of what the devices have. The one used last may
     exceed it. Both may be set at any time, and hold from the next call on.
+    head_cut: whether the head is cut over ranks where the target is, and it can be. From the next call on.
     """
 
     def __init__(self, target: Target, head: DraftHead, tree: TreeConfig):
         self.target, self.head, self.tree = target, head, tree
         self.idle: list[Lease] = []
         self.streams = SideStreams()
+        self.head_cut = False
+        self.heads: Sequence[DraftHead] | None = None  # the parts of a head that is cut
+        self._portrait: Portrait | None = None  # of what they were cut from
         self.max_count = MAX_IDLE
         self.max_bytes = int(MAX_SHARE * sum(_memory(device) for device in target.devices))
 
@@ -106,6 +112,8 @@ class IdleStates:
         wanted = _Wanted(speculative, batch, max_length, keeps, trees)
         turn = self.target.turn
         with turn.lock, turn():
+            if speculative:
+                self._cut()
             leased = (texts and self._go_on(wanted, texts)) or self._take(wanted) or self._new(wanted)
         try:
             yield leased
@@ -117,6 +125,14 @@ class IdleStates:
         finally:
             self._give_back(leased)
 
+    def _cut(self) -> None:
+        """Let `heads` be those of the head as it is now."""
+        now = portrait(self.head) if self.head_cut and self.target.links is not None else None
+        if now != self._portrait:
+            self.heads = self._portrait = None
+            self._drop([each for each in self.idle.copy() if self._is_stale(each)])  # and those before
+            self.heads, self._portrait = None if now is None else parts_for(self.head, self.target), now
+
     # -- taking ----------------------------------------------------------------------------------------------------
 
     def _alike(self, wanted: _Wanted) -> list[Lease]:
@@ -126,8 +142,12 @@ class IdleStates:
             for each in reversed(self.idle.copy())
             if (each.speculative, each.state.batch, each.state.keeps, each.state.trees)
             == (wanted.speculative, wanted.batch, wanted.keeps, wanted.trees)
-            and each.state.target is self.target
+            and not self._is_stale(each)
         ]
+
+    def _is_stale(self, lease: Lease) -> bool:
+        """Whether it belongs to another target, or to parts of a head that is no longer cut so."""
+        return lease.state.target is not self.target or (lease.speculative and lease.state.heads is not self.heads)
 
     def _claim(self, lease: Lease) -> Lease | None:
         """Take a state out of `idle`, unless another thread was faster."""
@@ -186,19 +206,23 @@ class IdleStates:
     def _new(self, wanted: _Wanted) -> Lease:
         rounded = -(-wanted.max_length // LENGTH_STEP) * LENGTH_STEP
         tree, *others = wanted.trees
-        head = self.head if wanted.speculative else None
-        arguments = (self.target, head, tree, wanted.batch, rounded, wanted.keeps, others)
+        arguments = (self.target, tree, wanted.batch, rounded, wanted.keeps, others)
         state = None
         try:
-            state = Round(*arguments)
+            state = self._round(wanted.speculative, *arguments)
         except torch.OutOfMemoryError:
             if not self.idle:
                 raise
         if state is None:  # idle states of other sizes held the memory
             self._drop(self.idle.copy())
             torch.cuda.empty_cache()
-            state = Round(*arguments)
+            state = self._round(wanted.speculative, *arguments)
         return Lease(state, RoundSteps(state, self.streams), wanted.speculative)
+
+    def _round(self, speculative: bool, target: Target, *settings) -> Round:
+        if speculative and self.heads is not None:
+            return RankedRound(target, self.heads, *settings)
+        return Round(target, self.head if speculative else None, *settings)
 
     # -- giving back -----------------------------------------------------------------------------------------------
 
@@ -209,8 +233,8 @@ class IdleStates:
                 self._trim()
 
     def _trim(self) -> None:
-        """Keep to the bounds, and let go of what belongs to another target."""
-        self._drop([each for each in self.idle.copy() if each.state.target is not self.target])
+        """Keep to the bounds, and let go of what belongs to another target or head."""
+        self._drop([each for each in self.idle.copy() if self._is_stale(each)])
         while len(self.idle) > max(self.max_count, 0) or (len(self.idle) > 1 and self.num_bytes > self.max_bytes):
             self._drop(self.idle[:1])
 

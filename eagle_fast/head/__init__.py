@@ -6,6 +6,7 @@ config.json does, and what cannot be run is refused by name.
 In reading order:
 
 module       the head's forward, for training and drafting alike: its caller says how rows attend
+cut          the parts of a head over ranks
 layer        one of its decoder layers, with merged weights
 activation   the gate of its MLP
 config       what a head is made of: one frozen record, and the tensors that follow from it

@@ -14,6 +14,8 @@ More layers are ordinary ones; what formats add (norms before fc, a normed resid
 
 Attention is the caller's: drafting attends to its slab and tree, training to whatever it trains on. Where parameters
 require grad everything here is differentiable, because the ops then take their PyTorch twins.
+
+A head may be one rank's part of a head that is cut (`cut.py`); then its products are added up over ranks.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from typing import cast
 import torch
 from eagle_fast_kernels.draft_head import head_input
 from eagle_fast_kernels.packed import Packed
-from eagle_fast_kernels.rms_norm import add_parts, add_rms_norm, given_norm_ref
+from eagle_fast_kernels.rms_norm import given_norm_ref
 from torch import Tensor, nn
 
 from eagle_fast.head.checkpoint import HeadCheckpoint, check_shapes, write_head
@@ -36,6 +38,7 @@ from eagle_fast.head.shared import Matrix, as_lm_head, embedding_over, targets_i
 from eagle_fast.head.tree_words import TreeWords
 from eagle_fast.layers.embedding import PackedEmbedding
 from eagle_fast.layers.linear import FewRowsLinear, QuantizedLinear, quantize
+from eagle_fast.layers.lockstep import Sum, Work, alone
 
 Attend = Callable[[int, DraftLayer, Tensor, Tensor], Tensor]
 
@@ -53,6 +56,7 @@ class DraftHead(TreeWords, nn.Module):
     lm_head_bias: Tensor | None  # [Vd]
     lm_head_scale: Tensor | None  # [Vd] of a quantized lm_head
     token_ids: Tensor | None  # [Vd] target id of each draft id, None where they are the same
+    is_part = False  # of a head that is cut over ranks
 
     def __init__(
         self,
@@ -220,23 +224,33 @@ class DraftHead(TreeWords, nn.Module):
 
         Returns (next hidden [B, T, H], fed back when drafting goes on; states [B, T, H], what lm_head reads).
         """
+        return alone(self.passing(tokens, hidden, positions, attend, rows=rows, parts=parts))
+
+    def passing(
+        self,
+        tokens: Tensor,
+        hidden: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        *,
+        rows: Tensor | None = None,
+        parts: bool = False,
+    ) -> Work[tuple[Tensor, Tensor]]:
+        """`forward`, which stops wherever a product is added to the residual stream."""
         x, residual = self._first_input(tokens, hidden, rows)
         out = x
-        for index, layer in enumerate(self._layers()):
+        for index, layer in enumerate(self.draft_layers):
             if index:
-                x, residual = self._add_norm(out, residual, layer.input_norm)
+                x, residual = yield from self._add_norm(out, residual, layer.input_norm)
             attended = attend(index, layer, layer.qkv.sums(x) if parts else layer.qkv(x), positions)
-            x, residual = self._add_norm(layer.o.sums(attended), residual, layer.post_norm)
+            x, residual = yield from self._add_norm(layer.o.sums(attended), residual, layer.post_norm)
             out = layer.mlp(x)
-        if self.norm is None:
-            output = add_parts(*_flat(out, residual)).view(residual.shape)
-            return output, output
-        states, output = self._add_norm(out, residual, self.norm)
+        states, output = yield from self._add_norm(out, residual, self.norm)
         return (states if self.config.norm_output else output), states
 
     def _first_input(self, tokens: Tensor, hidden: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         """What the first layer's attention reads, and the residual stream that it adds to."""
-        first, eps, width = self._layers()[0], self.config.rms_norm_eps, hidden.shape[-1]
+        first, eps, width = self.draft_layers[0], self.config.rms_norm_eps, hidden.shape[-1]
         eagle3 = self.config.kind == "eagle3"
         norms = (first.input_norm, first.hidden_norm) if eagle3 else (self.fc_embed_norm, self.fc_hidden_norm)
         rows = None if rows is None else rows.reshape(-1)
@@ -249,13 +263,14 @@ class DraftHead(TreeWords, nn.Module):
         x = self.fc(x)
         return given_norm_ref(x, first.input_norm, eps), x
 
-    def _layers(self) -> list[DraftLayer]:
+    @property
+    def draft_layers(self) -> list[DraftLayer]:
         return cast("list[DraftLayer]", self.layers)
 
-    def _add_norm(self, x: Tensor, residual: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(RMSNorm(x + residual), x + residual), all [B, T, H]; x may come in parts, [S, B, T, H]."""
-        assert weight is not None
-        normed, total = add_rms_norm(*_flat(x, residual), weight, self.config.rms_norm_eps)
+    def _add_norm(self, x: Tensor, residual: Tensor, weight: Tensor | None) -> Work[tuple[Tensor, Tensor]]:
+        """(RMSNorm(x + residual), x + residual), all [B, T, H]; x may come in parts, [S, B, T, H]. No weight: the sum,
+        twice."""
+        normed, total = yield Sum(*_flat(x, residual), weight, self.config.rms_norm_eps)
         return normed.view(residual.shape), total.view(residual.shape)
 
     def quantize(self) -> None:
@@ -287,7 +302,7 @@ class DraftHead(TreeWords, nn.Module):
         named |= {f"fc_norm.{i}.weight": weight for i, weight in enumerate(self.feature_norms)}
         if self.fc is not None:
             named |= split_linear(self.fc, {"fc": self.config.hidden_size})
-        for index, layer in enumerate(self._layers()):
+        for index, layer in enumerate(self.draft_layers):
             named |= layer.tensors(index)
         if self.config.own_lm_head:
             named |= {"lm_head.weight": self.lm_head_weight, "lm_head.bias": self.lm_head_bias}

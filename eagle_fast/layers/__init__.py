@@ -10,4 +10,5 @@ linear       weights as objects: a product of few rows, its parts, its gated for
 transfers    copies between devices that wait for nothing on the host
 cuts         how heads, widths and vocabularies are dealt to ranks
 links, peer_links   what ranks exchange in a forward: the reference, and between GPUs
+lockstep     work of several ranks, from one exchange to the next
 """

@@ -98,6 +98,16 @@ class QuantizedLinear(nn.Module):
         self.weight, self.scale = nn.Parameter(weight, requires_grad=False), nn.Parameter(scale, requires_grad=False)
         self.bias = linear.bias
 
+    @classmethod
+    def of(cls, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> QuantizedLinear:
+        """A layer over weight [N, K], scale [N] and bias [N] as they are, without a copy."""
+        linear = cls.__new__(cls)
+        nn.Module.__init__(linear)
+        linear.out_features, linear.in_features = weight.shape
+        for name, tensor in (("weight", weight), ("scale", scale), ("bias", bias)):
+            setattr(linear, name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+        return linear
+
     def forward(self, input: Tensor) -> Tensor:
         return few_rows_matmul(input, self.weight, scale=self.scale, bias=self.bias)
 

@@ -1,6 +1,6 @@
-"""What the ranks of a model exchange in a forward: sums, what rank 0 tells all, and what all tell rank 0.
+"""What the ranks of a model exchange in a forward: sums, the best of all, what rank 0 tells all, what all tell rank 0.
 
-n ranks, S parts, R rows, H hidden size, V vocabulary.
+n ranks, S parts, R rows, H hidden size, V vocabulary, k candidates of a row.
 
 Here is the reference, for ranks on a CPU: one rank after the other up to each exchange, which is a sum in rank order.
 `peer_links` has the same between GPUs.
@@ -10,14 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from eagle_fast_kernels.exchange import exchange_add_rms_norm_ref, own_sum_ref
+from eagle_fast_kernels.exchange_best import exchange_best_ref
 from torch import Tensor
 
 
 class OutOfStepError(RuntimeError):
     """A rank waited in vain for another one: the round's tokens are lost, and the model is usable again."""
+
+
+class Proposed(NamedTuple):
+    """The best tokens after rows, of one rank's part of a vocabulary: see `lm_head_topk`."""
+
+    scores: Tensor  # [R, k] before they are normalised
+    tokens: Tensor  # [R, k]
+    sums: Tensor  # [R, 2]
 
 
 class Links:
@@ -49,6 +59,13 @@ class Links:
             for device, residual, weight in zip(self.devices, residuals, weights, strict=True)
         ]
         return [normed for normed, _ in results], [total for _, total in results]
+
+    def best(self, proposals: Sequence[Proposed]) -> list[tuple[Tensor, Tensor]]:
+        """(log-probabilities, tokens) [R, k], the best of all ranks' on every rank."""
+        return [
+            exchange_best_ref([tuple(part.to(device) for part in each) for each in proposals])  # type: ignore[misc]
+            for device in self.devices
+        ]
 
     def send(self, name: str, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
         """Integer tensors of rank 0 on every rank. name: of what is sent; until the next of that name it stays."""

@@ -1,6 +1,6 @@
-"""`Links` between GPUs of one host, through each other's memory: see the kernel `exchange`.
+"""`Links` between GPUs of one host, through each other's memory: see the kernels `exchange` and `exchange_best`.
 
-n ranks, R rows, H hidden size, V vocabulary, M rows of a mailbox.
+n ranks, R rows, H hidden size, V vocabulary, k candidates of a row, M rows of a mailbox.
 
 One thread launches for all ranks. Whatever may compile, allocate or wait for a device is done before an exchange is
 launched, and then the exchange on all ranks with nothing in between: a rank never spins for one that is not on its way.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import permutations
 from typing import NamedTuple
@@ -26,9 +26,10 @@ from eagle_fast_kernels.exchange import (
     push,
     waited_for,
 )
+from eagle_fast_kernels.exchange_best import WORDS, Candidates, exchange_best
 from torch import Tensor
 
-from eagle_fast.layers.links import Links, OutOfStepError
+from eagle_fast.layers.links import Links, OutOfStepError, Proposed
 
 MOST_ROWS = 512  # M: more are exchanged in turns
 
@@ -75,21 +76,22 @@ class PeerLinks(Links):
         super().__init__(devices)
         check_peers(devices, f"tensor_parallel={[str(device) for device in devices]}")
         self.looks, self.turn = looks, 0
+        self.taken: tuple[str, int] | None = None  # by the last exchange
         self.broken = self.inside = False  # an exchange was not launched on all ranks; one is being launched
         self.loaded: set[tuple] = set()  # kernels of exchanges
         self.buffers: dict[tuple, Buffer] = {}  # graphs go on using those that became too small
-        count = len(self.devices)
-        rows = [
-            torch.empty(count, 2, MOST_ROWS, hidden_size, dtype=torch.int32, device=device) for device in self.devices
-        ]
-        addresses = tuple(each.data_ptr() for each in rows)
+        size = len(self.devices), 2, MOST_ROWS
+        rows = [torch.empty(*size, hidden_size, dtype=torch.int32, device=device) for device in self.devices]
+        words = [torch.empty(*size, WORDS, dtype=torch.long, device=device) for device in self.devices]
         self.mailboxes = [
             Mailbox(
-                rank, rows[rank], addresses, torch.empty(1, dtype=torch.int32, device=device),
+                rank, rows[rank], tuple(each.data_ptr() for each in rows),
+                torch.empty(1, dtype=torch.int32, device=device),
                 torch.empty(1, dtype=torch.long, device="cpu", pin_memory=device.type == "cuda"),
             )
             for rank, device in enumerate(self.devices)
         ]  # fmt: skip
+        self.candidates = [Candidates(each, tuple(other.data_ptr() for other in words)) for each in words]
         self._clear()
 
     # -- in a forward ----------------------------------------------------------------------------------------------
@@ -97,10 +99,8 @@ class PeerLinks(Links):
     @contextmanager
     def forward(self) -> Iterator[None]:
         with self.whole():
+            self.turn = 0  # also in every replay of a graph
             yield
-            assert self.turn == 0, (
-                "a graph begins with the first turn again: a forward exchanges an even number of times"
-            )
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -131,21 +131,35 @@ class PeerLinks(Links):
 
     def _exchange(self, products, residuals, weights, eps: float, outs) -> None:
         """Of up to MOST_ROWS rows."""
-        arguments = list(zip(products, residuals, weights, self.mailboxes, outs, strict=True))
+        arguments = list(zip(products, residuals, weights, self.mailboxes, strict=True))
         parts = tuple((each.shape[:-2], each.dtype) for each in products)  # uneven ranks may have uneven numbers
         size, dtypes = residuals[0].numel(), (residuals[0].dtype, weights[0].dtype)
         key = parts, dtypes, size % 16, len(residuals[0]) <= MOST_FUSED
+        self._launch(key, exchange_add_rms_norm, [(*each[:3], eps, each[3]) for each in arguments], outs)
+
+    def best(self, proposals: Sequence[Proposed]) -> list[tuple[Tensor, Tensor]]:
+        outs = [(torch.empty_like(each.scores), torch.empty_like(each.tokens)) for each in proposals]
+        for first in range(0, len(proposals[0].scores), MOST_ROWS):
+            rows = slice(first, first + MOST_ROWS)
+            given = zip(proposals, self.mailboxes, self.candidates, strict=True)
+            arguments = [(*(part[rows] for part in each), *boxes) for each, *boxes in given]
+            parts = [(scores[rows], tokens[rows]) for scores, tokens in outs]
+            self._launch(("best", proposals[0].scores.shape[1]), exchange_best, arguments, parts)
+        return outs
+
+    def _launch(self, key: tuple, exchange: Callable[..., None], arguments: Sequence[tuple], outs: Sequence) -> None:
+        """An exchange, on every rank with its arguments, after its kernel is loaded everywhere. key: of that kernel."""
         if key not in self.loaded:
             self._synchronize()
-            self._launch(arguments, eps, looks=0)
+            for given, out in zip(arguments, outs, strict=True):
+                exchange(*given, self.turn, out, looks=0)
             self._synchronize()
             self.loaded.add(key)
-        self._launch(arguments, eps, self.looks)
-        self.turn = 1 - self.turn
-
-    def _launch(self, arguments, eps: float, looks: int) -> None:
-        for product, residual, weight, mailbox, out in arguments:
-            exchange_add_rms_norm(product, residual, weight, eps, mailbox, self.turn, out, looks=looks)
+        taken = exchange.__name__, self.turn
+        assert taken != self.taken, "a peer may not have read yet what it got in this turn"
+        for given, out in zip(arguments, outs, strict=True):
+            exchange(*given, self.turn, out, looks=self.looks)
+        self.taken, self.turn = taken, 1 - self.turn
 
     # -- from and to rank 0 ----------------------------------------------------------------------------------------
 
@@ -197,13 +211,12 @@ class PeerLinks(Links):
             return
         self._synchronize()
         self._clear()
-        self.turn = 0
-        self.broken = False
+        self.taken, self.broken = None, False
 
     def _clear(self) -> None:
         """As if nothing had ever been exchanged."""
-        for mailbox in self.mailboxes:
-            mailbox.clear()
+        for each in (*self.mailboxes, *self.candidates):
+            each.clear()
         for buffer in self.buffers.values():
             buffer.arrived.zero_()
             buffer.expected.zero_()

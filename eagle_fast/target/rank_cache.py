@@ -51,9 +51,12 @@ class RankedSlab:
 
     def compact(self, path: Tensor, counts: Tensor, lengths: Tensor, transfers: Transfers) -> None:
         """path [B, A], counts [B], lengths [B] on rank 0."""
-        sent = self.links.send("path", path, counts, lengths)
-        for part, (nodes, each, rows) in zip(self.parts, sent, strict=True):
-            part.compact(nodes, each, rows, transfers)
+        self.compact_everywhere(self.links.send("path", path, counts, lengths), transfers)
+
+    def compact_everywhere(self, sent: Sequence[tuple[Tensor, ...]], transfers: Transfers) -> None:
+        """sent: path, counts and lengths on each rank."""
+        for part, (path, counts, lengths) in zip(self.parts, sent, strict=True):
+            part.compact(path, counts, lengths, transfers)
 
     def copy_prefix(self, other: RankedSlab, count: int) -> None:
         for mine, theirs in zip(self.parts, other.parts, strict=True):

@@ -4,7 +4,7 @@ B sequences, T tree nodes, C tokens of a prompt chunk, R rows, H hidden size, F 
 
 The residual stream is the same on all ranks. Each computes its heads and its part of the MLP; the sum over ranks is in
 the launch that adds the residual and computes the next norm (`layers/links.py`). One thread runs the ranks in turn,
-from one such sum to the next. Rank 0 has the draft head, the tree and the logits.
+from one such sum to the next. Rank 0 has the logits, and the draft head and its tree where no rank has a part of it.
 """
 
 from __future__ import annotations
@@ -122,30 +122,53 @@ class RankedTarget:
     @torch.no_grad()
     def prefill(self, tokens: Tensor, start: int, cache: RankedCache) -> Tensor:
         """Run tokens [B, C] at positions start.. into the cache; returns features [B, C, F]."""
+        return self._prefill(tokens, start, cache, 1)[0]
+
+    @torch.no_grad()
+    def prefill_everywhere(self, tokens: Tensor, start: int, cache: RankedCache) -> list[Tensor]:
+        """`prefill`; the features are every rank's own."""
+        return self._prefill(tokens, start, cache, len(self.ranks))
+
+    def _prefill(self, tokens: Tensor, start: int, cache: RankedCache, keeping: int) -> list[Tensor]:
         batch, count = tokens.shape
         sent = [each for (each,) in self.links.send("prompt", tokens)]
         steps = [PrefillStep(start, count) for _ in self.ranks]
         positions = [torch.arange(start, start + count, device=rank.device).expand(batch, count) for rank in self.ranks]
         self.row_order.kept = False
         with self.links.forward():
-            return self._run(sent, positions, steps, cache)[1].view(batch, count, -1)
+            features = self._run(sent, positions, steps, cache, keeping)[1]
+        return [each.view(batch, count, -1) for each in features]
 
     @torch.no_grad()
     def verify(self, tokens: Tensor, step: TreeStep, cache: RankedCache) -> Verified:
         """Run tree nodes [B, T], which write their K and V after the prefix. Until the next verify, the logits stay."""
         sent = self.links.send("tree", tokens, step.lengths, step.ancestors, step.depths)
         steps = [TreeStep(lengths, ancestors, depths, step.first) for _, lengths, ancestors, depths in sent]
+        logits, (features,) = self._verify([each[0] for each in sent], steps, cache, 1)
+        return Verified(logits, features)
+
+    @torch.no_grad()
+    def verify_everywhere(
+        self, tokens: Sequence[Tensor], steps: Sequence[TreeStep], cache: RankedCache
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`verify` of what every rank has; the features are every rank's own."""
+        return self._verify(tokens, steps, cache, len(self.ranks))
+
+    def _verify(
+        self, tokens: Sequence[Tensor], steps: Sequence[TreeStep], cache: RankedCache, keeping: int
+    ) -> tuple[Tensor, list[Tensor]]:
         positions = [each.positions(each.lengths.device) for each in steps]
         self.row_order.kept = True
         try:
             with self.links.forward():
-                normed, features = self._run([each[0] for each in sent], positions, steps, cache)
+                normed, features = self._run(tokens, positions, steps, cache, keeping)
                 logits = self.links.gather(
                     "logits", [rank.lm_head(rows) for rank, rows in zip(self.ranks, normed, strict=True)]
                 )
         finally:
             self.row_order.kept = False
-        return Verified(*(each.view(*tokens.shape, -1) for each in (logits, features)))
+        shape = tokens[0].shape
+        return logits.view(*shape, -1), [each.view(*shape, -1) for each in features]
 
     def read(self, tokens: Tensor) -> Verified:
         raise UnsupportedModel("training reads a target on one GPU or over layer shards: leave tensor_parallel out")
@@ -153,13 +176,14 @@ class RankedTarget:
     # -- behind them -----------------------------------------------------------------------------------------------
 
     def _run(
-        self, tokens: Sequence[Tensor], positions: Sequence[Tensor], steps: Sequence[Step], cache: RankedCache
-    ) -> tuple[list[Tensor], Tensor]:
-        """(rows [R, H] after the final norm on every rank, features [R, F] on rank 0) of tokens [B, T]."""
+        self, tokens: Sequence[Tensor], positions: Sequence[Tensor], steps: Sequence[Step], cache: RankedCache,
+        keeping: int = 1,
+    ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+        """(rows [R, H] after the final norm on every rank, features [R, F] on the first so many) of tokens [B, T]."""
         ranks, slabs = self.ranks, cache.ranked.parts
         rows = [rank.embed(each) for rank, each in zip(ranks, tokens, strict=True)]
         rotations = [rank.rotation(*each) for rank, *each in zip(ranks, rows, positions, strict=True)]
-        taken = {0: rows[0]}
+        taken = {0: rows[:keeping]}
         first = [rank.layers[0].input_norm for rank in ranks]
         normed = [rms_norm(each, *norm) for each, norm in zip(rows, first, strict=True)]
         for index in range(self.anatomy.num_layers):
@@ -173,10 +197,10 @@ class RankedTarget:
             following = [rank.norm if last else rank.layers[index + 1].input_norm for rank in ranks]
             normed, rows = self._sum(products, rows, following)
             if index + 1 in self.boundaries:
-                taken[index + 1] = rows[0]
-        taken[FINAL] = normed[0]
-        features = [taken[boundary] for boundary in self.boundaries]
-        return normed, torch.cat(features, -1) if len(features) > 1 else features[0]
+                taken[index + 1] = rows[:keeping]
+        taken[FINAL] = normed[:keeping]
+        features = zip(*(taken[boundary] for boundary in self.boundaries), strict=True)
+        return normed, [torch.cat(each, -1) if len(each) > 1 else each[0] for each in features]
 
     def _sum(self, products: list[Tensor], rows: list[Tensor], norms: list) -> tuple[list[Tensor], list[Tensor]]:
         return self.links.add_rms_norm(products, rows, [norm.weight for norm in norms], norms[0].eps)

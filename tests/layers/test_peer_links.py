@@ -6,7 +6,7 @@ from eagle_fast_kernels.exchange import waiting
 from machine import NOTHING, links_on, played
 
 import eagle_fast.layers.peer_links as peer_links
-from eagle_fast.layers.links import Links, OutOfStepError
+from eagle_fast.layers.links import Links, OutOfStepError, Proposed
 from eagle_fast.layers.peer_links import MOST_ROWS
 
 WIDTH, EPS, CPU = 16, 1e-5, torch.device("cpu")
@@ -44,10 +44,70 @@ def test_sums_of_forwards_of_many_sizes(machine, ranks):
         assert all((each.rows == NOTHING).all() for each in links.mailboxes)
 
 
-def test_an_odd_number_of_sums_would_take_a_turn_twice(machine):
+def proposals(ranks, rows, seed, k=4):
+    """Of a vocabulary whose parts have 20 tokens each."""
+    generator, found = torch.Generator().manual_seed(seed), []
+    for rank in range(ranks):
+        scores = torch.randn(rows, 20, generator=generator)
+        peak, (best, places) = scores.amax(1, keepdim=True), scores.topk(k)
+        sums = torch.cat([peak, (scores - peak).exp().sum(1, keepdim=True)], 1)
+        found.append(Proposed(best, places + 20 * rank, sums))
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_best_of_all_ranks_between_sums(machine, ranks):
+    """As a tree is grown: bests in a row, one sum between them and two, of fewer rows and of more than fit."""
+    links, reference = links_on(machine, [CPU] * ranks, WIDTH), Links([CPU] * ranks)
+    for turn in range(3):
+        with links.forward():
+            for step, rows in enumerate((3, 1, 2 * MOST_ROWS + 7, 5, 5)):
+                given = proposals(ranks, rows, 10 * turn + step)
+                for found, expected in zip(links.best(given), reference.best(given), strict=True):
+                    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+                for _ in range(step // 2):
+                    links.add_rms_norm(*case(ranks, 5, step), EPS)
+        assert not machine.waiting
+        if turn == 0:
+            synchronized = machine.synchronized
+    assert machine.synchronized == synchronized, "once all is loaded, nothing waits for a device"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_interrupt_between_the_ranks_proposals(machine, monkeypatch, rank):
+    links, given = links_on(machine, [CPU] * 2, WIDTH), proposals(2, 3, 0)
+    calls, exchange_best = iter(range(100)), peer_links.exchange_best
+
+    def propose():
+        with links.forward():
+            best = links.best(given)
+            links.add_rms_norm(*case(2, 5, 0), EPS)
+            return best
+
+    def interrupted(*args, **options):
+        if next(calls) == rank:
+            raise KeyboardInterrupt
+        exchange_best(*args, **options)
+
+    expected = propose()
+    with monkeypatch.context() as patch:
+        patch.setattr(peer_links, "exchange_best", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            propose()
+    assert links.broken
+    machine.runs_out = True  # waits are bounded
+    links.settle()
+    machine.runs_out = False
+    for found in propose():
+        assert all(torch.equal(a, b) for a, b in zip(found, expected[0], strict=True))
+
+
+def test_the_same_turn_twice_is_not_taken(machine):
+    """A peer that is behind would get the second row before it has read the first."""
     links = links_on(machine, [CPU] * 2, WIDTH)
-    with pytest.raises(AssertionError, match="an even number of times"):
-        check_forward(links, 2, 5, sites=3)
+    check_forward(links, 2, 5, sites=3)
+    with pytest.raises(AssertionError, match="may not have read"):
+        check_forward(links, 2, 5)
     check_forward(links, 2, 5)
 
 

@@ -5,7 +5,6 @@ import torch
 from eagle_fast_kernels.exchange import (
     MOST_FUSED,
     NOTHING,
-    Mailbox,
     await_pushes,
     exchange_add_rms_norm,
     exchange_add_rms_norm_ref,
@@ -14,6 +13,7 @@ from eagle_fast_kernels.exchange import (
     waiting,
 )
 from eagle_fast_kernels.rms_norm import add_rms_norm_ref
+from mailboxes import mailboxes
 from no_gpu import run_program
 
 EPS = 1e-5
@@ -63,23 +63,6 @@ def test_rows_do_not_depend_on_how_many_there_are():
         assert all(torch.equal(a, b[row : row + 1]) for a, b in zip(alone, whole, strict=True))
 
 
-def mailboxes(devices, width, most=16):
-    """Of ranks on these devices."""
-    count, pinned = len(devices), devices[0].type == "cuda"
-    rows = [torch.empty(count, 2, most, width, dtype=torch.int32, device=device) for device in devices]
-    addresses = tuple(each.data_ptr() for each in rows)
-    boxes = [
-        Mailbox(
-            rank, rows[rank], addresses, torch.empty(1, dtype=torch.int32, device=device),
-            torch.empty(1, dtype=torch.long, pin_memory=pinned),
-        )
-        for rank, device in enumerate(devices)
-    ]  # fmt: skip
-    for each in boxes:
-        each.clear()
-    return boxes
-
-
 def test_a_cpu_has_no_peer():
     (product, _), residual, weight = case()
     box = mailboxes([torch.device("cpu")] * 2, 64)[0]
@@ -121,7 +104,8 @@ capability = int(sys.argv[1])
 
 pretend(capability)
 from eagle_fast_kernels import exchange
-from test_exchange import case, mailboxes
+from mailboxes import mailboxes
+from test_exchange import case
 
 compiled = recorded(*((exchange, name) for name in ("_exchange_kernel", "_push_kernel", "_await_kernel")))
 exchange.dependent_launch = lambda device: overlap_of(capability)

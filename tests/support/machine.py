@@ -11,8 +11,9 @@ import inspect
 from collections.abc import Sequence
 
 import torch
-from eagle_fast_kernels import exchange
+from eagle_fast_kernels import exchange, exchange_best
 from eagle_fast_kernels.exchange import own_sum_ref, waiting
+from eagle_fast_kernels.exchange_best import exchange_best_ref
 from eagle_fast_kernels.rms_norm import rms_norm_ref
 from torch import Tensor
 
@@ -49,6 +50,8 @@ class Kernel:
         """What a kernel is compiled for, of one argument."""
         if isinstance(value, Tensor):
             return value.dtype, value.data_ptr() % 16 == 0
+        if isinstance(value, float):
+            return float
         if name.isupper() or not isinstance(value, int):
             return value
         kind = "int32" if -(2**31) <= value < 2**31 else "int64"
@@ -60,6 +63,7 @@ class Machine:
 
     def __init__(self):
         self.boxes, self.waiting, self.runs_out, self.synchronized = [], [], False, 0
+        self.candidates = []
 
     def exchange(self, given, programs):
         if not given["looks"]:
@@ -87,6 +91,29 @@ class Machine:
             given["normed_ptr"].copy_(rms_norm_ref(given["total_ptr"], given["weight_ptr"], given["eps"]))
 
         self.launch(mailbox, lambda: all((each != NOTHING).all() for each in others), finish)
+
+    def best(self, given, programs):
+        if not given["looks"]:
+            return
+        rank, turn, mine = given["RANK"], given["turn"], [given[name] for name in ("y_ptr", "tokens_ptr", "sums_ptr")]
+        own, k, rows = self.candidates[rank], mine[0].shape[1], slice(len(mine[0]))
+        for peer in self.candidates:
+            place = peer.words[rank, turn, rows, : k + 1]
+            assert (place == NOTHING).all(), "words are pushed over words that are still to be read"
+            place[:, :k] = (mine[0].view(torch.int32).long() << 32) | mine[1]
+            place[:, k] = mine[2].view(torch.long)[:, 0]
+        pushed = own.words[:, turn, rows, : k + 1]
+
+        def finish():
+            parts = []
+            for words in pushed.unbind():
+                sums = words[:, k:].clone().view(torch.float32)
+                parts.append(((words[:, :k] >> 32).int().view(torch.float32), words[:, :k] & 0xFFFFFFFF, sums))
+            for out, found in zip((given["scores_ptr"], given["best_ptr"]), exchange_best_ref(parts), strict=True):
+                out.copy_(found)
+            pushed.fill_(NOTHING)
+
+        self.launch(self.boxes[rank], lambda: (pushed != NOTHING).all(), finish)
 
     def push(self, given, programs):
         given["there_ptr"].copy_(given["x_ptr"])
@@ -124,7 +151,9 @@ def played(monkeypatch) -> Machine:
     for name, play in (("exchange", machine.exchange), ("push", machine.push), ("await", machine.await_pushes)):
         kernel = getattr(exchange, f"_{name}_kernel")
         monkeypatch.setattr(exchange, f"_{name}_kernel", Kernel(machine, kernel, play))
-    monkeypatch.setattr(exchange, "_check_gpu", lambda *_: None)
+    monkeypatch.setattr(exchange_best, "_best_kernel", Kernel(machine, exchange_best._best_kernel, machine.best))
+    for module in (exchange, exchange_best):
+        monkeypatch.setattr(module, "_check_gpu", lambda *_: None)
     monkeypatch.setattr(peer_links, "check_peers", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "synchronize", machine.synchronize)
     return machine
@@ -132,5 +161,5 @@ def played(monkeypatch) -> Machine:
 
 def links_on(machine: Machine, devices: Sequence[torch.device], width: int) -> PeerLinks:
     links = PeerLinks(devices, width)
-    machine.boxes = links.mailboxes
+    machine.boxes, machine.candidates = links.mailboxes, links.candidates
     return links
