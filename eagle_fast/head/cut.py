@@ -3,7 +3,8 @@
 Vd draft vocabulary, V the target's, H hidden size.
 
 A part is a `DraftHead` whose products of attention and MLP are added up over ranks (`layers/lockstep.py`). What it does
-not narrow (norms, fc, the embedding) is copied, or shared where it lies on the rank's device.
+not narrow (fc, the embedding) is copied, or shared where it lies on the rank's device; norms are always copied, to
+addresses that kernels of exchanges are loaded for.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ def _part(
     part = _shallow(head)
     for name, tensor in {**part._parameters, **part._buffers}.items():
         if name != "embedding" and tensor is not None:
-            moved = (taken(tensor, [words]) if name in OF_VOCABULARY else tensor).detach().to(device)
+            some = (taken(tensor, [words]) if name in OF_VOCABULARY else tensor).detach()
+            moved = some.to(device, copy=name.endswith("norm"))
             setattr(part, name, frozen(moved) if isinstance(tensor, nn.Parameter) else moved)
     ids = head.token_ids
     if ids is not None or rank:  # those of the first rank may begin at 0
@@ -107,7 +109,7 @@ def _layer(
     """width: of the whole MLP."""
     part = _shallow(layer)
     for name, tensor in part._parameters.items():
-        part._parameters[name] = None if tensor is None else frozen(tensor.to(device))
+        part._parameters[name] = None if tensor is None else frozen(tensor.detach().to(device, copy=True))
     query, kv = heads.rows(layer.head_dim)
     keys = layer.num_heads * layer.head_dim
     values = keys + layer.num_kv_heads * layer.head_dim

@@ -48,6 +48,8 @@ class Kernel:
         """What a kernel is compiled for, of one argument."""
         if isinstance(value, Tensor):
             return value.dtype, value.data_ptr() % 16 == 0
+        if isinstance(value, float):
+            return float
         if name.isupper() or not isinstance(value, int):
             return value
         kind = "int32" if -(2**31) <= value < 2**31 else "int64"
