@@ -78,6 +78,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--tensor-parallel", type=int, default=0, metavar="N", help="cut every layer over so many GPUs instead"
     )
+    parser.add_argument("--head-cut", action="store_true", help="and the draft head too")
     parser.add_argument("--upstream", type=Path, metavar="PATH", help="a checkout of SafeAILab/EAGLE, timed too")
     parser.add_argument(
         "--upstream-python", default=sys.executable, metavar="COMMAND", help="a Python that has its dependencies"
@@ -87,6 +88,8 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.target_bits and args.device_map != "0":
         parser.error("--target-bits: packed weights are timed on one GPU or cut over several, leave --device-map out")
+    if args.head_cut and not args.tensor_parallel:
+        parser.error("--head-cut: goes with --tensor-parallel")
     if args.lm_head_bits and not args.target_bits:
         parser.error("--lm-head-bits: goes with --target-bits")
     if args.upstream and not (args.upstream / "eagle" / "model" / "ea_model.py").is_file():
@@ -193,7 +196,9 @@ def memory(model: EaModel) -> dict[str, dict[str, float]]:
     weights = [*model.base_model.parameters(), *model.base_model.buffers()]
     if cut is not None:
         weights = [each for rank in cut.ranks for each in rank.weights]
-    for tensor in [*weights, *model.ea_layer.parameters(), *model.ea_layer.buffers(), *slabs]:
+    for head in [model.ea_layer, *(model.states.heads or [])]:
+        weights += [*head.parameters(), *head.buffers()]
+    for tensor in [*weights, *slabs]:
         storage = tensor.untyped_storage()
         held.setdefault(tensor.device, {})[storage.data_ptr()] = storage.nbytes()
     return {
@@ -236,6 +241,7 @@ def main() -> None:
     else:
         target = build_target(args.shape, placement[""]) if one else build_spread_target(args.shape, placement)
     model = EaModel(target, build_head(target), tree=TreeConfig(nodes, depth, top_k), adaptive=False)
+    model.states.head_cut = args.head_cut
     rate = bandwidth()
     gc.collect()
     for device in model.target.devices:
@@ -258,7 +264,7 @@ def main() -> None:
         "terabytes_per_second": round(rate / 1e12, 3),
         "devices": len(model.target.devices),
         "boundaries": 0 if ranks else sum(a.device != b.device for a, b in pairwise(model.target.shards)),
-        **({"tensor_parallel": ranks} if ranks else {}),
+        **({"tensor_parallel": ranks, "head_cut": args.head_cut} if ranks else {}),
         "memory_gib": gibibytes, **environment(args.commit),
     }  # fmt: skip
     if args.tau:

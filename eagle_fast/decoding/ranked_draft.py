@@ -133,6 +133,7 @@ class RankedPostponed(Postponed):
             part.set_row(row, length)
 
     def release(self, lengths: Tensor) -> None:
-        sent = self.links.send("absorbed", lengths)
+        # copies: ranks note them after their last exchange, when the next of this name may be on its way
+        sent = [each.clone() for (each,) in self.links.send("absorbed", lengths)]
         with self.links.forward():
-            together([part.releasing(each) for part, (each,) in zip(self.each, sent, strict=True)], self.links)
+            together([part.releasing(each) for part, each in zip(self.each, sent, strict=True)], self.links)

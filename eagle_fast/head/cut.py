@@ -3,14 +3,15 @@
 Vd draft vocabulary, V the target's, H hidden size.
 
 A part is a `DraftHead` whose products of attention and MLP are added up over ranks (`layers/lockstep.py`). What it does
-not narrow (norms, fc, the embedding) is copied, or shared where it lies on the rank's device.
+not narrow (fc, the embedding) is copied, or shared where it lies on the rank's device; norms are always copied, to
+addresses that kernels of exchanges are loaded for.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,6 @@ from eagle_fast.layers.cuts import HeadShare, deal_dimension, deal_heads, taken
 from eagle_fast.layers.embedding import PackedEmbedding
 from eagle_fast.layers.linear import COLUMNS, ROWS, FewRowsLinear, QuantizedLinear
 
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Portrait = tuple[tuple, ...]
 OF_VOCABULARY = ("lm_head_weight", "lm_head_bias", "lm_head_scale")
 
@@ -81,10 +81,12 @@ def _part(
     head: DraftHead, rank: int, device: torch.device, embedding: Tensor | PackedEmbedding, words: range,
     heads: HeadShare, inner: range,
 ) -> DraftHead:  # fmt: skip
-    part = _shallow(head)
-    for name, tensor in {**part._parameters, **part._buffers}.items():
-        if name != "embedding" and tensor is not None:
-            moved = (taken(tensor, [words]) if name in OF_VOCABULARY else tensor).detach().to(device)
+    tensors = {id(tensor): tensor for tensor in (*head.parameters(), *head.buffers())}
+    part = copy.deepcopy(head, tensors)  # of the same tensors, to be replaced one by one
+    for name, tensor in _own(part):
+        if name != "embedding":
+            some = (taken(tensor, [words]) if name in OF_VOCABULARY else tensor).detach()
+            moved = some.to(device, copy=name.endswith("norm"))
             setattr(part, name, frozen(moved) if isinstance(tensor, nn.Parameter) else moved)
     ids = head.token_ids
     if ids is not None or rank:  # those of the first rank may begin at 0
@@ -94,30 +96,33 @@ def _part(
     part.feature_norms = nn.ParameterList(frozen(each.to(device)) for each in head.feature_norms)
     if head.fc is not None:
         part.fc = _linear(head.fc, [range(head.config.hidden_size)], device)
-    part.layers = nn.ModuleList(
-        _layer(layer, rank, device, heads, inner, head.config.intermediate_size) for layer in head.draft_layers
-    )
+    for layer in part.draft_layers:
+        _narrow(layer, rank, device, heads, inner, head.config.intermediate_size)
     part.is_part = True
     return part
 
 
-def _layer(
+def _own(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Its tensors by name, those of modules in it left out."""
+    named = module.named_parameters(recurse=False, remove_duplicate=False)
+    return [*named, *module.named_buffers(recurse=False, remove_duplicate=False)]
+
+
+def _narrow(
     layer: DraftLayer, rank: int, device: torch.device, heads: HeadShare, inner: range, width: int
-) -> DraftLayer:  # fmt: skip
-    """width: of the whole MLP."""
-    part = _shallow(layer)
-    for name, tensor in part._parameters.items():
-        part._parameters[name] = None if tensor is None else frozen(tensor.to(device))
+) -> None:  # fmt: skip
+    """Leave a layer with the rank's part of it. width: of the whole MLP."""
+    for name, tensor in _own(layer):
+        setattr(layer, name, frozen(tensor.detach().to(device, copy=True)))
     query, kv = heads.rows(layer.head_dim)
     keys = layer.num_heads * layer.head_dim
     values = keys + layer.num_kv_heads * layer.head_dim
     first = rank == 0  # it adds the biases of what is added up
-    part.qkv = _linear(layer.qkv, [query, _from(keys, kv), _from(values, kv)], device)
-    part.o = _linear(layer.o, [query], device, COLUMNS, biased=first)
-    part.gate_up = _linear(layer.gate_up, [inner, _from(width, inner)], device)
-    part.down = _linear(layer.down, [inner], device, COLUMNS, biased=first)
-    part.num_heads, part.num_kv_heads = len(heads.query), len(heads.kv)
-    return part
+    layer.qkv = _linear(layer.qkv, [query, _from(keys, kv), _from(values, kv)], device)
+    layer.o = _linear(layer.o, [query], device, COLUMNS, biased=first)
+    layer.gate_up = _linear(layer.gate_up, [inner, _from(width, inner)], device)
+    layer.down = _linear(layer.down, [inner], device, COLUMNS, biased=first)
+    layer.num_heads, layer.num_kv_heads = len(heads.query), len(heads.kv)
 
 
 def _from(first: int, part: range) -> range:
@@ -137,11 +142,3 @@ def _linear(linear: Any, parts: Sequence[range], device: torch.device, axis: int
         assert scale is not None
         return QuantizedLinear.of(weight, scale, bias)
     return FewRowsLinear.of(weight, bias)
-
-
-def _shallow(module: ModuleT) -> ModuleT:
-    """A module of the same tensors and modules, to be replaced one by one."""
-    made = copy.copy(module)
-    for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-        vars(made)[name] = vars(module)[name].copy()
-    return made

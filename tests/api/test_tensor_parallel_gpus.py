@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from often_right import write_random_head
-from ranked import both, prompts
+from ranked import Killed, both, graphs_of, killing, prompts
 from zoo import make
 
 import eagle_fast.layers.peer_links as peer_links
@@ -40,12 +40,6 @@ def graphs_only():
 
 def pair(name="llama", settings=None, **options):
     return both(make(name, **(settings or {})), GPUS, single="cuda:0", **options)
-
-
-def graphs_of(model):
-    """Of each rank, of every step of the idle states that was captured."""
-    steps = [step for _, steps, _ in model.states.idle for step in steps.of_trees.values() if step.graph is not None]
-    return [[step.graph, *step.others] for step in steps]
 
 
 def check_same(single, ranked):
@@ -168,23 +162,6 @@ def test_no_gpu_holds_more_than_its_share(tmp_path):
 
 
 # -- faults ------------------------------------------------------------------------------------------------------------
-
-
-class Killed(Exception):
-    pass
-
-
-def killing(function, call, error):
-    """The function, whose call of this number raises, after it has run."""
-    calls = itertools.count(1)
-
-    def wrapped(*args, **options):
-        out = function(*args, **options)
-        if next(calls) == call:
-            raise error
-        return out
-
-    return wrapped
 
 
 @pytest.mark.parametrize("error", [Killed, KeyboardInterrupt])

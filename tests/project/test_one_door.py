@@ -61,6 +61,7 @@ PRIVATE_NAMES = {
     "target/norms.py": {"_modules", "_parameters"},
     "target/reference.py": {"_buffers", "_parameters"},
     "target/shards.py": {"_modules", "_pytree"},
+    "head/cut.py": {"_version"},
     "target/watch.py": {"_parameters", "_buffers", "_version"},
     # Python, and our own
     "attached.py": {"_eagle_fast"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import tempfile
 from typing import NamedTuple
 
@@ -45,3 +46,26 @@ def prompts(batch: int, device="cpu") -> dict[str, torch.Tensor]:
         ids[row, 19 - length :] = torch.randint(3, 130, (length,), generator=generator)
         mask[row, 19 - length :] = 1
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def graphs_of(model):
+    """Of each rank, of every step of the idle states that was captured."""
+    steps = [step for _, steps, _ in model.states.idle for step in steps.of_trees.values() if step.graph is not None]
+    return [[step.graph, *step.others] for step in steps]
+
+
+class Killed(Exception):
+    pass
+
+
+def killing(function, call, error):
+    """The function, whose call of this number raises, after it has run."""
+    calls = itertools.count(1)
+
+    def wrapped(*args, **options):
+        out = function(*args, **options)
+        if next(calls) == call:
+            raise error
+        return out
+
+    return wrapped
