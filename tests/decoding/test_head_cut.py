@@ -219,6 +219,10 @@ def test_a_head_that_was_changed_is_cut_anew():
     with torch.no_grad():
         pair.ranked.ea_layer.lm_head_scale.neg_()
     assert pair.ranked.eagenerate(**options).statistics.tau < expected.statistics.tau
+    before = states.heads
+    states.follow(pair.ranked.target)  # parts share what the ranks of a target have
+    pair.ranked.eagenerate(**options)
+    assert states.heads is not before
     states.head_cut = False
     pair.ranked.eagenerate(**options)
     assert states.heads is None
