@@ -264,7 +264,7 @@ def main() -> None:
         "terabytes_per_second": round(rate / 1e12, 3),
         "devices": len(model.target.devices),
         "boundaries": 0 if ranks else sum(a.device != b.device for a, b in pairwise(model.target.shards)),
-        **({"tensor_parallel": ranks, "head_cut": args.head_cut} if ranks else {}),
+        **({"tensor_parallel": ranks, "head_cut": model.states.heads is not None} if ranks else {}),
         "memory_gib": gibibytes, **environment(args.commit),
     }  # fmt: skip
     if args.tau:

@@ -89,6 +89,7 @@ class IdleStates:
         """From now on make states for another target; those of the last one are let go of, also as they come back."""
         with self.target.turn.lock:
             self.target = target
+            self.heads = self._portrait = None
             self._drop(self.idle.copy())
 
     @contextmanager

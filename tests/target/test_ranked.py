@@ -210,7 +210,7 @@ def test_rounds_over_devices_that_do_not_mix(bits, monkeypatch, tmp_path):
             expected = single.naivegenerate(**options)
             assert torch.equal(ranked.eagenerate(**options), expected)
             assert torch.equal(ranked.naivegenerate(**options), expected)
-        assert {copy.where for copy in devices.between_devices()} == {"send", "gather", "_exchange"}
+        assert {copy.where for copy in devices.between_devices()} == {"send", "gather", "_launch"}
 
 
 def test_a_wait_that_ran_out_ends_the_call_and_no_other(monkeypatch):
