@@ -78,7 +78,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--tensor-parallel", type=int, default=0, metavar="N", help="cut every layer over so many GPUs instead"
     )
-    parser.add_argument("--head-cut", action="store_true", help="and the draft head too")
+    parser.add_argument(
+        "--head-cut", action=argparse.BooleanOptionalAction, help="the draft head too, or not (default: where it pays)"
+    )
     parser.add_argument("--upstream", type=Path, metavar="PATH", help="a checkout of SafeAILab/EAGLE, timed too")
     parser.add_argument(
         "--upstream-python", default=sys.executable, metavar="COMMAND", help="a Python that has its dependencies"
@@ -88,7 +90,7 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.target_bits and args.device_map != "0":
         parser.error("--target-bits: packed weights are timed on one GPU or cut over several, leave --device-map out")
-    if args.head_cut and not args.tensor_parallel:
+    if args.head_cut is not None and not args.tensor_parallel:
         parser.error("--head-cut: goes with --tensor-parallel")
     if args.lm_head_bits and not args.target_bits:
         parser.error("--lm-head-bits: goes with --target-bits")

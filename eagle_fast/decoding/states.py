@@ -25,7 +25,7 @@ from eagle_fast.decoding.records import Keeps
 from eagle_fast.decoding.round import Round
 from eagle_fast.decoding.steps import RoundSteps
 from eagle_fast.head import DraftHead
-from eagle_fast.head.cut import Portrait, portrait
+from eagle_fast.head.cut import Portrait, pays, portrait
 from eagle_fast.target import Target
 
 LENGTH_STEP = 1024
@@ -62,14 +62,15 @@ class IdleStates:
     max_count: how many there may be, 0 for none.
     max_bytes: their memory over all devices, by default a quarter of what the devices have. The one used last may
     exceed it. Both may be set at any time, and hold from the next call on.
-    head_cut: whether the head is cut over ranks where the target is, and it can be. From the next call on.
+    head_cut: whether the head is cut over ranks where the target is, and it can be; None, where that pays. From the
+    next call on.
     """
 
     def __init__(self, target: Target, head: DraftHead, tree: TreeConfig):
         self.target, self.head, self.tree = target, head, tree
         self.idle: list[Lease] = []
         self.streams = SideStreams()
-        self.head_cut = False
+        self.head_cut: bool | None = None
         self.heads: Sequence[DraftHead] | None = None  # the parts of a head that is cut
         self._portrait: Portrait | None = None  # of what they were cut from
         self.max_count = MAX_IDLE
@@ -128,7 +129,9 @@ class IdleStates:
 
     def _cut(self) -> None:
         """Let `heads` be those of the head as it is now."""
-        now = portrait(self.head) if self.head_cut and self.target.links is not None else None
+        links = self.target.links
+        wanted = links is not None and (pays(self.head, len(links.devices)) if self.head_cut is None else self.head_cut)
+        now = portrait(self.head) if wanted else None
         if now != self._portrait:
             self.heads = self._portrait = None
             self._drop([each for each in self.idle.copy() if self._is_stale(each)])  # and those before

@@ -25,6 +25,7 @@ from eagle_fast.layers.embedding import PackedEmbedding
 from eagle_fast.layers.linear import COLUMNS, ROWS, FewRowsLinear, QuantizedLinear
 
 Portrait = tuple[tuple, ...]
+BYTES_OF_AN_EXCHANGE = 14_000_000  # that a GPU reads meanwhile: 4 us at 3.5 TB/s
 OF_VOCABULARY = ("lm_head_weight", "lm_head_bias", "lm_head_scale")
 
 
@@ -49,6 +50,15 @@ def cut_head(
         _part(head, rank, device, table, words[rank], heads[rank], inner[rank])
         for rank, (device, table) in enumerate(zip(devices, tables, strict=True))
     ]
+
+
+def pays(head: DraftHead, ranks: int) -> bool:
+    """Whether a pass of a part takes less time than one of the whole head: two exchanges a layer and one more, for the
+    bytes of weights that it does not read."""
+    layers = [each for layer in head.draft_layers for each in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    read = [head.lm_head_weight, *(tensor for linear in layers for _, tensor in _own(linear))]
+    saved = sum(tensor.nbytes for tensor in read) * (1 - 1 / ranks)
+    return saved > (2 * len(head.draft_layers) + 1) * BYTES_OF_AN_EXCHANGE
 
 
 def portrait(head: DraftHead) -> Portrait:

@@ -229,6 +229,15 @@ def test_a_head_that_was_changed_is_cut_anew():
     assert [type(lease.state) for lease in states.idle] == [Round]
 
 
+def test_a_head_is_cut_by_itself_where_that_pays(monkeypatch):
+    pair, options = cut_pair(), {**prompts(1), "max_new_tokens": NEW}
+    pair.ranked.states.head_cut = None
+    for num_bytes, kind in ((10**9, Round), (0, RankedRound)):
+        monkeypatch.setattr("eagle_fast.head.cut.BYTES_OF_AN_EXCHANGE", num_bytes)
+        assert torch.equal(pair.ranked.eagenerate(**options), pair.single.eagenerate(**options))
+        assert [type(lease.state) for lease in pair.ranked.states.idle] == [kind]
+
+
 def test_a_head_that_cannot_be_cut_stays_whole(monkeypatch):
     pair = cut_pair(hidden_size=96)  # the ranks' mailboxes are as wide as the target
     options = {**prompts(1), "max_new_tokens": NEW}

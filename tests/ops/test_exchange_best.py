@@ -62,6 +62,7 @@ def test_ties_go_to_the_lower_rank_and_no_number_is_below_all():
 
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("k", [1, 4, MOST_K])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted where there is no GPU")
 @pytest.mark.usefixtures("triton_kernels")
 def test_the_kernel_of_the_last_rank_finds_the_others_words(ranks, k, monkeypatch):
     """Interpreted, one rank after the other: those before the last wait in vain, and again when all have pushed."""
@@ -89,8 +90,9 @@ def test_the_kernel_of_the_last_rank_finds_the_others_words(ranks, k, monkeypatc
 
 
 @pytest.mark.usefixtures("triton_kernels")
-def test_sums_of_a_part_are_the_twins():
-    (hidden, weight), sums = (torch.randn(rows, WIDTH) for rows in (5, VOCABULARY)), torch.full((5, 2), float("nan"))
+def test_sums_of_a_part_are_the_twins(device):
+    hidden, weight = (torch.randn(rows, WIDTH, device=device) for rows in (5, VOCABULARY))
+    sums = torch.full((5, 2), float("nan"), device=device)
     twin = torch.full_like(sums, float("nan"))
     found, expected = lm_head_topk(hidden, weight, 4, sums=sums), lm_head_topk_ref(hidden, weight, 4, sums=twin)
     assert torch.equal(found[1], expected[1])
@@ -98,7 +100,7 @@ def test_sums_of_a_part_are_the_twins():
     assert torch.allclose(sums, twin, rtol=1e-5)
     for wrong in (torch.zeros(4, 2), torch.zeros(5, 2).double(), torch.zeros(2, 5).T):
         with pytest.raises(ValueError, match="sums is"):
-            lm_head_topk(hidden, weight, 4, sums=wrong)
+            lm_head_topk(hidden, weight, 4, sums=wrong.to(device))
 
 
 @pytest.mark.parametrize(
