@@ -25,7 +25,7 @@ from eagle_fast.decoding.records import Keeps
 from eagle_fast.decoding.round import Round
 from eagle_fast.decoding.steps import RoundSteps
 from eagle_fast.head import DraftHead
-from eagle_fast.head.cut import Portrait, pays, portrait
+from eagle_fast.head.cut import Portrait, pass_bytes, pays, portrait
 from eagle_fast.target import Target
 
 LENGTH_STEP = 1024
@@ -129,13 +129,17 @@ class IdleStates:
 
     def _cut(self) -> None:
         """Let `heads` be those of the head as it is now."""
-        links = self.target.links
-        wanted = links is not None and (pays(self.head, len(links.devices)) if self.head_cut is None else self.head_cut)
-        now = portrait(self.head) if wanted else None
+        now = portrait(self.head) if self._cuts_head() else None
         if now != self._portrait:
             self.heads = self._portrait = None
             self._drop([each for each in self.idle.copy() if self._is_stale(each)])  # and those before
             self.heads, self._portrait = None if now is None else parts_for(self.head, self.target), now
+
+    def _cuts_head(self) -> bool:
+        links = self.target.links
+        if links is None or self.head_cut is not None:
+            return links is not None and bool(self.head_cut)
+        return pays(pass_bytes(self.head), self.head.config.num_layers, len(links.devices))
 
     # -- taking ----------------------------------------------------------------------------------------------------
 

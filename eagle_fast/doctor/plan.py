@@ -152,10 +152,13 @@ def sizes(model: PreTrainedModel, context: int) -> Sizes:
 
 
 class HeadBytes(NamedTuple):
-    """Of a draft head in the target's dtype: what lies in memory, and what a round reads of it."""
+    """Of a draft head in the target's dtype: what lies in memory, what a round reads of it, and what a pass, over so
+    many layers."""
 
     resident: int = 0
     read: int = 0
+    each: int = 0
+    layers: int = 0
 
 
 def found_head(setting: Setting, model: PreTrainedModel) -> HeadCheckpoint | None:
@@ -182,8 +185,10 @@ def head_bytes(setting: Setting, model: PreTrainedModel, found: HeadCheckpoint |
     each = sum(numbers.values()) - once - numbers.get("embed_tokens.weight", 0)
     if not found.config.own_lm_head:
         each += Anatomy(model).hidden_size * found.config.draft_vocab_size
-    item = model.dtype.itemsize
-    return HeadBytes(sum(numbers.values()) * item, (each * (setting.tree.depth + 1) + once) * item)
+    item, passes = model.dtype.itemsize, setting.tree.depth + 1
+    return HeadBytes(
+        sum(numbers.values()) * item, (each * passes + once) * item, each * item, found.config.num_layers
+    )  # fmt: skip
 
 
 def plan(

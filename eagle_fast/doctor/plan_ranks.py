@@ -2,7 +2,7 @@
 
 round >= the slowest rank's weights, keys and values / read bandwidth
        + two exchanges of the rows a layer, in float32, at the bandwidth between the GPUs
-       + passes * head / read bandwidth, on the first of them
+       + passes * head / read bandwidth, on the first of them, or of its parts on all where cutting it pays
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from eagle_fast.doctor.measure import GpuFigures, Link
 from eagle_fast.doctor.plan import HeadBytes, Plan, Setting, Sizes, device_name, rate_of, read_packing
+from eagle_fast.head.cut import pays
 from eagle_fast.target.anatomy import Anatomy
 from eagle_fast.target.ends import are_tied, ends
 from eagle_fast.target.formats.arriving import make_room
@@ -58,10 +59,11 @@ def plan_ranks(
     cache = {
         place: whole * len(share.kv) // anatomy.num_kv_heads for place, share in zip(places, cuts.heads, strict=True)
     }
-    given = Plan(
-        called, (), weights, cache, {places[0]: head.resident} if head.resident else {},
-        dict.fromkeys(places, anatomy.num_layers),
-    )  # fmt: skip
+    parts = len(places) if pays(head.each, head.layers, len(places)) else 1
+    heads = {places[0]: head.resident} if head.resident else {}
+    if parts > 1:  # beside the whole one
+        heads = {place: heads.get(place, 0) + head.resident // parts for place in places}
+    given = Plan(called, (), weights, cache, heads, dict.fromkeys(places, anatomy.num_layers))
     embedding, lm_head = ends(model)
     table = stored_bytes(embedding)
     read = dict.fromkeys(places, -table)  # a few rows of the embedding are read, and where it is tied a part as lm_head
@@ -78,7 +80,9 @@ def plan_ranks(
             given,
             verify_seconds=max(count / rate_of(place, figures) for place, count in read.items()),
             copy_seconds=exchanged / min(_link_rate(*pair, links) for pair in pairs),
-            draft_seconds=head.read / rate_of(places[0], figures) if head.read else 0.0,
+            draft_seconds=max(
+                (head.read / parts / rate_of(place, figures) for place in places[:parts] if head.read), default=0.0
+            ),
         )
     except LookupError as error:
         return replace(given, problem=f"no time: {error.args[0]}")

@@ -52,13 +52,16 @@ def cut_head(
     ]
 
 
-def pays(head: DraftHead, ranks: int) -> bool:
-    """Whether a pass of a part takes less time than one of the whole head: two exchanges a layer and one more, for the
-    bytes of weights that it does not read."""
+def pays(num_bytes: int, num_layers: int, ranks: int) -> bool:
+    """Whether a pass over the part of a head takes less time than one over all of its num_bytes: there are two
+    exchanges a layer and one more for the weights that are not read."""
+    return num_bytes * (1 - 1 / ranks) > (2 * num_layers + 1) * BYTES_OF_AN_EXCHANGE
+
+
+def pass_bytes(head: DraftHead) -> int:
+    """Weights that a pass reads, of which parts would read parts."""
     layers = [each for layer in head.draft_layers for each in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-    read = [head.lm_head_weight, *(tensor for linear in layers for _, tensor in _own(linear))]
-    saved = sum(tensor.nbytes for tensor in read) * (1 - 1 / ranks)
-    return saved > (2 * len(head.draft_layers) + 1) * BYTES_OF_AN_EXCHANGE
+    return head.lm_head_weight.nbytes + sum(tensor.nbytes for linear in layers for _, tensor in _own(linear))
 
 
 def portrait(head: DraftHead) -> Portrait:

@@ -127,6 +127,7 @@ def test_a_head_is_read_once_a_level(folder, tmp_path):
         setting = Setting(str(folder), tree=TreeConfig(16, 3, 4), head=str(tmp_path / kind))
         found = head_bytes(setting, model, found_head(setting, model))
         assert found.read == 4 * (4 * each + once)
+        assert (found.each, found.layers) == (4 * each, 1)
         assert found.resident == 4 * (each + once)  # EAGLE-1: its embedding instead of the lm_head, as many numbers
     assert head_bytes(Setting(str(folder)), model, None) == HeadBytes(0, 0)
 
@@ -268,6 +269,9 @@ def test_layers_cut_over_ranks(overrides, folder, monkeypatch):
     assert found.verify_seconds == pytest.approx((layers // 2 + parts[1] + cache) / 1e9), "the slower one's"
     assert found.copy_seconds == pytest.approx(2 * LAYERS * 16 * HIDDEN * 4 / 4e11)
     assert found.draft_seconds == pytest.approx(5000 / 2e9)
+    large = plan_ranks(2, model, 16, size, FIGURES, LINKS, HeadBytes(1000, 5000, 10**9, 1))
+    assert large.head == {"cuda:0": 1500, "cuda:1": 500}, "its part beside it"
+    assert large.draft_seconds == pytest.approx(2500 / 1e9), "the slower one's"
     lost = {(0, 1): LINKS[0, 1]}
     assert "cuda:1 to cuda:0" in plan_ranks(2, model, 16, size, FIGURES, lost, HeadBytes()).problem
     assert "cuda:2 was not measured" in plan_ranks(3, model, 16, size, FIGURES, LINKS, HeadBytes()).problem

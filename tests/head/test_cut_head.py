@@ -6,7 +6,7 @@ from causal import CausalAttention
 from eagle_fast_kernels.lm_head_topk import lm_head_topk
 
 from eagle_fast.head import DraftHead, HeadConfig
-from eagle_fast.head.cut import cut_head, pays, portrait
+from eagle_fast.head.cut import cut_head, pass_bytes, pays, portrait
 from eagle_fast.layers.links import Links, Proposed
 from eagle_fast.layers.lockstep import together
 
@@ -120,17 +120,19 @@ def test_heads_that_cannot_be_cut_so_often(settings):
 
 
 @pytest.mark.parametrize(("layers", "int8"), [(1, False), (2, False), (1, True)])
-def test_a_cut_pays_where_the_weights_left_out_take_longer_than_the_exchanges(layers, int8, monkeypatch):
+def test_bytes_that_a_pass_reads(layers, int8):
     head = random_head(EAGLE3 | dict(num_layers=layers))
     first, more = 64 * (2 * 128 + 64 + 3 * 96), 64 * (2 * 64 + 64 + 3 * 96)  # q, k, v of two inputs or one; o; MLP
-    count, rows = first + (layers - 1) * more + 64 * VOCABULARY, VOCABULARY
-    num_bytes = 4 * count
-    if int8:
-        head.quantize()
-        rows = 128 + 64 + 2 * 96 + 64  # with a scale each, and lm_head's apart
-        num_bytes = count + 4 * rows
-    for ranks, share in ((2, 1 / 2), (4, 3 / 4)):
-        monkeypatch.setattr("eagle_fast.head.cut.BYTES_OF_AN_EXCHANGE", share * num_bytes / (2 * layers + 1) - 1)
-        assert pays(head, ranks)
-        monkeypatch.setattr("eagle_fast.head.cut.BYTES_OF_AN_EXCHANGE", share * num_bytes / (2 * layers + 1) + 1)
-        assert not pays(head, ranks)
+    count = first + (layers - 1) * more + 64 * VOCABULARY
+    if not int8:
+        assert pass_bytes(head) == 4 * count
+        return
+    head.quantize()
+    assert pass_bytes(head) == count + 4 * (128 + 64 + 2 * 96 + 64)  # a scale a row, but of lm_head
+
+
+def test_a_cut_pays_where_the_weights_left_out_take_longer_than_the_exchanges():
+    assert pays(375_000_000, 1, 2), "8B's, in int8"
+    assert not pays(20_000_000, 1, 2), "that of the pair"
+    assert pays(85_000_000, 1, 2) != pays(83_000_000, 1, 2)
+    assert pays(83_000_000, 1, 4) != pays(83_000_000, 2, 4)
