@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from eagle_fast_kernels.draft_head import rope_append
+from eagle_fast_kernels.draft_head import run_rope_append
 from eagle_fast_kernels.embedding import embedding_rows
 from eagle_fast_kernels.packed_layout import Packed
 from torch import Tensor, nn
@@ -164,7 +164,7 @@ class RankLayer:
         self.input_norm, self.post_norm = (norm_on(norm, device) for norm in (stock.input_norm, stock.post_norm))
         self.num_heads, self.num_kv_heads = len(share.heads.query), len(share.heads.kv)
         self.shape = LayerShape(self.num_kv_heads, stock.head_dim, dtype_of(stock.q), device)
-        self.head_norms: dict[str, Any] = {}  # as `rope_append` takes them
+        self.head_norms: dict[str, Any] = {}  # as `run_rope_append` takes them
         if stock.q_norm is not None and stock.k_norm is not None:
             norms = [norm_on(norm, device) for norm in (stock.q_norm, stock.k_norm)]
             self.head_norms = {"q_norm": norms[0].weight, "k_norm": norms[1].weight, "eps": norms[0].eps}
@@ -174,7 +174,7 @@ class RankLayer:
         keys, values = slab.keys[self.index], slab.values[self.index]
         batch = len(keys)
         qkv = self.qkv.sums(normed.view(batch, -1, normed.shape[-1]))
-        query = rope_append(
+        query = run_rope_append(
             qkv, None, *rotation, keys, values, step.first_rows(batch, normed.device), self.num_heads,
             self.num_kv_heads, **self.head_norms,
         )  # fmt: skip
