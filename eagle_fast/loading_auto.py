@@ -56,7 +56,9 @@ def gpus_for(path: Any, options: dict[str, Any], beside: dict[str, Any], bits: B
     devices = sorted(sorted(room, key=lambda gpu: -room[gpu])[:MOST_RANKS], key=lambda gpu: gpu.index)
     needed = [each + WORKSPACE_BYTES for each in cut_bytes(plan.stored, cuts_for(plan.stored, MOST_RANKS))]
     needed = [each + cache_bytes(sizes.config, sizes.dtype) // MOST_RANKS for each in needed]
-    needed[0] += head_bytes(sizes.config, sizes.dtype)
+    head = head_bytes(sizes.config, sizes.dtype)
+    needed = [each + head // MOST_RANKS for each in needed]  # its parts, and the whole on the first
+    needed[0] += head
     fits = all(each <= room[gpu] for each, gpu in zip(needed, devices, strict=True))
     if not fits or apart(devices) or os.environ.get("CUDA_LAUNCH_BLOCKING") == "1":
         return None

@@ -68,6 +68,9 @@ def test_two_gpus_that_hold_what_one_does_not(path, gpus):
     assert chosen(path) == [1, 3], "those with the most room"
     gpus(16, 6)
     assert chosen(path) is None, "one is too full for its half"
+    for first, second, fits in ((11.8, 10.8, True), (11.8, 10.4, False), (11.3, 10.8, False)):
+        gpus(first, second)
+        assert (chosen(path) == [0, 1]) is fits, "10.2 each, 0.5 for a part of the head, and the whole on the first"
     gpus(16)
     assert chosen(path) is None
 
