@@ -1,6 +1,10 @@
 """Where the time of a round goes: what each kernel adds to it, from a profile of the round as one CUDA graph.
 
     python bench/timeline.py llama-3.1-8b --context 512 --tree 60 7 10
+    python bench/timeline.py llama-3.1-8b --rounds 2:24/6/6 8:16/5/4 32:4/3/1
+
+With --rounds, of several sequences:tree one after the other, in place of --batch and --tree. With --tensor-parallel, of
+a model over so many GPUs: what the first of them does.
 
 Kernels overlap where one starts before the one before it has ended, so durations do not add up. What a kernel adds is
 the time from the end of all earlier kernels to its own end: that adds up to the round, waits included.
@@ -14,14 +18,13 @@ import json
 from typing import NamedTuple
 
 import torch
-from lib.shapes import build_head, build_target
+from lib.shapes import build_cut_target, build_head, build_target
 from lib.timing import graphed
-from round import add_round_arguments, begin, prompt, repeatable
+from round import add_round_arguments, begin, repeatable
 from torch.profiler import ProfilerActivity, profile
 
 from eagle_fast import EaModel, TreeConfig
 from eagle_fast.decoding.graph import GraphedStep
-from eagle_fast.decoding.round import Round
 
 REPLAYS = 5
 
@@ -35,12 +38,13 @@ class Span(NamedTuple):
 
 
 def spans(step: GraphedStep) -> list[Span]:
-    """The kernels of several replays, in the order in which they ended."""
+    """The first GPU's kernels of several replays, in the order in which they ended."""
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         for _ in range(REPLAYS):
             step()
         torch.cuda.synchronize()
-    device_events = (e for e in recorded.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    on_device = torch.autograd.DeviceType.CUDA
+    device_events = (e for e in recorded.events() if e.device_type == on_device and e.device_index == 0)
     found = [Span(e.name, e.time_range.start, e.time_range.end) for e in device_events]
     return sorted(found, key=lambda span: span.end)
 
@@ -51,32 +55,46 @@ def short(name: str) -> str:
     return plain.rpartition("::")[2] or name[:40]
 
 
+def round_of(text: str) -> tuple[int, TreeConfig]:
+    """(sequences, tree) of 8:16/5/4."""
+    try:
+        batch, tree = text.split(":")
+        nodes, depth, top_k = map(int, tree.split("/"))
+        return int(batch), TreeConfig(nodes, depth, top_k)
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no round, as 8:16/5/4: {error}") from None
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_round_arguments(parser)
-    parser.add_argument("--plain", action="store_true", help="a token of plain decoding instead")
+    parser.add_argument("--rounds", nargs="+", type=round_of, metavar="B:NODES/DEPTH/TOP_K", help="see above")
+    parser.add_argument("--plain", action="store_true", help="tokens of plain decoding instead")
     parser.add_argument("--no-int8", action="store_true", help="the head's weights stay in bf16")
-    return parser.parse_args()
+    parser.add_argument("--tensor-parallel", type=int, default=0, metavar="N", help="every layer over so many GPUs")
+    args = parser.parse_args()
+    args.rounds = args.rounds or [(args.batch, TreeConfig(*args.tree))]
+    return args
 
 
-def prefilled(args: argparse.Namespace) -> Round:
-    """A round after a prompt of random tokens."""
-    target, tree = build_target(args.shape, "cuda"), TreeConfig(*args.tree)
-    model = EaModel(target, build_head(target, int8=False if args.no_int8 else None), tree=tree, adaptive=False)
-    state = Round(model.target, None if args.plain else model.ea_layer, tree, args.batch, args.context + tree.max_path)
-    begin(state, prompt(model, args), temperature=0.0)
-    return state
+def build(args: argparse.Namespace) -> EaModel:
+    devices = [torch.device("cuda", rank) for rank in range(args.tensor_parallel)]
+    target = build_cut_target(args.shape, devices) if devices else build_target(args.shape, "cuda")
+    return EaModel(target, build_head(target, int8=False if args.no_int8 else None), adaptive=False)
 
 
-@torch.no_grad()
-def main() -> None:
-    args = parse()
-    state = prefilled(args)
-    step = graphed(repeatable(state), state.devices)
-    for _ in range(3):
-        step()
-    torch.cuda.synchronize()
-    recorded = spans(step)
+def graphed_round(model: EaModel, batch: int, tree: TreeConfig, args: argparse.Namespace) -> GraphedStep:
+    """After a prompt of random tokens."""
+    model.states.tree = tree
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, model.target.vocab_size, (batch, args.context), generator=generator)
+    with model.states.lease(not args.plain, batch, args.context + tree.max_path) as (state, _, _):
+        begin(state, tokens, temperature=0.0)
+        return graphed(repeatable(state), state.devices, state.target.links)
+
+
+def show(called: str, recorded: list[Span]) -> dict[str, float]:
+    """Print what each kernel adds; returns it in us."""
     added: dict[str, list[float]] = collections.defaultdict(list)
     durations: dict[str, float] = collections.defaultdict(float)
     reached = recorded[0].start
@@ -85,14 +103,30 @@ def main() -> None:
         durations[short(span.name)] += span.end - span.start
         reached = max(reached, span.end)
     total = reached - min(span.start for span in recorded)
-    print(f"{args.shape}, {'plain token' if args.plain else 'round'}: {total / REPLAYS:.0f} us in "
-          f"{len(recorded) // REPLAYS} kernels")  # fmt: skip
+    print(f"\n{called}: {total / REPLAYS:.0f} us in {len(recorded) // REPLAYS} kernels")
     print(f"{'kernel':<44}{'launches':>9}{'adds, us':>10}{'share':>7}{'each, us':>10}{'duration':>10}")
     table = sorted(added.items(), key=lambda item: -sum(item[1]))
     for name, parts in table[:30]:
         print(f"{name[:43]:<44}{len(parts) / REPLAYS:>9.0f}{sum(parts) / REPLAYS:>10.1f}{sum(parts) / total:>7.1%}"
               f"{sum(parts) / len(parts):>10.2f}{durations[name] / len(parts):>10.2f}")  # fmt: skip
-    print(json.dumps({name: round(sum(parts) / REPLAYS, 1) for name, parts in table}))
+    return {name: round(sum(parts) / REPLAYS, 1) for name, parts in table}
+
+
+@torch.no_grad()
+def main() -> None:
+    args = parse()
+    model, found = build(args), {}
+    for batch, tree in args.rounds:
+        what = "plain tokens" if args.plain else f"tree {tree.total_token}/{tree.depth}/{tree.top_k}"
+        step = graphed_round(model, batch, tree, args)
+        for _ in range(3):
+            step()
+        torch.cuda.synchronize()
+        called = f"{args.shape}, {batch} sequence{'s' * (batch != 1)}, {what}"
+        found[called] = show(called, spans(step))
+        step.close()
+        model.states.clear()
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
