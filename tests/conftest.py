@@ -2,6 +2,7 @@
 
 import gc
 import os
+import warnings
 
 import torch
 
@@ -50,6 +51,24 @@ def memory_is_given_back():
 def device():
     """The device that real code paths are tested on: a GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def two_gpus():
+    """Two that reach each other's memory, of which the first copy opens the way."""
+    devices = [torch.device("cuda", index) for index in range(2)]
+    for here, there in (devices, devices[::-1]):
+        torch.zeros(8, device=here).copy_(torch.zeros(8, device=there))
+        torch.cuda.synchronize(here)
+    return devices
+
+
+@pytest.fixture
+def graphs_only():
+    """Rounds that run without a CUDA graph are an error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="rounds run without CUDA graphs")
+        yield
 
 
 @pytest.fixture

@@ -1,36 +1,20 @@
 """The draft head cut over two GPUs: the text of one GPU, the same trees on both, usable after whatever goes wrong."""
 
 import itertools
-import warnings
 
 import pytest
 import torch
+from faults import Killed, check_a_killed_stage, check_a_rank_held_up, check_an_interrupted_launch
 from often_right import write_often_right_head, write_random_head
-from ranked import Killed, both, graphs_of, killing, prompts
+from ranked import WIDE, both, graphs_of, prompts
 from zoo import make
 
-import eagle_fast.layers.peer_links as peer_links
 from eagle_fast.decoding.adapt import TreeChooser
 from eagle_fast.decoding.ranked_round import RankedRound
-from eagle_fast.layers.links import OutOfStepError
 
 NEW = 60
-WIDE = {  # 8 heads with 2 key heads, and 4 with 1
-    "hidden_size": 768,
-    "intermediate_size": 1536,
-    "head_dim": 64,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 3,
-}
 SAMPLED = {"temperature": 1.0, "top_p": 0.95, "seed": 7}
-pytestmark = pytest.mark.multi_gpu
-
-
-@pytest.fixture(autouse=True)
-def graphs_only():
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="rounds run without CUDA graphs")
-        yield
+pytestmark = [pytest.mark.multi_gpu, pytest.mark.usefixtures("graphs_only")]
 
 
 def pair(name="llama", settings=None, kind="eagle3", writer=write_often_right_head, head=None, **options):
@@ -160,16 +144,9 @@ def test_a_replayed_round_copies_nothing_between_gpus():
 @pytest.mark.parametrize("call", [1, 3])  # eagerly, and in the capture
 @pytest.mark.parametrize("stage", ["draft", "verify", "accept", "compact", "absorb"])
 def test_a_round_killed_at_a_stage(stage, call, error, monkeypatch):
-    single, ranked = pair()
-    ids = prompts(1, "cuda:0")["input_ids"]
-    expected = single.eagenerate(ids, max_new_tokens=NEW)
-    with monkeypatch.context() as patch:
-        patch.setattr(RankedRound, stage, killing(getattr(RankedRound, stage), call, error))
-        with pytest.raises(error):
-            ranked.eagenerate(ids, max_new_tokens=NEW)
-    for _ in range(2):
-        assert torch.equal(ranked.eagenerate(ids, max_new_tokens=NEW), expected)
-    same_on_both(ranked)
+    found = pair()
+    check_a_killed_stage(found, RankedRound, stage, call, error, monkeypatch)
+    same_on_both(found.ranked)
 
 
 # launches of one rank's side: between ranks, between levels of a tree; in a round, in the next, in the capture of one
@@ -179,29 +156,8 @@ def test_a_round_killed_at_a_stage(stage, call, error, monkeypatch):
      *((where, call) for where in ("push", "await_pushes") for call in (1, 2, 3, 4, 9))],
 )  # fmt: skip
 def test_an_interrupt_between_the_ranks_launches(where, call, monkeypatch):
-    single, ranked = pair()
-    ids = prompts(1, "cuda:0")["input_ids"]
-    expected = single.eagenerate(ids, max_new_tokens=NEW)
-    ranked.target.links.looks = 100_000
-    assert torch.equal(ranked.eagenerate(ids, max_new_tokens=NEW), expected)
-    ranked.states.clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(peer_links, where, killing(getattr(peer_links, where), call, KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            ranked.eagenerate(ids, max_new_tokens=NEW)
-    for _ in range(2):
-        assert torch.equal(ranked.eagenerate(ids, max_new_tokens=NEW), expected)
+    check_an_interrupted_launch(pair(), where, call, monkeypatch)
 
 
 def test_a_rank_that_is_held_up_is_named_within_seconds():
-    single, ranked = pair()
-    ids = prompts(1, "cuda:0")["input_ids"]
-    expected = single.eagenerate(ids, max_new_tokens=NEW)
-    ranked.target.links.looks = 100_000  # some tens of milliseconds
-    assert torch.equal(ranked.eagenerate(ids, max_new_tokens=NEW), expected)
-    with torch.cuda.device(1):
-        torch.cuda._sleep(8_000_000_000)  # about four seconds: other tests may have turns on that GPU
-    with pytest.raises(OutOfStepError, match=r"rank 0 \(cuda:0\) waited in vain for rank 1 \(cuda:1\)"):
-        ranked.eagenerate(ids, max_new_tokens=NEW)
-    for _ in range(2):
-        assert torch.equal(ranked.eagenerate(ids, max_new_tokens=NEW), expected)
+    check_a_rank_held_up(pair())

@@ -1,12 +1,12 @@
 """Every layer on two GPUs: the text of one GPU, a graph a rank, no copies, and usable after whatever goes wrong."""
 
 import itertools
-import warnings
 
 import pytest
 import torch
+from faults import Killed, check_a_killed_stage, check_a_rank_held_up, check_an_interrupted_launch
 from often_right import write_random_head
-from ranked import Killed, both, graphs_of, killing, prompts
+from ranked import WIDE, both, graphs_of, prompts
 from zoo import make
 
 import eagle_fast.layers.peer_links as peer_links
@@ -21,21 +21,7 @@ from eagle_fast.target.rank_files import cut_of
 NEW = 60
 GPUS = [0, 1]
 FUSED = ["llama", "llama3_rope", "qwen2", "qwen2_sliding", "qwen3", "mistral"]
-WIDE = {  # 8 heads with 2 key heads, and 4 with 1
-    "hidden_size": 768,
-    "intermediate_size": 1536,
-    "head_dim": 64,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 3,
-}
-pytestmark = pytest.mark.multi_gpu
-
-
-@pytest.fixture(autouse=True)
-def graphs_only():
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="rounds run without CUDA graphs")
-        yield
+pytestmark = [pytest.mark.multi_gpu, pytest.mark.usefixtures("graphs_only")]
 
 
 def pair(name="llama", settings=None, **options):
@@ -168,15 +154,7 @@ def test_no_gpu_holds_more_than_its_share(tmp_path):
 @pytest.mark.parametrize("call", [1, 3])  # eagerly, and in the capture
 @pytest.mark.parametrize("stage", ["draft", "verify", "accept", "compact", "absorb"])
 def test_a_round_killed_at_a_stage(stage, call, error, monkeypatch):
-    single, ranked = pair()
-    ids = prompts(1, "cuda:0")["input_ids"]
-    expected = single.eagenerate(ids, max_new_tokens=NEW)
-    with monkeypatch.context() as patch:
-        patch.setattr(Round, stage, killing(getattr(Round, stage), call, error))
-        with pytest.raises(error):
-            ranked.eagenerate(ids, max_new_tokens=NEW)
-    for _ in range(2):
-        assert torch.equal(ranked.eagenerate(ids, max_new_tokens=NEW), expected)
+    check_a_killed_stage(pair(), Round, stage, call, error, monkeypatch)
 
 
 # launches of one rank's side: between ranks, between sums; in a prompt, in a round, in the capture of one
@@ -186,18 +164,7 @@ def test_a_round_killed_at_a_stage(stage, call, error, monkeypatch):
      *((where, call) for where in ("push", "await_pushes") for call in (1, 2, 3, 4, 9))],
 )  # fmt: skip
 def test_an_interrupt_between_the_ranks_launches(where, call, monkeypatch):
-    single, ranked = pair()
-    ids = prompts(1, "cuda:0")["input_ids"]
-    expected = single.eagenerate(ids, max_new_tokens=NEW)
-    ranked.target.links.looks = 100_000
-    assert torch.equal(ranked.eagenerate(ids, max_new_tokens=NEW), expected)
-    ranked.states.clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(peer_links, where, killing(getattr(peer_links, where), call, KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            ranked.eagenerate(ids, max_new_tokens=NEW)
-    for _ in range(2):
-        assert torch.equal(ranked.eagenerate(ids, max_new_tokens=NEW), expected)
+    check_an_interrupted_launch(pair(), where, call, monkeypatch)
 
 
 class Interrupted:
@@ -227,17 +194,7 @@ def test_an_interrupt_between_the_ranks_graphs():
 
 
 def test_a_rank_that_is_held_up_is_named_within_seconds():
-    single, ranked = pair()
-    ids = prompts(1, "cuda:0")["input_ids"]
-    expected = single.eagenerate(ids, max_new_tokens=NEW)
-    ranked.target.links.looks = 100_000  # some tens of milliseconds
-    assert torch.equal(ranked.eagenerate(ids, max_new_tokens=NEW), expected)
-    with torch.cuda.device(1):
-        torch.cuda._sleep(8_000_000_000)  # about four seconds: other tests may have turns on that GPU
-    with pytest.raises(OutOfStepError, match=r"rank 0 \(cuda:0\) waited in vain for rank 1 \(cuda:1\)"):
-        ranked.eagenerate(ids, max_new_tokens=NEW)
-    for _ in range(2):
-        assert torch.equal(ranked.eagenerate(ids, max_new_tokens=NEW), expected)
+    check_a_rank_held_up(pair())
 
 
 def test_a_fault_outside_of_a_call_is_over_at_the_next(monkeypatch):

@@ -7,13 +7,12 @@ import pytest
 import torch
 from decoders import TREE
 from fake_devices import FakeDevices
-from machine import links_on, played
+from machine import linked
 from often_right import write_often_right_head, write_random_head
 from ranked import both, folders, prompts
 from zoo import make
 
 import eagle_fast.layers.peer_links as peer_links
-import eagle_fast.target.ranked
 from eagle_fast import EaModel, SamplingParams, TreeConfig
 from eagle_fast.config import ROOT_ALONE
 from eagle_fast.decoding.adapt import TreeChooser
@@ -256,14 +255,6 @@ def test_a_head_that_cannot_be_cut_stays_whole(monkeypatch):
 
 
 # -- as GPUs exchange --------------------------------------------------------------------------------------------------
-
-
-def linked(monkeypatch):
-    """What plays the kernels of ranks that are made from now on."""
-    machine = played(monkeypatch)
-    made = lambda devices, width: links_on(machine, devices, width)  # noqa: E731
-    monkeypatch.setattr(eagle_fast.target.ranked, "links_between", made)
-    return machine
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

@@ -138,15 +138,6 @@ def test_kernels_compile_on_any_machine(capability):
 # -- on two GPUs -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def gpus():
-    devices = [torch.device("cuda", index) for index in range(2)]
-    for here, there in (devices, devices[::-1]):
-        torch.zeros(8, device=here).copy_(torch.zeros(8, device=there))
-        torch.cuda.synchronize(here)
-    return devices
-
-
 def exchanged(devices, boxes, case_, turn, **options):
     """(normed, total) of every rank."""
     products, residual, weight = case_
@@ -174,14 +165,14 @@ def load(devices, boxes, case_):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("rows", [1, 5, 60, MOST_FUSED + 1, 500])
 @pytest.mark.parametrize("parts", [0, 2])
-def test_ranks_end_with_the_twins_bits(gpus, rows, parts, dtype):
-    boxes = mailboxes(gpus, 4096, most=512)
-    load(gpus, boxes, case(2, parts, rows, 4096, dtype))
+def test_ranks_end_with_the_twins_bits(two_gpus, rows, parts, dtype):
+    boxes = mailboxes(two_gpus, 4096, most=512)
+    load(two_gpus, boxes, case(2, parts, rows, 4096, dtype))
     for index in range(5):
         given = case(2, parts, rows, 4096, dtype, seed=index)
-        outs = exchanged(gpus, boxes, given, index % 2)
+        outs = exchanged(two_gpus, boxes, given, index % 2)
         expected = exchange_add_rms_norm_ref(
-            [each.to(gpus[0]) for each in given[0]], *(x.to(gpus[0]) for x in given[1:]), EPS
+            [each.to(two_gpus[0]) for each in given[0]], *(x.to(two_gpus[0]) for x in given[1:]), EPS
         )
         for normed, total in outs:
             assert torch.equal(total.cpu(), expected[1].cpu())
@@ -191,12 +182,12 @@ def test_ranks_end_with_the_twins_bits(gpus, rows, parts, dtype):
 
 
 @pytest.mark.multi_gpu
-def test_a_sum_with_the_bits_of_nothing_arrives_as_no_number(gpus):
-    boxes = mailboxes(gpus, 4096)
+def test_a_sum_with_the_bits_of_nothing_arrives_as_no_number(two_gpus):
+    boxes = mailboxes(two_gpus, 4096)
     products, residual, weight = case(2, 2, 5, 4096)
     products[0].view(torch.int32)[:, 2, 7] = NOTHING.value
-    load(gpus, boxes, (products, residual, weight))
-    for normed, total in exchanged(gpus, boxes, (products, residual, weight), 0):
+    load(two_gpus, boxes, (products, residual, weight))
+    for normed, total in exchanged(two_gpus, boxes, (products, residual, weight), 0):
         assert total[2, 7].isnan()
         assert normed[2].isnan().all()
         assert not total.flatten()[torch.arange(5 * 4096) != 2 * 4096 + 7].isnan().any()
@@ -204,27 +195,27 @@ def test_a_sum_with_the_bits_of_nothing_arrives_as_no_number(gpus):
 
 
 @pytest.mark.multi_gpu
-def test_a_wait_runs_out_and_later_ones_fall_through(gpus):
-    boxes = mailboxes(gpus, 4096)
+def test_a_wait_runs_out_and_later_ones_fall_through(two_gpus):
+    boxes = mailboxes(two_gpus, 4096)
     given = case(2, 2, 5, 4096)
-    load(gpus, boxes, given)
-    x, rest, scale = (each.to(gpus[0]) for each in (given[0][0], *given[1:]))
+    load(two_gpus, boxes, given)
+    x, rest, scale = (each.to(two_gpus[0]) for each in (given[0][0], *given[1:]))
     for turn in (0, 1) * 25:  # rank 1 launches nothing
         exchange_add_rms_norm(x, rest, scale, EPS, boxes[0], turn, (rest.clone(), rest.clone()), looks=20_000)
-    torch.cuda.synchronize(gpus[0])
+    torch.cuda.synchronize(two_gpus[0])
     assert waited_for(int(boxes[0].told)) == (0, 1)
     assert int(boxes[0].fault) == 1
 
 
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("dtype", [torch.long, torch.bfloat16])
-def test_pushes_arrive(gpus, dtype):
-    boxes = mailboxes(gpus, 64)
-    arrived, expected = (torch.zeros(1, dtype=torch.long, device=gpus[0]) for _ in range(2))
+def test_pushes_arrive(two_gpus, dtype):
+    boxes = mailboxes(two_gpus, 64)
+    arrived, expected = (torch.zeros(1, dtype=torch.long, device=two_gpus[0]) for _ in range(2))
     for columns in (1, 97, 4096, 64128):
-        x = torch.randint(0, 100, (7, columns), device=gpus[1]).to(dtype)
-        there = torch.zeros(7, columns + 3, device=gpus[0], dtype=dtype)
-        torch.cuda.synchronize(gpus[0])
+        x = torch.randint(0, 100, (7, columns), device=two_gpus[1]).to(dtype)
+        there = torch.zeros(7, columns + 3, device=two_gpus[0], dtype=dtype)
+        torch.cuda.synchronize(two_gpus[0])
         count = push(x, there[:, 3:], arrived)
         await_pushes(arrived, expected, count, boxes[0], 1)
         assert torch.equal(there[:, 3:].cpu(), x.cpu())

@@ -162,15 +162,6 @@ def test_the_kernel_compiles_on_any_machine(capability):
 # -- on two GPUs -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def gpus():
-    devices = [torch.device("cuda", index) for index in range(2)]
-    for here, there in (devices, devices[::-1]):
-        torch.zeros(8, device=here).copy_(torch.zeros(8, device=there))
-        torch.cuda.synchronize(here)
-    return devices
-
-
 def run(devices, linked, parts, turn, **options):
     """(scores, tokens) of every rank."""
     given = [[each.to(device) for each in part] for part, device in zip(parts, devices, strict=True)]
@@ -193,12 +184,12 @@ def load(devices, linked, parts):
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("rows", [1, 10, 500])
 @pytest.mark.parametrize("k", [1, 10, MOST_K])
-def test_ranks_end_with_the_same_bits(gpus, rows, k):
-    linked = boxes(gpus, most=512)
-    load(gpus, linked, parts_of(2, rows, k)[0])
+def test_ranks_end_with_the_same_bits(two_gpus, rows, k):
+    linked = boxes(two_gpus, most=512)
+    load(two_gpus, linked, parts_of(2, rows, k)[0])
     for index in range(5):
         parts, expected = parts_of(2, rows, k, seed=index)
-        outs = run(gpus, linked, parts, index % 2)
+        outs = run(two_gpus, linked, parts, index % 2)
         assert torch.equal(outs[0][0].cpu(), outs[1][0].cpu())
         for out in outs:
             check(out, expected)
@@ -206,11 +197,11 @@ def test_ranks_end_with_the_same_bits(gpus, rows, k):
 
 
 @pytest.mark.multi_gpu
-def test_a_wait_runs_out_and_later_ones_fall_through(gpus):
-    linked, (parts, _) = boxes(gpus), parts_of(2)
-    load(gpus, linked, parts)
+def test_a_wait_runs_out_and_later_ones_fall_through(two_gpus):
+    linked, (parts, _) = boxes(two_gpus), parts_of(2)
+    load(two_gpus, linked, parts)
     for turn in (0, 1) * 25:  # rank 1 launches nothing
-        run(gpus[:1], linked[:1], parts[:1], turn, looks=20_000)
+        run(two_gpus[:1], linked[:1], parts[:1], turn, looks=20_000)
     assert waited_for(int(linked[0][0].told)) == (0, 1)
     assert int(linked[0][0].fault) == 1
     assert exchange.LOOKS > 20_000

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import eagle_fast.layers.peer_links as peer_links
 from eagle_fast.layers.peer_links import PeerLinks
+from eagle_fast.target import ranked
 
 NOTHING = exchange.NOTHING.value
 
@@ -163,3 +164,11 @@ def links_on(machine: Machine, devices: Sequence[torch.device], width: int) -> P
     links = PeerLinks(devices, width)
     machine.boxes, machine.candidates = links.mailboxes, links.candidates
     return links
+
+
+def linked(monkeypatch) -> Machine:
+    """What plays the kernels of ranks that are made from now on."""
+    machine = played(monkeypatch)
+    made = lambda devices, width: links_on(machine, devices, width)  # noqa: E731
+    monkeypatch.setattr(ranked, "links_between", made)
+    return machine

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import tempfile
 from typing import NamedTuple
 
@@ -12,6 +11,14 @@ from decoders import TREE
 from often_right import write_often_right_head
 
 from eagle_fast import EaModel
+
+WIDE = {  # 8 heads with 2 key heads, and 4 with 1
+    "hidden_size": 768,
+    "intermediate_size": 1536,
+    "head_dim": 64,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 3,
+}
 
 
 class Pair(NamedTuple):
@@ -52,20 +59,3 @@ def graphs_of(model):
     """Of each rank, of every step of the idle states that was captured."""
     steps = [step for _, steps, _ in model.states.idle for step in steps.of_trees.values() if step.graph is not None]
     return [[step.graph, *step.others] for step in steps]
-
-
-class Killed(Exception):
-    pass
-
-
-def killing(function, call, error):
-    """The function, whose call of this number raises, after it has run."""
-    calls = itertools.count(1)
-
-    def wrapped(*args, **options):
-        out = function(*args, **options)
-        if next(calls) == call:
-            raise error
-        return out
-
-    return wrapped

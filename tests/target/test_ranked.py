@@ -7,13 +7,12 @@ import torch
 from decoders import TREE
 from eagle_fast_kernels import many_rows
 from fake_devices import FakeDevices
-from machine import links_on, played
+from machine import linked
 from often_right import write_often_right_head, write_random_head
 from ranked import both, folders, prompts
 from trees import PARENTS, tree_step
 from zoo import make
 
-import eagle_fast.target.ranked
 from eagle_fast import EaModel
 from eagle_fast.layers.attention import TreeStep
 from eagle_fast.layers.linear import FewRowsLinear
@@ -169,14 +168,6 @@ def test_other_families_are_refused_with_the_way(name):
 def test_more_ranks_than_query_heads():
     with pytest.raises(UnsupportedModel, match=r"over 5 ranks: .* cannot be dealt .*device_map='balanced'"):
         cuts_for(make("llama"), 5)
-
-
-def linked(monkeypatch):
-    """What plays the kernels of ranks that are made from now on."""
-    machine = played(monkeypatch)
-    made = lambda devices, width: links_on(machine, devices, width)  # noqa: E731
-    monkeypatch.setattr(eagle_fast.target.ranked, "links_between", made)
-    return machine
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
