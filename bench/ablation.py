@@ -16,7 +16,7 @@ import torch
 from eagle_fast_kernels import linear, lm_head_topk, rms_norm, tree_attention
 from lib.shapes import SHAPES, build_head, build_target
 from lib.timing import milliseconds
-from round import repeatable
+from round import prompt, repeatable
 
 from eagle_fast import EaModel, TreeConfig
 from eagle_fast.decoding.round import Round
@@ -59,7 +59,7 @@ def main() -> None:
     args = parser.parse_args()
     tree, target = TreeConfig(60, 7, 10), build_target(args.shape, "cuda")
     model = EaModel(target, build_head(target), tree=tree, adaptive=False)
-    tokens = torch.randint(0, model.target.vocab_size, (1, args.context), generator=torch.Generator().manual_seed(0))
+    tokens = prompt(model, 1, args.context)
     states = [Round(model.target, head, tree, 1, args.context + tree.max_path) for head in (model.ea_layer, None)]
     for state in states:
         state.begin(tokens.tolist(), [state.max_length - 1])

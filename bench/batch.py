@@ -36,7 +36,7 @@ from lib.plots import plot_batch
 from lib.records import environment, write
 from lib.shapes import SHAPES, build_head, build_target
 from lib.timing import milliseconds, wall_milliseconds
-from round import begin, repeatable
+from round import begin, prompt, repeatable
 from transformers import AutoTokenizer
 
 from eagle_fast import EaModel, Statistics, TreeConfig
@@ -190,10 +190,7 @@ def round_milliseconds(state: Round, repeats: int) -> float:
 @torch.no_grad()
 def times_of_shape(model: EaModel, batch: int, args: argparse.Namespace) -> dict[TreeConfig, float]:
     """Milliseconds of a round of plain decoding and under each tree."""
-    tokens = torch.randint(
-        0, model.target.vocab_size, (batch, args.context), generator=torch.Generator().manual_seed(0)
-    )
-    found = {}
+    tokens, found = prompt(model, batch, args.context), {}
     for head, trees in ((None, (ROOT_ALONE,)), (model.ea_layer, FIXED)):
         state = Round(model.target, head, trees[0], batch, args.context + 64, others=trees[1:])
         begin(state, tokens, temperature=0.0)

@@ -99,10 +99,10 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def prompt(model: EaModel, args: argparse.Namespace) -> torch.Tensor:
+def prompt(model: EaModel, batch: int, context: int) -> torch.Tensor:
     """Random tokens [B, L], on the CPU."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, model.target.vocab_size, (args.batch, args.context), generator=generator)
+    return torch.randint(0, model.target.vocab_size, (batch, context), generator=generator)
 
 
 def begin(state: Round, tokens: torch.Tensor, temperature: float) -> None:
@@ -171,7 +171,7 @@ def host_milliseconds(state: Round, step: Callable[[], None], rounds: int = 16) 
 
 def measure(model: EaModel, speculative: bool, args: argparse.Namespace) -> dict:
     """Milliseconds of a round, with the head or without, in the state that a call of this size would use."""
-    tokens = prompt(model, args)
+    tokens = prompt(model, args.batch, args.context)
     loop = loop_milliseconds(model.eagenerate if speculative else model.naivegenerate, tokens, args.temperature)
     with model.states.lease(speculative, args.batch, args.context + LOOP_ROUNDS) as (state, step, _):
         prefill = wall_milliseconds(lambda: begin(state, tokens, args.temperature), devices=state.devices)
@@ -184,7 +184,7 @@ def measure(model: EaModel, speculative: bool, args: argparse.Namespace) -> dict
 
 def stock_prefill_milliseconds(model: EaModel, args: argparse.Namespace) -> float:
     """The stock model over the same prompt, with a cache and the logits of the last token."""
-    tokens = prompt(model, args).cuda()
+    tokens = prompt(model, args.batch, args.context).cuda()
     assert attention_of(model.base_model) == "sdpa"
     return round(wall_milliseconds(lambda: model.base_model(tokens, use_cache=True, logits_to_keep=1)), 3)
 

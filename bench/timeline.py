@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from lib.shapes import build_cut_target, build_head, build_target
 from lib.timing import graphed
-from round import add_round_arguments, begin, repeatable
+from round import add_round_arguments, begin, prompt, repeatable
 from torch.profiler import ProfilerActivity, profile
 
 from eagle_fast import EaModel, TreeConfig
@@ -86,8 +86,7 @@ def build(args: argparse.Namespace) -> EaModel:
 def graphed_round(model: EaModel, batch: int, tree: TreeConfig, args: argparse.Namespace) -> GraphedStep:
     """After a prompt of random tokens."""
     model.states.tree = tree
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, model.target.vocab_size, (batch, args.context), generator=generator)
+    tokens = prompt(model, batch, args.context)
     with model.states.lease(not args.plain, batch, args.context + tree.max_path) as (state, _, _):
         begin(state, tokens, temperature=0.0)
         return graphed(repeatable(state), state.devices, state.target.links)

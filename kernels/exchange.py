@@ -42,7 +42,7 @@ from .launch import device_guard
 from .overlap import after_earlier_kernels, dependent_launch
 from .rms_norm import MOST_COLUMNS, normalize, num_warps, rms_norm_ref, sum_parts
 
-LOOKS = 4_000_000  # at a flag before a wait gives up
+LOOKS = 4_000_000  # before a wait gives up
 MOST_FUSED = 128  # rows that are pushed and awaited by one launch
 PUSH_PROGRAMS, PUSH_BLOCK = 128, 8192
 NOTHING = tl.constexpr(-1)  # the bits of a float where no number has arrived

@@ -1,8 +1,8 @@
 """Programmatic dependent launch (Hopper on): a kernel starts while the one before it still runs.
 
-Each kernel says so to the next with gdc_launch_dependents, and every program of it passes gdc_wait before it reads or
-writes anything: earlier it may only ask for weights to be fetched into L2. The wait is what orders it after all earlier
-kernels, so a kernel launched this way that left it out would break the chain.
+Each kernel says so to the next with gdc_launch_dependents, and every program of it passes gdc_wait before it writes
+anything, or reads what kernels write: earlier it may only read weights, or ask for them to be fetched into L2. The wait
+is what orders it after all earlier kernels, so a kernel launched this way that left it out would break the chain.
 """
 
 from __future__ import annotations
