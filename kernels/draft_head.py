@@ -29,12 +29,14 @@ from torch import Tensor
 from .check import HUGE, flag, number, whole
 from .draft_head_inputs import check_head_input, check_rope_append
 from .embedding import bytes_and_scales, embedding_rows_ref, packed_columns
-from .launch import device_guard, use_triton
+from .launch import device_guard, resources, use_triton
 from .overlap import after_earlier_kernels, dependent_launch
 from .packed_layout import Packed
 from .rms_norm import given_norm_ref, normalize, num_warps, rms_norm_ref, sum_parts, sum_parts_ref
 
-FEW_ROWS, ROWS = 64, 8  # rope_append: one row per program up to FEW_ROWS, then ROWS per program
+# of rope_append: while a head of a row each is no more programs than so many for every multiprocessor, a program takes
+# that; then more rows, up to so many
+PROGRAMS, MOST_ROWS = 24, 8
 
 
 @triton.jit
@@ -187,7 +189,8 @@ def run_rope_append(
     num_parts, stride_s = (qkv.shape[0], qkv.stride(0)) if qkv.dim() == 4 else (1, 0)
     q = qkv.new_empty(num_sequences, num_rows, num_heads, head_dim, dtype=_whole_dtype(qkv, k_slab))
     total_rows, heads = num_sequences * num_rows, num_heads + 2 * num_kv_heads
-    rows = 1 if total_rows <= FEW_ROWS else ROWS
+    wanted = triton.cdiv(total_rows * heads, PROGRAMS * resources(qkv.device).num_sms)
+    rows = min(MOST_ROWS, triton.next_power_of_2(wanted))
     with device_guard(qkv):
         _rope_append_kernel[(triton.cdiv(total_rows, rows), heads)](
             qkv, positions, cos, sin, k_slab, v_slab, slots, q_norm, k_norm, q, num_rows, total_rows, eps,

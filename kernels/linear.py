@@ -7,8 +7,8 @@
 Bytes: the weight once, N K of them (twice that in bf16); at R up to 60 that is the whole cost on an H100 (floor 4.9 ms
 for 7.5 B weights in bf16 at 3.08 TB/s). x comes from L2 once for every BLOCK_N rows of the weight, so tiles are as wide
 as still fill the GPU; narrow weights are also split along K, and the parts are added by the kernel that reads the
-product (`add_rms_norm`, `rope_append`), which costs no launch. The tile and the splits depend on the weight alone, as
-does the order of additions: a row's result does not depend on how many rows there are, nor on what they hold.
+product (`add_rms_norm`, `rope_append`), which costs no launch. The splits depend on the weight alone, and in a tile of
+any size a sum adds up along K: a row's result does not depend on how many rows there are, nor on what they hold.
 `many_rows.py` has the same for more rows than are fast here.
 
 int8 weights (a scale per row) become bf16 after the load, exactly: a byte with 0x43 above it is cut into 0x4300 | its
@@ -36,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .check import ANY, FLOATS, MOST_BLOCKS, tensor
+from .check import ANY, FLOATS, MOST_BLOCKS, flag, tensor
 from .launch import device_guard, resources, upcast, use_triton
 from .overlap import dependent_launch
 from .silu_mul import run_silu_mul
@@ -44,6 +44,7 @@ from .silu_mul import run_silu_mul
 MOST_ROWS_CPU = 32
 ROW_STEP = 8  # on a CPU whole vectors of rows are fast, what is left over is not
 MOST_ROWS = 64  # on a GPU more rows go to cuBLAS: a second tile of rows costs a third more time, cuBLAS nearly nothing
+MOST_ROWS_GATED = 128  # of a wide weight: 5 us less than cuBLAS and the gate's launch take at 8B's shapes, of 73
 MOST_ROWS_INT8 = 256  # cuBLAS needs a bf16 copy per call: 9 bytes per weight against 1, and L2
 PREFETCHED = 2  # pieces of 256 bytes of each weight row of a tile, fetched before the wait
 
@@ -62,7 +63,7 @@ class Tile(NamedTuple):
 def weight_tile(weight: Tensor, num_rows: int, *, split: bool) -> Tile:
     """256 bytes of a weight row per step. A wide weight takes wide tiles; others as many parts as the GPU can hold.
 
-    num_rows, those of x, do not matter for 16-bit weights (see above).
+    num_rows: of x. More than MOST_ROWS take tiles of 128 of them, so that half as many read the weight.
     """
     num_columns, inner = weight.shape
     num_sms, shared_memory = resources(weight.device)
@@ -79,15 +80,22 @@ def weight_tile(weight: Tensor, num_rows: int, *, split: bool) -> Tile:
         splits = _most_splits(steps, num_sms // tiles)
         if size == 1 and splits * tiles < 0.8 * num_sms:
             splits = _most_splits(steps, 3 * num_sms // tiles)
-    wide = tiles >= 3 * num_sms
+    wide = is_wide(weight)
     block_n, num_warps = (128, 8) if wide else (64, 4)
     if size == 1 and num_rows > 64:  # one tile of rows, since each converts the weights for itself
         return Tile(128, block_n, 64 if wide else 128, splits, 8, 4 if wide else 3)
-    stage = (block_n * size + block_m * max(size, 2)) * block_k
+    most_stages = 4 if size == 2 or wide else 6
     crowded = not wide and splits * tiles > num_sms
+    if size == 2 and num_rows > MOST_ROWS:
+        block_m, block_k, num_warps, most_stages, crowded = 128, 64, 8, 5 if wide else 6, False
+    stage = (block_n * size + block_m * max(size, 2)) * block_k
     most = shared_memory // 2 - 1024 if crowded else shared_memory  # room for two programs per multiprocessor
-    num_stages = min(4 if size == 2 or wide else 6, max(2, most // stage))
-    return Tile(block_m, block_n, block_k, splits, num_warps, num_stages)
+    return Tile(block_m, block_n, block_k, splits, num_warps, min(most_stages, max(2, most // stage)))
+
+
+def is_wide(weight: Tensor) -> bool:
+    """Whether tiles of 64 rows of the weight [N, K] are three for every multiprocessor."""
+    return triton.cdiv(len(weight), 64) >= 3 * resources(weight.device).num_sms
 
 
 def part_bounds(weight: Tensor) -> list[int]:
@@ -214,20 +222,28 @@ def _few_rows_kernel(
     tl.store(out_ptrs, z.to(out_ptr.dtype.element_ty), mask=row_mask & (columns < num_columns)[None, :])
 
 
-def streams(x: Tensor, weight: Tensor) -> bool:
-    """True if products of x [..., K] with this weight take the kernel: few rows, 16 bits or int8, on a GPU."""
+def streams(x: Tensor, weight: Tensor, *, gated: bool = False) -> bool:
+    """True if products of x [..., K] with this weight take the kernel: few rows, 16 bits or int8, on a GPU.
+
+    gated: those of `gated_matmul`.
+    """
     columns = tensor("x", x, "... K", FLOATS, layout=ANY, empty=True)[-1:]
     tensor("weight", weight, "N K", (*FLOATS, torch.int8), (None, *columns), near=("x", x), layout=ANY)
-    return _streams(x, weight)
+    return _streams(x, weight, gated=flag("gated", gated))
 
 
-def _streams(x: Tensor, weight: Tensor, *vectors: Tensor | None) -> bool:
-    most_rows = MOST_ROWS if weight.element_size() > 1 else MOST_ROWS_INT8
-    if x.numel() > most_rows * x.shape[-1] or not use_triton(x, weight, *vectors):
+def _streams(x: Tensor, weight: Tensor, *vectors: Tensor | None, gated: bool = False) -> bool:
+    if x.numel() > _most_rows(weight, gated) * x.shape[-1] or not use_triton(x, weight, *vectors):
         return False
     if weight.stride(1) != 1 or weight.dtype not in (x.dtype, torch.int8) or len(weight) > 32 * MOST_BLOCKS:
         return False
     return not x.is_cuda or (x.dtype in (torch.bfloat16, torch.float16) and weight.element_size() <= 2)
+
+
+def _most_rows(weight: Tensor, gated: bool) -> int:
+    if weight.element_size() == 1:
+        return MOST_ROWS_INT8
+    return MOST_ROWS_GATED if gated and is_wide(weight) else MOST_ROWS
 
 
 def _check(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, dims: str = "N K") -> None:
@@ -294,7 +310,7 @@ def gated_matmul(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bias
 
 def run_gated(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     """`gated_matmul` of arguments that are known to fit: nothing is checked."""
-    if not _streams(x, weight, scale, bias):
+    if not _streams(x, weight, scale, bias, gated=True):
         return gated_matmul_ref(x, weight, scale=scale, bias=bias)
     out = x.new_empty(*x.shape[:-1], len(weight) // 2)
     _launch(x, weight, scale, bias, out, weight_tile(weight, x.shape[:-1].numel(), split=False), gated=True)

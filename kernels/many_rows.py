@@ -4,7 +4,7 @@ cuBLAS is faster there, and adds up along K in the order of the kernel's matrix 
 into parts of its own: which it does for some numbers of rows. So every number of rows is tried once, on random numbers:
 the product in one call, then by the parts of K that the kernel has, then both with more rows, which are padding. The
 first whose bits are the kernel's is taken from then on; where none is, the kernel itself, which reads the weight once
-for every 64 rows. Tried on an H100 (cuBLAS 13.0), 13 numbers of rows from 65 to 2,048, eight weights: one
+for every 128 rows. Tried on an H100 (cuBLAS 13.0), 13 numbers of rows from 65 to 2,048, eight weights: one
 call is right for all weights that the kernel does not cut, a batch of the parts of K for those that it does.
 
 Bytes and flops: those of the product, and parts of it written in fp32, 4 S R N.
@@ -67,15 +67,15 @@ def row_invariant_sums(x: Tensor, weight: Tensor, bias: Tensor | None = None, *,
 
 def row_invariant_gated(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`gated_matmul` in the same way."""
-    if not _takes(x, weight):
+    if not _takes(x, weight, gated=True):
         return gated_matmul(x, weight, bias=bias)
     gate_up = _product(x, weight, bias, WHOLE)
     return silu_mul(gate_up.view(-1, len(weight))).view(*x.shape[:-1], len(weight) // 2)
 
 
-def _takes(x: Tensor, weight: Tensor) -> bool:
+def _takes(x: Tensor, weight: Tensor, *, gated: bool = False) -> bool:
     """Whether there are more rows than the kernel takes, which it would take if they were fewer."""
-    if not x.is_cuda or x.dtype not in HALVES or streams(x, weight):
+    if not x.is_cuda or x.dtype not in HALVES or streams(x, weight, gated=gated):
         return False
     return streams(x[(0,) * (x.dim() - 1)], weight)
 

@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from eagle_fast_kernels.linear import few_rows_matmul, few_rows_sums, gated_matmul, part_bounds, streams, weight_tile
+from eagle_fast_kernels import linear
+from eagle_fast_kernels.launch import Resources
+from eagle_fast_kernels.linear import (
+    few_rows_matmul,
+    few_rows_sums,
+    gated_matmul,
+    kernel_product,
+    part_bounds,
+    streams,
+    weight_tile,
+)
 from eagle_fast_kernels.many_rows import (
     EITHER,
     PARTS,
@@ -154,6 +164,33 @@ def test_int8_weights_of_more_rows(num_rows, device):
     check(few_rows_matmul(x, weight, **more), exact, torch.float16, 64)
     check(few_rows_sums(x, weight, **more).sum(0), exact, torch.float32, 64)
     check_gated(x, weight, more, torch.float16, 64)
+
+
+# whole tiles of rows, a ragged one, and more than one
+@pytest.mark.parametrize("num_rows", [65, 128, 200])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("triton_kernels")
+def test_more_rows_of_wide_and_narrow_weights(dtype, num_rows, monkeypatch, device):
+    """By the kernel, on a GPU with the bits of few rows. What is gated takes it by itself where the weight is wide."""
+    monkeypatch.setattr(linear, "resources", lambda device: Resources(2, 232448))
+    for num_columns, wide in ((330, True), (130, False)):
+        x, weight, more, exact = case((num_rows,), num_columns, 192, dtype, device, bias=True)
+        assert not streams(x, weight)
+        assert streams(x, weight, gated=True) == (wide and num_rows <= 128)
+
+        def products(rows, weight=weight, bias=more["bias"]):
+            found = [added_up(kernel_product(rows, weight, None, bias, split=split), dtype) for split in (False, True)]
+            return [*found, gated_matmul(rows, weight, bias=bias)]
+
+        many = products(x)
+        whole = many[0] if streams(x, weight, gated=True) else few_rows_matmul(x, weight, **more)
+        for product, reference in zip(many, (exact, exact, gated(whole.double())), strict=True):
+            check(product, reference, dtype, 192)
+        if device.type == "cuda":
+            few = [products(part) for part in x.split(50)]
+            same = [torch.equal(one, torch.cat(parts)) for one, parts in zip(many, zip(*few, strict=True), strict=True)]
+            assert all(same[:2])
+            assert same[2] or not streams(x, weight, gated=True)
 
 
 @pytest.mark.gpu
