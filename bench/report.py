@@ -24,6 +24,7 @@ END = "<!-- end of results -->"
 ROUND = "round-llama-3.1-8b"
 OVER_TWO = f"{ROUND}-tensor-parallel"
 ROUND_70B = "round-llama-3.3-70b"
+OVER_TWO_70B = f"{ROUND_70B}-tensor-parallel"
 DECODE = "decode-smollm2-135m"
 EXCHANGE = "exchange-llama-3.1-8b"
 BATCH, SHAPES = "batch-smollm2-135m", "batch-llama-3.1-8b"
@@ -144,6 +145,9 @@ FIGURES = (
            lambda record: record["table"][0]["exchange_us"], "{:.1f} us", "≤ 4 us"),
     Figure("round, 70B, half of the layers on each of two GPUs", (f"{ROUND_70B}-2gpus",), _field("round_ms"),
            "{:.1f} ms", "≤ 1.15 x the floor", _field("floor_ms")),
+    Figure("round, 70B with every layer on two GPUs, over half of the layers on each",
+           (OVER_TWO_70B, f"{OVER_TWO_70B}-beside"), _ratio("round_ms"), "{:.2f} x", "≤ 0.58 x",
+           lambda two, shards: two["floor_ms"] / shards["round_ms"]),
 )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from lib.records import RESULTS, environment, write
-from report import BATCH, EXCHANGE, OVER_TWO, README, SHAPES, render
+from report import BATCH, EXCHANGE, OVER_TWO, OVER_TWO_70B, README, SHAPES, render
 
 from eagle_fast.pairs import SMOLLM2, smollm2_head, user_cache
 
@@ -45,10 +45,12 @@ BITS = {  # record -> arguments of bits.py
     "bits-llama-3.1-8b": [],
     "bits-llama-3.1-8b-float16": ["--dtype", "float16"],
 }
-ON_TWO = {  # the same where there are two GPUs, and beside them on one
+ON_TWO = {  # the same where there are two GPUs, and beside them on one, or with half of the layers on each
     OVER_TWO: ["llama-3.1-8b", "--tensor-parallel", "2"],
     f"{OVER_TWO}-32k": ["llama-3.1-8b", "--tensor-parallel", "2", "--context", "32768"],
     f"{OVER_TWO}-beside": ["llama-3.1-8b"],
+    OVER_TWO_70B: ["llama-3.3-70b", "--tensor-parallel", "2"],
+    f"{OVER_TWO_70B}-beside": ["llama-3.3-70b", "--device-map", "2"],
 }
 LOSSLESS = ("float32", "bfloat16", "float16")
 OVER_SEVERAL = ("llama-3.1-8b", "llama-3.3-70b")  # over 2, 4 and 8 GPUs, where there are as many

@@ -154,7 +154,7 @@ def test_the_suite_runs_every_bench_and_completes_its_record(bench, monkeypatch,
         monkeypatch.setattr(suite, name, value)
     monkeypatch.setattr(sys, "argv", ["suite.py", "--prompts", "some.jsonl", "--commit", "c1"])
     assert suite.main() == 1, "three of them failed"
-    assert commands == ["round.py"] * 17 + [
+    assert commands == ["round.py"] * 19 + [
         *["bits.py"] * 2,
         "exchange.py",
         "batch.py",
