@@ -271,9 +271,8 @@ def test_rows_of_a_prompt(name):
 
 
 COMPILE = """
-import subprocess, sys, torch
-from triton import knobs
-from no_gpu import overlap_of, pretend, recorded
+import sys, torch
+from no_gpu import assembled, overlap_of, pretend, recorded
 
 capability, dtype, path = int(sys.argv[1]), getattr(torch, sys.argv[2]), sys.argv[3]
 
@@ -302,11 +301,7 @@ for name in KINDS:
     packed.packed_sums(x, weight)
     packed.packed_gated(x, weight)
 for each in compiled:
-    ptx = each.asm["ptx"]
-    open(path, "w").write(ptx)
-    arch = f"-arch=sm_{capability}" + "a" * (capability == 90)
-    command = [knobs.nvidia.ptxas.path, "-v", arch, path, "-o", path + ".cubin"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    ptx, said = each.asm["ptx"], assembled(each, capability, path)
     # before Hopper ptxas takes a few bytes of memory to fit one program more
     spilled = int(said.split(" bytes spill stores")[0].split()[-1])
     assert spilled <= (0 if capability == 90 else 64) and "arning" not in said, said

@@ -3,8 +3,10 @@
 done = run_program(PROGRAM, 90)            # and in PROGRAM, before it imports kernels:
 pretend(90)                                # compute capability 9.0
 compiled = recorded((module, "_kernel"))   # launches compile, and run nothing
+assembled(compiled[0], 90, path)           # what the assembler says of it: registers, spills, warnings
 """
 
+import inspect
 import os
 import subprocess
 import sys
@@ -52,3 +54,14 @@ def recorded(*kernels):
 def overlap_of(capability):
     """What `dependent_launch` says for such a GPU."""
     return {"PDL": True, "launch_pdl": True} if capability >= 90 else {"PDL": False}
+
+
+def assembled(compiled, capability, path):
+    """By the assembler that this release of Triton has for such a GPU."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    tool = get_ptxas(capability) if inspect.signature(get_ptxas).parameters else get_ptxas()
+    Path(path).write_text(compiled.asm["ptx"])
+    arch = f"-arch=sm_{capability}" + "a" * (capability == 90)
+    command = [tool.path, "-v", arch, path, "-o", f"{path}.cubin"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
