@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from eagle_fast.layers.peer_links import apart
-from eagle_fast.loading_ranks import load_cut_target, not_taken, plan_of
+from eagle_fast.loading_ranks import Plan, load_plan, not_taken, plan_of
 from eagle_fast.messages import warn_user
 from eagle_fast.target.devices import MOST_RANKS
 from eagle_fast.target.packing import Bits
@@ -30,19 +30,22 @@ def load_cut_by_itself(
     """What `load_cut_target` gives with the same arguments over GPUs that are chosen here, and says so; None where the
     target is to be loaded in the ordinary way, which says what is wrong if something is."""
     try:
-        devices = gpus_for(path, options, beside, bits)
-        if devices is None:
+        found = plan_over_gpus(path, options, beside, bits)
+        if found is None:
             return None
-        model = load_cut_target(path, devices, options, beside, bits)
+        plan, devices = found
+        model = load_plan(plan, devices)
     except ValueError:
         return None
     warn_user(SAID.format(gpus=" and ".join(map(str, devices))))
     return model
 
 
-def gpus_for(path: Any, options: dict[str, Any], beside: dict[str, Any], bits: Bits) -> list[torch.device] | None:
+def plan_over_gpus(
+    path: Any, options: dict[str, Any], beside: dict[str, Any], bits: Bits
+) -> tuple[Plan, list[torch.device]] | None:  # fmt: skip
     """As many GPUs as ranks have run on, those with the most room, if they hold a target that one of them does not, and
-    reach each other. ValueError for a target that cannot be cut."""
+    reach each other; and the target's plan. ValueError for one that cannot be cut."""
     count = torch.cuda.device_count()
     if count < MOST_RANKS or isinstance(path, nn.Module) or not_taken(options, beside):
         return None
@@ -62,4 +65,4 @@ def gpus_for(path: Any, options: dict[str, Any], beside: dict[str, Any], bits: B
     fits = all(each <= room[gpu] for each, gpu in zip(needed, devices, strict=True))
     if not fits or apart(devices) or os.environ.get("CUDA_LAUNCH_BLOCKING") == "1":
         return None
-    return devices
+    return plan, devices

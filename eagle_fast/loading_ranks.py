@@ -53,7 +53,11 @@ def load_cut_target(
     arguments that say how a target is loaded, None where they were not given. bits: that the weights of layers, and of
     lm_head and embedding, are rounded to. ValueError for what cannot be cut."""
     check_beside(path, options, beside)
-    plan = plan_of(path, options, bits)
+    return load_plan(plan_of(path, options, bits), devices)
+
+
+def load_plan(plan: Plan, devices: Sequence[torch.device]) -> PreTrainedModel:
+    """See `load_cut_target`."""
     name, model, options = plan.name, plan.model, plan.options
     check_room(plan.stored, devices)
     with loading(NAME, name, options):

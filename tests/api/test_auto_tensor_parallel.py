@@ -13,7 +13,8 @@ from zoo import make
 import eagle_fast.loading_auto as loading_auto
 import eagle_fast.target.placement
 from eagle_fast import EaModel
-from eagle_fast.loading_auto import gpus_for
+from eagle_fast.loading_auto import plan_over_gpus
+from eagle_fast.loading_ranks import plan_of
 from eagle_fast.target.packing import Bits
 from eagle_fast.target.placement import GIB
 from eagle_fast.target.rank_files import cut_of
@@ -53,8 +54,13 @@ def path(tmp_path_factory):
 
 
 def chosen(path, bits=None, **options):
-    found = gpus_for(path, options, {"device_map": None, "max_memory": None}, Bits(bits))
-    return None if found is None else [each.index for each in found]
+    found = plan_over_gpus(path, options, {"device_map": None, "max_memory": None}, Bits(bits))
+    return None if found is None else [each.index for each in found[1]]
+
+
+def over_cpus(path, options, beside, bits):
+    """In the place of `plan_over_gpus`."""
+    return plan_of(path, options, bits), CPUS
 
 
 def test_two_gpus_that_hold_what_one_does_not(path, gpus):
@@ -86,8 +92,8 @@ def test_gpus_that_do_not_reach_each_other(path, gpus, monkeypatch):
 def test_what_ranks_do_not_take_goes_the_ordinary_way(path, gpus, tmp_path):
     gpus(16, 16)
     assert chosen(path, num_hidden_layers=31) is None
-    assert gpus_for(path, {}, {"max_memory": {0: "10GiB"}}, Bits()) is None
-    assert gpus_for(make("llama"), {}, {}, Bits()) is None
+    assert plan_over_gpus(path, {}, {"max_memory": {0: "10GiB"}}, Bits()) is None
+    assert plan_over_gpus(make("llama"), {}, {}, Bits()) is None
     config = LLAMA_8B.to_dict() | {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="does not know"):
@@ -100,7 +106,7 @@ def pair(tmp_path_factory):
 
 
 def test_it_is_said_and_there_is_a_way_back(pair, monkeypatch):
-    monkeypatch.setattr(loading_auto, "gpus_for", lambda *_: CPUS)
+    monkeypatch.setattr(loading_auto, "plan_over_gpus", over_cpus)
     with pytest.warns(UserWarning, match=r"device_map='auto'.*cut over cpu and cpu.*tensor_parallel=False spreads"):
         model = EaModel.from_pretrained(**pair, device_map="auto", **TREE)
     assert len(cut_of(model.base_model).ranks) == 2
@@ -113,7 +119,7 @@ def test_it_is_said_and_there_is_a_way_back(pair, monkeypatch):
 
 def test_what_turns_out_not_to_be_cut_is_loaded_in_the_ordinary_way(pair, monkeypatch, tmp_path):
     """No safetensors files, or a family that is found out: no error of what nobody asked for."""
-    monkeypatch.setattr(loading_auto, "gpus_for", lambda *_: CPUS)
+    monkeypatch.setattr(loading_auto, "plan_over_gpus", over_cpus)
     given = folders(make("gemma3_text"), tmp_path)
     model = EaModel.from_pretrained(**given, device_map="auto", **TREE)
     assert cut_of(model.base_model) is None

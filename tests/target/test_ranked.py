@@ -140,7 +140,7 @@ def test_a_rank_holds_its_share():
 
 def test_what_a_rank_adds_to_a_sum_is_never_rounded_before(triton_kernels, device, monkeypatch):
     """Of more rows than the kernel takes too, where the sum of its parts would be faster to have, but rounded."""
-    monkeypatch.setattr(many_rows, "_takes", lambda x, weight: x.shape[:-1].numel() > 64)
+    monkeypatch.setattr(many_rows, "_takes", lambda x, weight, gated=False: x.shape[:-1].numel() > 64)
     faster = {many_rows.EITHER: many_rows.Way(70, False)}
     monkeypatch.setattr(many_rows, "exact_way", lambda shape, forms: faster.get(forms))
     monkeypatch.setattr(FewRowsLinear, "_keeps_order", lambda linear, input: True)  # as on a GPU
