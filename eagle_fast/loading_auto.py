@@ -44,8 +44,8 @@ def load_cut_by_itself(
 def plan_over_gpus(
     path: Any, options: dict[str, Any], beside: dict[str, Any], bits: Bits
 ) -> tuple[Plan, list[torch.device]] | None:  # fmt: skip
-    """As many GPUs as ranks have run on, those with the most room, if they hold a target that one of them does not, and
-    reach each other; and the target's plan. ValueError for one that cannot be cut."""
+    """The target's plan and the GPUs for it: as many as ranks have run on, those with the most room, if they hold what
+    one of them does not, and reach each other. ValueError for a target that cannot be cut."""
     count = torch.cuda.device_count()
     if count < MOST_RANKS or isinstance(path, nn.Module) or not_taken(options, beside):
         return None
