@@ -24,7 +24,8 @@ import triton.language as tl
 
 from .check import BY_ROWS, FLOAT32, FLOATS, HALVES, INT64, INTEGERS, given_together, tensor, whole, written
 from .launch import device_guard, resources, upcast, use_triton
-from .linear import after_fetching_rows, few_rows_matmul, prefetched, tile_product
+from .linear import few_rows_matmul, prefetched
+from .linear_kernels import after_fetching_rows, tile_product
 from .noise import gumbel, gumbel_ref, gumbel_row_ref
 from .order_key import ABSENT, order_key, order_value, pack_ref, take_best, unpack_ref
 from .overlap import after_earlier_kernels, dependent_launch

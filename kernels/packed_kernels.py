@@ -2,9 +2,9 @@
 
 Codes become 16-bit floats by moving bits: 4 bits of a code below 0x4300 are 128 + code in bf16, below 0x6400 1024 +
 code in float16, and a sum and a product, in the dtype of x, make (code - zero) * scale of it, rounded once. Two
-neighbours of a row share a register. int8 as in `linear.py`; fp8 (e4m3) has its bits put where those of the wider
-format are, times the power of two that their exponents differ by, denormal numbers included. About two instructions a
-weight at 4 bits, under a third of what the multiprocessor issues while the bytes arrive.
+neighbours of a row share a register. int8 as in `linear_kernels.py`; fp8 (e4m3) has its bits put where those of the
+wider format are, times the power of two that their exponents differ by, denormal numbers included. About two
+instructions a weight at 4 bits, under a third of what the multiprocessor issues while the bytes arrive.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .linear import after_fetching_rows
+from .linear_kernels import after_fetching_rows
 from .overlap import after_earlier_kernels
 
 WORDS = tl.constexpr(32)  # as in packed_layout.py
