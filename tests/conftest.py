@@ -1,6 +1,7 @@
 """Fixtures for all tests. Without a GPU, Triton kernels run under its interpreter, chosen before triton is imported."""
 
 import gc
+import importlib
 import os
 import warnings
 
@@ -48,6 +49,13 @@ def memory_is_given_back():
 
 
 @pytest.fixture
+def bench(monkeypatch):
+    """Modules of bench/ by name, as its scripts import them."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "bench")
+    return importlib.import_module
+
+
+@pytest.fixture
 def device():
     """The device that real code paths are tested on: a GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -55,11 +63,11 @@ def device():
 
 @pytest.fixture
 def two_gpus():
-    """Two that reach each other's memory, of which the first copy opens the way."""
+    """Two that reach each other's memory."""
+    from eagle_fast.layers.peer_links import check_peers
+
     devices = [torch.device("cuda", index) for index in range(2)]
-    for here, there in (devices, devices[::-1]):
-        torch.zeros(8, device=here).copy_(torch.zeros(8, device=there))
-        torch.cuda.synchronize(here)
+    check_peers(devices, "two_gpus")
     return devices
 
 

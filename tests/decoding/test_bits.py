@@ -5,11 +5,9 @@ well, and its log-probability. A test at the end shows that what depends on the 
 """
 
 import functools
-import importlib
 import random
 import tempfile
 import warnings
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -25,7 +23,6 @@ from eagle_fast.decoding.records import Keeps
 from eagle_fast.decoding.request import pad_left
 from eagle_fast.decoding.round import Round
 
-BENCH = Path(__file__).resolve().parent.parent.parent / "bench"
 # plain, norms of q and k, windows and a soft cap, longrope's switch at 64 tokens, layers with LayerNorm and biases
 FAMILIES = ["llama", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3_longrope", "gpt2", "olmo2"]
 DTYPES = [torch.bfloat16, torch.float16]
@@ -224,9 +221,8 @@ def test_turns_that_reuse_rows_are_plain_decodings(name, dtype, settings, device
 
 
 @pytest.fixture
-def tree_bits(monkeypatch):
-    monkeypatch.syspath_prepend(BENCH)
-    return importlib.import_module("lib.tree_bits")
+def tree_bits(bench):
+    return bench("lib.tree_bits")
 
 
 def trees(tree_bits, batch, rng):

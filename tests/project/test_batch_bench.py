@@ -4,7 +4,6 @@ import copy
 import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 from chatty import make_tokenizer
@@ -15,13 +14,10 @@ from eagle_fast import TreeConfig
 from eagle_fast.config import ROOT_ALONE
 from eagle_fast.decoding.worth import USUAL
 
-BENCH = Path(__file__).resolve().parent.parent.parent / "bench"
-
 
 @pytest.fixture
-def batch(monkeypatch):
-    monkeypatch.syspath_prepend(BENCH)
-    return importlib.import_module("batch")
+def batch(bench):
+    return bench("batch")
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,10 @@
 """bench/bits.py and bench/lossless.py: they count what differs, and say so in record and exit status."""
 
 import copy
-import importlib
 import itertools
 import json
 import random
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,15 +16,6 @@ from zoo import make
 from eagle_fast import EaModel
 from eagle_fast.config import MAX_DEPTH
 from eagle_fast.target.target import Verified
-
-BENCH = Path(__file__).resolve().parent.parent.parent / "bench"
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    """Modules of bench/ by name, as its scripts import them."""
-    monkeypatch.syspath_prepend(BENCH)
-    return importlib.import_module
 
 
 def run(module, monkeypatch, *arguments):

@@ -1,8 +1,6 @@
 """Benches of cut targets on a CPU: any shape over ranks, plain and packed, with a head; what exchanges cost."""
 
 import argparse
-import importlib
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +10,10 @@ from eagle_fast.layers.links import Links
 from eagle_fast.target.rank_files import cut_of
 from eagle_fast.target.ranked import RankedTarget
 
-BENCH = Path(__file__).resolve().parent.parent.parent / "bench"
-
 
 @pytest.mark.parametrize("bits", [(None, None), (8, None), (4, None), (4, 8)])
-def test_targets_over_ranks(bits, monkeypatch):
-    monkeypatch.syspath_prepend(BENCH)
-    shapes = importlib.import_module("lib.shapes")
+def test_targets_over_ranks(bits, bench):
+    shapes = bench("lib.shapes")
     target = shapes.build_cut_target("tiny", [torch.device("cpu")] * 2, *bits, torch.float32)
     model = EaModel(target, shapes.build_head(target), tree=TreeConfig(8, 2, 3), adaptive=False)
     ids = torch.randint(0, 131, (1, 9), generator=torch.Generator().manual_seed(0))
@@ -34,9 +29,8 @@ def test_targets_over_ranks(bits, monkeypatch):
         assert held < shapes.target_bytes(dense)
 
 
-def test_exchanges_are_timed_by_leaving_them_out(monkeypatch):
-    monkeypatch.syspath_prepend(BENCH)
-    bench, shapes = importlib.import_module("exchange"), importlib.import_module("lib.shapes")
+def test_exchanges_are_timed_by_leaving_them_out(bench, monkeypatch):
+    exchange, shapes = bench("exchange"), bench("lib.shapes")
     cut = cut_of(model := shapes.build_cut_target("tiny", [torch.device("cpu")] * 2, dtype=torch.float32))
     target = RankedTarget(model, cut.ranks, cut.order)
     counted, sums = [], Links.add_rms_norm
@@ -51,8 +45,8 @@ def test_exchanges_are_timed_by_leaving_them_out(monkeypatch):
         return 3.0 if len(counted) == 1 else 1.0
 
     monkeypatch.setattr(Links, "add_rms_norm", counting)
-    monkeypatch.setattr(bench, "milliseconds", milliseconds)
-    row = bench.measure(target, 5, argparse.Namespace(context=7, repeats=1))
+    monkeypatch.setattr(exchange, "milliseconds", milliseconds)
+    row = exchange.measure(target, 5, argparse.Namespace(context=7, repeats=1))
     assert counted == [2 * 2, 0]
     assert (row["rows"], row["exchanges"], row["exchange_us"]) == (5, 4, 500.0)
     assert "add_rms_norm" not in vars(target.links)

@@ -1,6 +1,5 @@
 """What benches draw: numbers lie inside of the picture and on no other one, axes of bars are linear and begin at 0."""
 
-import importlib
 import itertools
 import json
 from pathlib import Path
@@ -12,9 +11,8 @@ pytest.importorskip("matplotlib")
 
 
 @pytest.fixture
-def plots(monkeypatch):
-    monkeypatch.syspath_prepend(BENCH)
-    return importlib.import_module("lib.plots")
+def plots(bench):
+    return bench("lib.plots")
 
 
 def drawn(plots, monkeypatch, name):

@@ -1,6 +1,5 @@
 """Records, the tables made from them, and the benches' behaviour where something that they need is missing."""
 
-import importlib
 import json
 import os
 import shutil
@@ -21,13 +20,6 @@ ROUND = {
     "hardware": "NVIDIA X",
     "commit": "c1",
 }
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    """Modules of bench/ by name, as its scripts import them."""
-    monkeypatch.syspath_prepend(BENCH)
-    return importlib.import_module
 
 
 def script(*arguments, **environment):
