@@ -34,8 +34,8 @@ from .overlap import after_earlier_kernels, dependent_launch
 from .packed_layout import Packed
 from .rms_norm import given_norm_ref, normalize, num_warps, rms_norm_ref, sum_parts, sum_parts_ref
 
-# of rope_append: while a head of a row each is no more programs than so many for every multiprocessor, a program takes
-# that; then more rows, up to so many
+# rope_append: a program takes one head of a row, or of up to MOST_ROWS where that would be more than PROGRAMS for every
+# multiprocessor
 PROGRAMS, MOST_ROWS = 24, 8
 
 

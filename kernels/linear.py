@@ -57,7 +57,7 @@ class Tile(NamedTuple):
 def weight_tile(weight: Tensor, num_rows: int, *, split: bool) -> Tile:
     """256 bytes of a weight row per step. A wide weight takes wide tiles; others as many parts as the GPU can hold.
 
-    num_rows: of x. More than MOST_ROWS take tiles of 128 of them, so that half as many read the weight.
+    num_rows: of x. More than MOST_ROWS take tiles of 128, so that the weight is read half as often.
     """
     num_columns, inner = weight.shape
     num_sms, shared_memory = resources(weight.device)
@@ -78,13 +78,14 @@ def weight_tile(weight: Tensor, num_rows: int, *, split: bool) -> Tile:
     block_n, num_warps = (128, 8) if wide else (64, 4)
     if size == 1 and num_rows > 64:  # one tile of rows, since each converts the weights for itself
         return Tile(128, block_n, 64 if wide else 128, splits, 8, 4 if wide else 3)
-    most_stages = 4 if size == 2 or wide else 6
-    crowded = not wide and splits * tiles > num_sms
     if size == 2 and num_rows > MOST_ROWS:
-        block_m, block_k, num_warps, most_stages, crowded = 128, 64, 8, 5 if wide else 6, False
+        num_stages = min(5 if wide else 6, shared_memory // (2 * 64 * (128 + block_n)))
+        return Tile(128, block_n, 64, splits, 8, num_stages)
     stage = (block_n * size + block_m * max(size, 2)) * block_k
+    crowded = not wide and splits * tiles > num_sms
     most = shared_memory // 2 - 1024 if crowded else shared_memory  # room for two programs per multiprocessor
-    return Tile(block_m, block_n, block_k, splits, num_warps, min(most_stages, max(2, most // stage)))
+    num_stages = min(4 if size == 2 or wide else 6, max(2, most // stage))
+    return Tile(block_m, block_n, block_k, splits, num_warps, num_stages)
 
 
 def is_wide(weight: Tensor) -> bool:
