@@ -73,9 +73,9 @@ def two_gpus():
 
 @pytest.fixture
 def graphs_only():
-    """Rounds that run without a CUDA graph are an error."""
+    """Rounds and prompts over ranks that run without CUDA graphs are an error."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="rounds run without CUDA graphs")
+        warnings.filterwarnings("error", message="(rounds|prompts) run without CUDA graphs")
         yield
 
 

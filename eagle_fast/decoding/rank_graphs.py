@@ -19,14 +19,14 @@ from eagle_fast.messages import warn_user
 
 
 class RankGraphs(GraphedStep):
-    """See `GraphedStep`. devices: one for each rank, in rank order. links: between them."""
+    """See `GraphedStep`. devices: one for each rank, in rank order. links: between them. what: to say of it."""
 
     def __init__(
         self, step: Callable[[], None], links: Links, devices: Sequence[torch.device],
-        streams: SideStreams | None = None, pools: GraphPools | None = None,
+        streams: SideStreams | None = None, pools: GraphPools | None = None, *, what: str = "rounds",
     ):  # fmt: skip
         super().__init__(step, devices, streams, pools)
-        self.links, self.others = links, list[torch.cuda.CUDAGraph]()
+        self.links, self.others, self.what = links, list[torch.cuda.CUDAGraph](), what
 
     def close(self) -> None:
         super().close()
@@ -76,7 +76,7 @@ class RankGraphs(GraphedStep):
                 raise error.__context__ from None
             self.eager = True
             reason = str(error).strip().splitlines()[0]
-            warn_user(f"rounds run without CUDA graphs, which is slower: {reason}")
+            warn_user(f"{self.what} run without CUDA graphs, which is slower: {reason}")
         else:
             self.graph, self.others, self.num_bytes = graphs[0], graphs[1:], max(reserved, 0)
 

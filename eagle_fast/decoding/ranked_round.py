@@ -113,4 +113,4 @@ class RankedRound(Round):
         self.lengths.add_(self.counts)
 
     def _prefill(self, tokens: Tensor, start: int, cache: Any) -> Any:
-        return self.ranked.prefill_everywhere(tokens, start, cache)
+        return (self.prompts or self.ranked.prefill_everywhere)(tokens, start, cache)

@@ -27,6 +27,7 @@ from torch import Tensor
 from eagle_fast.config import ROOT_ALONE, TreeConfig
 from eagle_fast.decoding.draft import MOST_WAITING, Drafter, NoHead, Postponed
 from eagle_fast.decoding.held import Held
+from eagle_fast.decoding.ranked_prompts import RankedPrompts
 from eagle_fast.decoding.records import HOST, Keeps, Kept
 from eagle_fast.decoding.sampling import SamplingTensors
 from eagle_fast.decoding.tree import Tree, root_only
@@ -47,6 +48,7 @@ class Round:
     """
 
     heads: Sequence[DraftHead] | None = None  # of a head that is cut over ranks: see `RankedRound`
+    prompts: RankedPrompts | None = None  # of a target over ranks, kept by whoever has several states
 
     def __init__(
         self,
@@ -251,6 +253,8 @@ class Round:
             drafter.absorb_prompt(features, tokens[:, first + 1 : last + 1].to(drafter.device), first)
 
     def _prefill(self, tokens: Tensor, start: int, cache: SlabCache) -> Tensor:
+        if self.prompts is not None:
+            return self.prompts(tokens, start, cache)[0]
         return self.target.prefill(tokens, start, cache)
 
     def _begin_like(self, source: int, row: int, text: Sequence[int], end: int) -> None:

@@ -20,6 +20,7 @@ import torch
 from eagle_fast.config import ROOT_ALONE, TreeConfig
 from eagle_fast.decoding.graph import SideStreams, is_capturing
 from eagle_fast.decoding.held import Texts
+from eagle_fast.decoding.ranked_prompts import RankedPrompts
 from eagle_fast.decoding.ranked_round import RankedRound, parts_for
 from eagle_fast.decoding.records import Keeps
 from eagle_fast.decoding.round import Round
@@ -70,6 +71,7 @@ class IdleStates:
         self.target, self.head, self.tree = target, head, tree
         self.idle: list[Lease] = []
         self.streams = SideStreams()
+        self.prompts = self._new_prompts()
         self.head_cut: bool | None = None
         self.heads: Sequence[DraftHead] | None = None  # the parts of a head that is cut
         self._portrait: Portrait | None = None  # of what they were cut from
@@ -82,14 +84,17 @@ class IdleStates:
         return sum(each.num_bytes for each in self.idle.copy())
 
     def clear(self) -> None:
-        """Let go of all idle states: their memory is free then."""
+        """Let go of all idle states, and of the graphs of prompts: their memory is free then."""
         with self.target.turn.lock:
             self._drop(self.idle.copy())
+            if self.prompts is not None:
+                self.prompts.close()
 
     def follow(self, target: Target) -> None:
         """From now on make states for another target; those of the last one are let go of, also as they come back."""
         with self.target.turn.lock:
             self.target = target
+            self.prompts = self._new_prompts()
             self.heads = self._portrait = None
             self._drop(self.idle.copy())
 
@@ -229,8 +234,16 @@ class IdleStates:
 
     def _round(self, speculative: bool, target: Target, *settings) -> Round:
         if speculative and self.heads is not None:
-            return RankedRound(target, self.heads, *settings)
-        return Round(target, self.head if speculative else None, *settings)
+            state: Round = RankedRound(target, self.heads, *settings)
+        else:
+            state = Round(target, self.head if speculative else None, *settings)
+        state.prompts = self.prompts
+        return state
+
+    def _new_prompts(self) -> RankedPrompts | None:
+        """On GPUs alone: elsewhere there are no graphs, and rows behind a prompt take time."""
+        links = self.target.links
+        return None if links is None or self.target.device.type == "cpu" else RankedPrompts(self.target, self.streams)
 
     # -- giving back -----------------------------------------------------------------------------------------------
 
