@@ -10,6 +10,7 @@ allocates on other devices comes from memory pools that live as long as the grap
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -155,7 +156,7 @@ class GraphedStep:
         for device in self.devices:
             torch.cuda.synchronize(device)
         try:
-            with ExitStack() as stack:
+            with nothing_collected(), ExitStack() as stack:
                 for other in others:
                     stack.enter_context(torch.cuda.use_mem_pool(pools.of(other.device), device=other.device))
                 stack.enter_context(self._side_streams())
@@ -189,6 +190,18 @@ class GraphedStep:
     def _reserved(self) -> int:
         """Bytes that torch's allocator has taken from the devices."""
         return sum(torch.cuda.memory_reserved(device) for device in self.devices)
+
+
+@contextmanager
+def nothing_collected() -> Iterator[None]:
+    """In this block Python collects no garbage: a memory pool that is freed under a capture aborts the process."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def is_capturing(stream: torch.cuda.Stream | None = None) -> bool:

@@ -13,7 +13,7 @@ from contextlib import suppress
 
 import torch
 
-from eagle_fast.decoding.graph import GraphedStep, GraphPools, SideStreams, abandon
+from eagle_fast.decoding.graph import GraphedStep, GraphPools, SideStreams, abandon, nothing_collected
 from eagle_fast.layers.links import Links
 from eagle_fast.messages import warn_user
 
@@ -48,7 +48,7 @@ class RankGraphs(GraphedStep):
         self.links.settle()
         begun = 0
         try:
-            with self._side_streams():
+            with nothing_collected(), self._side_streams():
                 try:
                     for graph, stream, handle in zip(graphs, self.streams, handles, strict=True):
                         with torch.cuda.stream(stream):

@@ -1,6 +1,7 @@
 """What a graphed step tells CUDA, in which order: written down by a torch.cuda that does nothing else."""
 
 import contextlib
+import gc
 
 import pytest
 import torch
@@ -185,6 +186,17 @@ def test_an_interrupt_during_a_capture_stays_one(recorder):
         step()
     assert step.graph is None
     assert not step.eager
+
+
+@pytest.mark.filterwarnings("ignore:rounds run without a CUDA graph")
+def test_no_garbage_is_collected_under_a_capture(recorder):
+    """Where a pool that some exception still held is freed under a capture, torch ends the process."""
+    collected = []
+    step = GraphedStep(lambda: collected.append(gc.isenabled()), [torch.device("cuda", index) for index in (0, 1)])
+    for _ in range(WARMUP_STEPS + 1):
+        step()
+    assert collected[: WARMUP_STEPS + 1] == [True] * WARMUP_STEPS + [False]
+    assert gc.isenabled()
 
 
 def test_a_cpu_among_the_devices_is_eager():

@@ -1,6 +1,7 @@
 """One graph a rank: begun together, launched together, on a machine without GPUs with graphs that only take notes."""
 
 import contextlib
+import gc
 
 import pytest
 import torch
@@ -121,6 +122,15 @@ def test_a_capture_that_fails_ends_on_all_ranks_and_rounds_run_eagerly(notes, ca
     del notes[:]
     step()
     assert notes == [("step", None)]
+
+
+def test_no_garbage_is_collected_under_a_capture(notes):
+    collected = []
+    step = RankGraphs(lambda: collected.append(gc.isenabled()), TakingNotes(notes), DEVICES)
+    for _ in range(3):
+        step()
+    assert collected == [True, True, False]
+    assert gc.isenabled()
 
 
 def test_an_interrupt_in_a_capture_leaves_the_step_to_be_captured(notes):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import pytest
 import torch
+from eagle_fast_kernels.exchange import LOOKS as LOOKS_OF_SECONDS
+from eagle_fast_kernels.exchange import Mailbox, await_pushes
 from ranked import Pair, prompts
 
 import eagle_fast.layers.peer_links as peer_links
@@ -75,8 +78,23 @@ def check_a_rank_held_up(pair: Pair) -> None:
     text = OneText(pair)
     pair.ranked.target.links.looks = LOOKS
     text.check()
-    with torch.cuda.device(1):
-        torch.cuda._sleep(8_000_000_000)  # about four seconds: other tests may have turns on that GPU
-    with pytest.raises(OutOfStepError, match=r"rank 0 \(cuda:0\) waited in vain for rank 1 \(cuda:1\)"):
+    said = r"rank 0 \(cuda:0\) waited in vain for rank 1 \(cuda:1\)"
+    with held_up(torch.device("cuda", 1)), pytest.raises(OutOfStepError, match=said):
         text.decode()
     text.check(2)
+
+
+@contextlib.contextmanager
+def held_up(device):
+    """In this block, of half a minute at most, nothing that is launched on this GPU runs."""
+    counters = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(2)]
+    nobody = Mailbox(
+        1, counters[0], (), torch.zeros(1, dtype=torch.int32, device=device), counters[0].cpu().pin_memory()
+    )
+    aside = torch.cuda.Stream(device)
+    await_pushes(*counters, 1, nobody, 0, looks=10 * LOOKS_OF_SECONDS)
+    try:
+        yield
+    finally:
+        with torch.cuda.stream(aside):
+            counters[0].fill_(1)
