@@ -6,6 +6,7 @@ In reading order:
 
 round        the algorithm: draft, verify, accept, compact, absorb; and the state that it carries
 ranked_round, ranked_draft   the same where the head is cut over ranks as the target is
+ranked_prompts   prompts of a target over ranks, by graphs
 tree, draft  the tree as tensors; how the head grows it and absorbs what was accepted
 sampling     the next token as a deterministic function of logits, seed and position; the draft's scores
 processors   logits processors on a tree, on the host: each node sees its own prefix

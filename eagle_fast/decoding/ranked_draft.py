@@ -26,12 +26,17 @@ from eagle_fast.layers.lockstep import together
 class RankedSampling:
     """`SamplingTensors` of every rank."""
 
-    def __init__(self, batch: int, devices: Sequence[torch.device]):
-        self.parts = [SamplingTensors(batch, device) for device in devices]
+    def __init__(self, batch: int, links: Links):
+        self.links, self.parts = links, [SamplingTensors(batch, device) for device in links.devices]
 
     def copy_(self, other: SamplingTensors) -> None:
-        for each in self.parts:
-            each.copy_(other)
+        """`other` is on rank 0. Sent as words of 4 bytes; those of 8 come first, so that they lie where they may."""
+        names = sorted(vars(other), key=lambda name: -getattr(other, name).element_size())
+        words = self.links.send("sampling", *(getattr(other, name).view(torch.int32) for name in names))
+        for mine, sent in zip(self.parts, words, strict=True):
+            for name, each in zip(names, sent, strict=True):
+                own = getattr(mine, name)
+                own.copy_(each.view(own.dtype))
 
     def adopt(self, rows: Tensor, other: RankedSampling) -> None:
         for mine, theirs in zip(self.parts, other.parts, strict=True):

@@ -72,7 +72,7 @@ class RankedRound(Round):
         self.heads, self.links = heads, target.links
         super().__init__(target, heads[0], tree, batch, max_length, keeps, others)
         self.ranked: Any = target
-        self.draft_sampling = RankedSampling(batch, self.links.devices)  # type: ignore[assignment]
+        self.draft_sampling = RankedSampling(batch, self.links)  # type: ignore[assignment]
         self.accepted: list[tuple[Tensor, ...]] = []  # of each rank: path, counts, lengths and emitted tokens
 
     def _new_drafter(self, head: DraftHead | None, capacity: int) -> NoHead:

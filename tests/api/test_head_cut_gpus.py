@@ -9,6 +9,7 @@ from often_right import write_often_right_head, write_random_head
 from ranked import WIDE, both, graphs_of, prompts
 from zoo import make
 
+import eagle_fast.layers.peer_links as peer_links
 from eagle_fast.decoding.adapt import TreeChooser
 from eagle_fast.decoding.ranked_round import RankedRound
 
@@ -100,6 +101,7 @@ def test_trees_may_change(monkeypatch):
 def test_long_prompts_and_wide_batches(monkeypatch):
     """More rows than a mailbox has, of prompts and of beams."""
     monkeypatch.setattr("eagle_fast.decoding.round.PREFILL_CHUNK", 700)
+    monkeypatch.setattr(peer_links, "MOST_ROWS", 512)
     single, ranked = pair("mistral")
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(3, 130, (1, 900), generator=generator).to("cuda:0")
@@ -127,11 +129,12 @@ def test_conversations_processors_and_other_heads():
     assert ranked.states.heads is not before
 
 
-def test_a_replayed_round_copies_nothing_between_gpus():
+def test_a_prompt_and_a_replayed_round_copy_nothing_between_gpus():
     _, ranked = pair()
     ranked.eagenerate(**prompts(1, "cuda:0"), max_new_tokens=NEW)
-    ((_, step, _),) = ranked.states.idle
+    ((state, step, _),) = ranked.states.idle
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        state.begin([[5, 6, 7, 8]], [40])
         step()
         torch.cuda.synchronize(0), torch.cuda.synchronize(1)
     assert not [event.name for event in profile.events() if "PtoP" in event.name]

@@ -101,7 +101,8 @@ def test_trees_may_change(monkeypatch):
 
 
 def test_long_prompts_in_chunks_and_pieces(monkeypatch):
-    monkeypatch.setattr("eagle_fast.decoding.round.PREFILL_CHUNK", 700)  # more rows than a mailbox has
+    monkeypatch.setattr("eagle_fast.decoding.round.PREFILL_CHUNK", 700)
+    monkeypatch.setattr(peer_links, "MOST_ROWS", 512)  # of a mailbox
     single, ranked = pair("mistral")
     ids = torch.randint(3, 130, (1, 900), generator=torch.Generator().manual_seed(5)).to("cuda:0")
     assert torch.equal(ranked.eagenerate(ids, max_new_tokens=20), single.eagenerate(ids, max_new_tokens=20))
