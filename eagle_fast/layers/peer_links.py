@@ -31,7 +31,7 @@ from torch import Tensor
 
 from eagle_fast.layers.links import Links, OutOfStepError, Proposed
 
-MOST_ROWS = 512  # M: more are exchanged in turns
+MOST_ROWS = 2048  # M: more are exchanged in turns, which the host launches one by one
 
 
 class Buffer(NamedTuple):
