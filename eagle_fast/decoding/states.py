@@ -224,10 +224,10 @@ class IdleStates:
         try:
             state = self._round(wanted.speculative, *arguments)
         except torch.OutOfMemoryError:
-            if not self.idle:
+            if not self.idle and not (self.prompts and self.prompts.of_widths):
                 raise
-        if state is None:  # idle states of other sizes held the memory
-            self._drop(self.idle.copy())
+        if state is None:  # idle states of other sizes, or prompts, held the memory
+            self.clear()
             torch.cuda.empty_cache()
             state = self._round(wanted.speculative, *arguments)
         return Lease(state, RoundSteps(state, self.streams), wanted.speculative)

@@ -107,6 +107,23 @@ def test_states_of_all_kinds_run_prompts_by_the_same_graphs(model, monkeypatch):
     assert not model.states.prompts.of_widths
 
 
+def test_a_state_that_does_not_fit_gets_the_memory_of_prompts(model, monkeypatch):
+    states, new_round, seen = model.states, model.states._round, []
+    monkeypatch.setattr(states, "prompts", RankedPrompts(model.target, states.streams))
+
+    def short_of_memory(*arguments):
+        seen.append(sorted(states.prompts.of_widths))
+        if len(seen) == 1:
+            raise torch.OutOfMemoryError
+        return new_round(*arguments)
+
+    states.clear()
+    states.prompts.of(100)
+    monkeypatch.setattr(states, "_round", short_of_memory)
+    model.eagenerate(tokens_of(model.target, 20), max_new_tokens=4)
+    assert seen == [[128], []]
+
+
 def noting(begin_row, ran):
     def noted(self, *args, **options):
         ran.append(self.prompts)
