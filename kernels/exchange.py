@@ -140,7 +140,8 @@ def _exchange_kernel(
         bits = tl.where(bits == NOTHING, NO_NUMBER, bits)
         for peer in tl.static_range(RANKS):
             if peer != RANK:
-                there = tl.multiple_of(addresses[peer].to(tl.pointer_type(tl.int32)), 16)
+                address = addresses[peer].to(tl.int64)  # a low one comes as int32
+                there = tl.multiple_of(address.to(tl.pointer_type(tl.int32)), 16)
                 tl.store(there + (RANK * 2 * MOST + place) * H + i, bits, mask=mask & (looks > 0))
     if WAIT:
         residual = tl.load(residual_ptr + row * H + i, mask=mask, other=0.0).to(tl.float32)

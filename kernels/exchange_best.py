@@ -71,7 +71,7 @@ def _best_kernel(
     both = (peak.to(tl.int64) << 32) | (mass.to(tl.int64) & 0xFFFFFFFF)
     words = tl.where(i < K, (key.to(tl.int64) << 32) | token, both)
     for rank in tl.static_range(RANKS):  # its own words too
-        there = addresses[rank].to(tl.pointer_type(tl.int64))
+        there = addresses[rank].to(tl.int64).to(tl.pointer_type(tl.int64))  # low ones come as int32
         tl.store(there + (RANK * 2 * MOST + place) * WORDS + i, words, mask=(i <= K) & (looks > 0))
 
     source = tl.arange(0, SOURCES)
