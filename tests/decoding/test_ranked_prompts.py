@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from decoders import prompt
 from ranked import both
 from zoo import make
 
@@ -34,18 +35,14 @@ def prompts(target):
     made.close()
 
 
-def tokens_of(target, count, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 130, (1, count), generator=generator).to(target.device)
-
-
 def rows_of(cache, count):
     return [slab[..., :count, :] for slab in cache.slab.slabs]
 
 
 def check(target, prompts, count, seed, row=0):
     """A prompt has the rows and features that it has alone, on every rank, and touches nothing else."""
-    tokens, alone, caches = tokens_of(target, count, seed), target.new_cache(1, CAPACITY), target.new_cache(3, CAPACITY)
+    tokens = prompt(count, target.device, seed)
+    alone, caches = (target.new_cache(batch, CAPACITY) for batch in (1, 3))
     for slab in caches.slab.slabs:
         slab.fill_(7)
     expected = target.prefill_everywhere(tokens, 0, alone)
@@ -70,12 +67,12 @@ def test_rows_are_those_without_a_graph(target, prompts):
 
 
 def test_bits_are_the_same_with_the_graph_and_before(target, prompts):
-    tokens, found = tokens_of(target, 70), []
+    tokens, found = prompt(70, target.device), []
     for seed in range(2 * WARMUP_STEPS):
         cache = target.new_cache(1, CAPACITY)
         features = [each.clone() for each in prompts(tokens, 0, cache)]
         found.append([*features, *rows_of(cache, 70)])
-        prompts(tokens_of(target, 128, seed), 0, target.new_cache(1, CAPACITY))  # leaves something behind its tokens
+        prompts(prompt(128, target.device, seed), 0, target.new_cache(1, CAPACITY))  # leaves something behind
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
@@ -83,7 +80,7 @@ def test_long_prompts_and_ends_of_texts_are_run_as_they_are(target, prompts, mon
     monkeypatch.setattr(ranked_prompts, "WIDEST", NARROWEST)
     check(target, prompts, NARROWEST + 1, seed=1)
     cache, alone = target.new_cache(1, CAPACITY), target.new_cache(1, CAPACITY)
-    tokens = tokens_of(target, 40)
+    tokens = prompt(40, target.device)
     target.prefill_everywhere(tokens, 0, alone)
     target.prefill_everywhere(tokens[:, :30], 0, cache)
     prompts(tokens[:, 30:], 30, cache)
@@ -94,7 +91,7 @@ def test_long_prompts_and_ends_of_texts_are_run_as_they_are(target, prompts, mon
 
 def test_states_of_all_kinds_run_prompts_by_the_same_graphs(model, monkeypatch):
     monkeypatch.setattr(model.states, "prompts", RankedPrompts(model.target, model.states.streams))
-    ids, ran = tokens_of(model.target, 20).repeat(2, 1), []
+    ids, ran = prompt(20, model.target.device).repeat(2, 1), []
     ids[1, 0] = 2
     monkeypatch.setattr(Round, "begin_row", noting(Round.begin_row, ran))
     for head_cut in (False, True):
@@ -120,7 +117,7 @@ def test_a_state_that_does_not_fit_gets_the_memory_of_prompts(model, monkeypatch
     states.clear()
     states.prompts.of(100)
     monkeypatch.setattr(states, "_round", short_of_memory)
-    model.eagenerate(tokens_of(model.target, 20), max_new_tokens=4)
+    model.eagenerate(prompt(20, model.target.device), max_new_tokens=4)
     assert seen == [[128], []]
 
 
